@@ -3,4 +3,31 @@
 Public names load on first use (PEP 562), so that `import latent_trl` stays as light as `import torch`.
 """
 
+from importlib import import_module
+
 __version__ = "0.1.0"
+
+_PUBLIC = {
+    "ActionLaw": "models.action_law",
+    "CheckpointError": "models.component",
+    "Codebook": "models.codebook",
+    "CrossModalProjector": "models.projector",
+    "InverseDynamicsModel": "models.inverse_dynamics",
+    "LanguageWorldModel": "models.world_model",
+    "LatentActionConfig": "models.configuration",
+    "LatentActionModel": "models.latent_action_model",
+    "LatentActionPolicy": "models.policy",
+    "ValueHead": "models.policy",
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_PUBLIC[name]}", __name__), name)
+
+
+def __dir__():
+    return sorted([*globals(), *_PUBLIC])

@@ -1,0 +1,193 @@
+"""What the package needs to know of a backbone, found by looking at the model itself and not at its family's name."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
+
+
+@dataclass
+class DecoderCall:
+    """One call of the text model: its final states `[B, L, d]`, and the positions that it was given."""
+
+    states: torch.Tensor
+    position_ids: torch.Tensor | None
+
+
+class _HeadInput(BaseModelOutputWithPast):
+    """Stands for the base model's output where only the head's computation is wanted; other fields read as `None`."""
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+class Backbone:
+    """
+    View of a causal or image-text-to-text model: its text model, final norm, head and placeholders.
+
+    Args:
+        model (`PreTrainedModel`): The model. It is neither copied nor changed.
+
+    Raises:
+        ValueError: When it has no output embedding, or its head cannot be run on given states.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(f"`backbone` must be a transformers `PreTrainedModel`, got {type(model).__name__}.")
+        if model.get_output_embeddings() is None:
+            raise ValueError(
+                f"`backbone` ({type(model).__name__}) has no output embedding, so no token can be read from a state. "
+                "Pass a model with a language-model head (`AutoModelForCausalLM`, `AutoModelForImageTextToText`)."
+            )
+        self.model = model
+        self.decoder: PreTrainedModel = model.get_decoder()
+        if self.decoder is model:
+            raise ValueError(
+                f"`backbone` ({type(model).__name__}) has no separate text model: `get_decoder()` is itself."
+            )
+        self.base = model.base_model
+        self.text_config = model.config.get_text_config(decoder=True)
+        self.hidden_size: int = self.text_config.hidden_size
+        self.vision_token_ids = sorted(
+            {
+                value
+                for name, value in model.config.to_dict().items()
+                if VISION_TOKEN_FIELD.match(name) and isinstance(value, int)
+            }
+        )
+        self.final_norm, self.state_rms, self.plain_head = self._probe()
+
+    @torch.no_grad()
+    def _probe(self) -> tuple[nn.Module | None, float, bool]:
+        """Runs the text model once: which module makes its output, at what scale, and is the head a bare linear map?"""
+        embedding = self.model.get_input_embeddings()
+        device = embedding.weight.device
+        high = min(self.text_config.vocab_size, embedding.num_embeddings, *self.vision_token_ids or [10**9])
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(0, max(high, 2), (1, 16), generator=generator).to(device)
+        outputs: dict[nn.Module, torch.Tensor] = {}
+        handles = [
+            module.register_forward_hook(lambda m, _, out: outputs.__setitem__(m, out))
+            for module in self.decoder.modules()
+            if not list(module.children()) and module.__class__ is not nn.Dropout
+        ]
+        training = self.model.training
+        self.model.eval()
+        try:
+            states = self.decoder(input_ids=ids).last_hidden_state
+        finally:
+            for handle in handles:
+                handle.remove()
+        norm = next(
+            (m for m, out in reversed(outputs.items()) if isinstance(out, torch.Tensor) and out is states), None
+        )
+        logits = self._head_through_model(states)
+        bare = self.model.get_output_embeddings()(states)
+        self.model.train(training)
+        return norm, states.float().pow(2).mean().sqrt().item(), torch.equal(bare, logits)
+
+    def norm(self, states: torch.Tensor) -> torch.Tensor:
+        """The text model's final norm."""
+        if self.final_norm is None:
+            raise ValueError(
+                f"No module of {type(self.decoder).__name__} makes its output, so it has no final norm that the "
+                "read-outs 'subtract' and 'last_block' could use. Use `read_out='residual'`."
+            )
+        return self.final_norm(states)
+
+    def logits(self, merged: torch.Tensor) -> torch.Tensor:
+        """The backbone's own head on `merged` `[B, L, d]`: scaling and soft-capping included. `[B, L, V]`."""
+        head = self.model.get_output_embeddings()
+        if self.plain_head:
+            return head(merged.to(head.weight.dtype) if head.weight.is_floating_point() else merged)
+        return self._head_through_model(merged)
+
+    def _head_through_model(self, merged: torch.Tensor) -> torch.Tensor:
+        """The model's own forward with its base model replaced by `merged`."""
+        base = self.base
+        own = base.__dict__.get("forward")
+        base.forward = lambda *args, **kwargs: _HeadInput(last_hidden_state=merged)
+        try:
+            ids = torch.zeros(merged.shape[:2], dtype=torch.long, device=merged.device)
+            return self.model(input_ids=ids).logits
+        finally:
+            if own is None:
+                del base.forward
+            else:
+                base.forward = own
+
+    @contextmanager
+    def record(self) -> Iterator[list[DecoderCall]]:
+        """Records what the text model is given and gives, for every call inside the block."""
+        calls: list[DecoderCall] = []
+
+        def keep(module, args, kwargs, output):
+            calls.append(DecoderCall(output.last_hidden_state, kwargs.get("position_ids")))
+
+        handle = self.decoder.register_forward_hook(keep, with_kwargs=True)
+        try:
+            yield calls
+        finally:
+            handle.remove()
+
+    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs) -> DecoderCall:
+        """
+        One pass of the backbone without its vocabulary head.
+
+        Positions are made by the same code that makes them for `generate`, so that a sequence is scored where it was
+        generated.
+
+        Args:
+            input_ids (`torch.Tensor`): `[B, L]`.
+            attention_mask (`torch.Tensor`, *optional*): `[B, L]`.
+            inputs: Further inputs of the model, such as `pixel_values`, or `position_ids` to impose.
+        """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if inputs.get("position_ids") is None:
+            inputs["position_ids"] = self.positions(input_ids, attention_mask, **inputs)
+        with self.record() as calls:
+            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+        return calls[-1]
+
+    def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs) -> torch.Tensor:
+        """Position ids of whole sequences, as the model's `generate` makes them."""
+        inputs = {k: v for k, v in inputs.items() if v is not None and k != "position_ids"}
+        return self.model._prepare_position_ids_for_generation(
+            input_ids, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over names, shapes and 64 values of each of the backbone's tensors, adapters left out."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if ".lora_" in name or not tensor.is_floating_point() or not tensor.numel():
+                continue
+            name = name.replace(".base_layer.", ".")
+            step = max(1, tensor.numel() // 64)
+            sample = tensor.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
+            # bfloat16 keeps the fingerprint of a model loaded in another precision, up to its own rounding.
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()
+
+    def linear_names(self) -> list[str]:
+        """Names of the linear maps of the text model, the default targets of an adapter."""
+        prefix = next(name for name, module in self.model.named_modules() if module is self.decoder)
+        head = self.model.get_output_embeddings()
+        return [
+            f"{prefix}.{name}"
+            for name, module in self.decoder.named_modules()
+            if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+        ]

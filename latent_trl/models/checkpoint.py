@@ -1,0 +1,276 @@
+"""Saving and loading a latent action model: one folder, a subfolder for each component, safetensors only."""
+
+import ctypes
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+
+from .component import CheckpointError, read_json, read_tensors, resolve_folder
+from .configuration import SCHEMA_VERSION, LatentActionConfig
+
+CONFIG_FILE = "latent_action_config.json"
+TUNED_FOLDER = "backbone"
+ADAPTER_FOLDER = "adapter"
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swaps two folders in one step of the file system. Returns whether the system could."""
+    try:
+        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
+    except (AttributeError, OSError):
+        return False
+    return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """
+    A new folder to write in, which takes the place of `folder` at the end of the block in one step; files that the
+    block does not write are carried over. A process that is killed leaves the old folder or the new one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield staging
+        for path in sorted(staging.rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        os.chmod(staging, 0o755)
+        if not folder.exists():
+            os.rename(staging, folder)
+            return
+        owned = {path.name for path in staging.iterdir()}
+        for path in folder.iterdir():
+            if path.name not in owned and path.name not in OWNED_NAMES:
+                if path.is_dir():
+                    shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link)
+                else:
+                    _link(path, staging / path.name)
+        if not _exchange(staging, folder):
+            # No atomic swap here: the old folder is complete until the new one has its name.
+            aside = staging.with_name(staging.name + ".old")
+            os.rename(folder, aside)
+            os.rename(staging, folder)
+            shutil.rmtree(aside)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _link(source, target) -> None:
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError:
+        shutil.copy2(source, target, follow_symlinks=False)
+
+
+OWNED_NAMES = {
+    CONFIG_FILE,
+    TUNED_FOLDER,
+    ADAPTER_FOLDER,
+    "codebook",
+    "world_model",
+    "inverse_dynamics",
+    "policy",
+    "projector",
+    "value_head",
+}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that a checkpoint depends on."""
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "trl", "peft")}
+
+
+class LatentActionCheckpointMixin:
+    """`save_pretrained` and `from_pretrained` of [`LatentActionModel`]. See `docs/checkpoint_format.md`."""
+
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        components: list[str] | None = None,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """
+        Writes the components, and the parts of the backbone that were trained. The backbone itself is not copied.
+
+        Args:
+            save_directory (`str` or `Path`): Folder; what is in it is replaced in one step, other files stay.
+            is_main_process (`bool`, defaults to `True`): Only this process writes.
+            components (`list[str]`, *optional*): Names of the components to write. All that are there by default.
+            state_dict (`dict`, *optional*): Whole tensors by the model's names, where the parameters are sharded.
+        """
+        if not is_main_process:
+            return
+        present = [name for name in self.component_classes if getattr(self, name) is not None]
+        wanted = present if components is None else components
+        unknown = [name for name in wanted if name not in present]
+        if unknown:
+            raise ValueError(f"`components` must be among {present}, got {unknown}.")
+        with atomic_folder(Path(save_directory)) as folder:
+            for name in wanted:
+                component = getattr(self, name)
+                tensors = None
+                if state_dict is not None:
+                    prefix = f"{name}."
+                    tensors = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+                component.save_pretrained(folder / name, state_dict=tensors or None)
+            if self.tuned_backbone_tensors:
+                own = self.backbone.state_dict()
+                tensors = {k: own[k].detach().cpu().contiguous() for k in self.tuned_backbone_tensors}
+                (folder / TUNED_FOLDER).mkdir()
+                save_file(tensors, folder / TUNED_FOLDER / "model.safetensors", metadata={"format": "pt"})
+            if self.peft_backbone is not None:
+                self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER)
+            record = {
+                **self.config.to_dict(),
+                "components": wanted,
+                "package_versions": package_versions(),
+            }
+            (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_or_folder: str | Path,
+        backbone: PreTrainedModel | None = None,
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        is_trainable: bool = False,
+        **backbone_kwargs: Any,
+    ):
+        """
+        Loads a latent action model.
+
+        Args:
+            repo_or_folder (`str` or `Path`): Folder or Hub id.
+            backbone (`PreTrainedModel`, *optional*): The backbone; by default the base model that the checkpoint names
+                is loaded with `backbone_kwargs` (`dtype`, `quantization_config`, `device_map`, ...).
+            subfolder, revision, token, cache_dir, local_files_only: As in `huggingface_hub`.
+            is_trainable (`bool`, defaults to `False`): Whether an adapter is loaded for further training.
+
+        Raises:
+            CheckpointError: When a file is missing or damaged, or belongs to another backbone. Nothing is initialised
+                at random, and a given backbone is left as it was.
+        """
+        folder = resolve_folder(repo_or_folder, subfolder, revision, token, cache_dir, local_files_only)
+        config, names = read_config(folder)
+        components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
+        tuned = folder / TUNED_FOLDER / "model.safetensors"
+        tuned_tensors = read_tensors(tuned) if tuned.is_file() else {}
+        if backbone is None:
+            if not config.base_model_name_or_path:
+                raise CheckpointError(f"{folder} names no base model. Pass `backbone=`.")
+            backbone = load_backbone(
+                config.base_model_name_or_path,
+                **{"revision": config.base_model_revision, "token": token, "cache_dir": cache_dir, **backbone_kwargs},
+            )
+        elif backbone_kwargs:
+            raise ValueError(f"`backbone` is given, so {sorted(backbone_kwargs)} have nothing to apply to.")
+        _check_backbone(config, backbone)
+        _check_components(config, components)
+        own = backbone.state_dict()
+        wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
+        if wrong:
+            raise CheckpointError(f"{tuned}: tensors {wrong[:5]} are not the backbone's.")
+        model = cls(config, backbone, components)
+        for component in components.values():
+            component.to(device=backbone.device)
+        with torch.no_grad():
+            for name, tensor in tuned_tensors.items():
+                own[name].copy_(tensor)
+        model.tuned_backbone_tensors = list(tuned_tensors)
+        if (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
+            from peft import PeftModel
+
+            peft_backbone = PeftModel.from_pretrained(backbone, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
+            object.__setattr__(model, "peft_backbone", peft_backbone)
+        model.name_or_path = str(repo_or_folder)
+        return model.eval()
+
+    def add_adapter(self, peft_config) -> None:
+        """
+        Puts a PEFT adapter on the backbone's text model.
+
+        Args:
+            peft_config (`PeftConfig`): `target_modules` left out means every linear map of the text model.
+        """
+        from peft import get_peft_model
+
+        if self.peft_backbone is not None:
+            raise ValueError("The backbone has an adapter already. Merge it, or train that one (`is_trainable=True`).")
+        if not peft_config.target_modules or peft_config.target_modules == "all-linear":
+            peft_config.target_modules = self.backbone_view.linear_names()
+        object.__setattr__(self, "peft_backbone", get_peft_model(self.backbone, peft_config))
+
+
+def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
+    """The configuration of a checkpoint, and the names of the components that it holds."""
+    record = read_json(folder / CONFIG_FILE)
+    version = record.get("schema_version")
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {version!r}; this version reads up to {SCHEMA_VERSION}. Upgrade latent_trl."
+        )
+    names = record.pop("components", None)
+    record.pop("package_versions", None)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in OWNED_NAMES for name in names):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must list component names, got {names!r}.")
+    try:
+        config = LatentActionConfig.from_dict(record)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has a value that cannot be used: {error}") from error
+    return config, names
+
+
+def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
+    """Loads an image-text-to-text or causal model, whichever its configuration is of."""
+    hub = {k: kwargs.get(k) for k in ("revision", "token", "cache_dir") if kwargs.get(k) is not None}
+    kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    config = AutoConfig.from_pretrained(name_or_path, **hub)
+    is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
+    auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
+    return auto.from_pretrained(name_or_path, **kwargs)
+
+
+def _check_backbone(config: LatentActionConfig, backbone: PreTrainedModel) -> None:
+    from .backbone import Backbone
+
+    view = Backbone(backbone)
+    if view.hidden_size != config.text_config.hidden_size:
+        raise CheckpointError(
+            f"The checkpoint is for hidden size {config.text_config.hidden_size}, the backbone's is {view.hidden_size}."
+        )
+    quantized = getattr(backbone, "is_quantized", False)
+    if config.backbone_fingerprint and not quantized and view.fingerprint() != config.backbone_fingerprint:
+        raise CheckpointError(
+            f"The backbone's tensors are not those that the checkpoint was trained on "
+            f"({config.base_model_name_or_path!r}, revision {config.base_model_revision!r})."
+        )
+
+
+def _check_components(config: LatentActionConfig, components: dict[str, Any]) -> None:
+    for name, component in components.items():
+        for key in ("num_codes", "hidden_size"):
+            want = config.num_codes if key == "num_codes" else config.text_config.hidden_size
+            got = getattr(component, key, want)
+            if got != want:
+                raise CheckpointError(f"The {name} has {key}={got}, the checkpoint's configuration says {want}.")

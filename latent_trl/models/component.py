@@ -1,0 +1,162 @@
+"""What every learned component shares: a folder of its own, with its arguments in JSON and its tensors in safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is: missing, damaged, or made for something else."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file. Raises [`CheckpointError`] when it is missing, truncated or another format."""
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}). Pickled weights are never read."
+        ) from error
+
+
+def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] on any difference of names or shapes."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or extra:
+        raise CheckpointError(f"The tensors of {source} do not fit: missing {missing[:5]}, unexpected {extra[:5]}.")
+    wrong = {
+        name: (tuple(t.shape), tuple(own[name].shape)) for name, t in tensors.items() if t.shape != own[name].shape
+    }
+    if wrong:
+        name, (got, want) = next(iter(wrong.items()))
+        raise CheckpointError(f"{source}: tensor {name!r} has shape {got}, expected {want} ({len(wrong)} differ).")
+    module.load_state_dict(tensors)
+
+
+def resolve_folder(
+    repo_or_folder: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """
+    The local folder of a checkpoint: `repo_or_folder` itself when it is one, else a snapshot of that Hub repository.
+
+    Only JSON, safetensors and Markdown files are downloaded.
+    """
+    folder = Path(repo_or_folder)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(repo_or_folder).startswith((".", "~")):
+            raise CheckpointError(f"{str(repo_or_folder)!r} is not a folder.")
+        folder = Path(
+            snapshot_download(
+                str(repo_or_folder),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                allow_patterns=["*.json", "*.safetensors", "*.md"],
+            )
+        )
+    if subfolder is None:
+        return folder
+    target = (folder / subfolder).absolute()
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise CheckpointError(f"`subfolder` must stay inside the repository, got {subfolder!r}.")
+    return target
+
+
+class LatentActionComponent(nn.Module):
+    """
+    Base of the learned components. A subclass names its constructor's arguments in `config_keys`, its folder in
+    `folder_name`, and keeps each argument as an attribute.
+    """
+
+    config_keys: tuple[str, ...] = ()
+    folder_name: str = ""
+
+    def to_config(self) -> dict[str, Any]:
+        """The constructor's arguments, as plain JSON values."""
+        return {name: getattr(self, name) for name in self.config_keys}
+
+    def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
+        """Writes `config.json` and `model.safetensors` into `save_directory`; `state_dict` replaces the own tensors."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {"component": type(self).__name__, **self.to_config()}
+        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
+        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @classmethod
+    def from_pretrained(
+        cls, repo_or_folder: str | Path, subfolder: str | None = None, dtype: torch.dtype | None = None, **hub_kwargs
+    ) -> "LatentActionComponent":
+        """
+        Loads the component alone.
+
+        Args:
+            repo_or_folder (`str` or `Path`): A checkpoint, or the component's own folder.
+            subfolder (`str`, *optional*): Folder inside it. Defaults to the component's own when that exists.
+            dtype (`torch.dtype`, *optional*): Defaults to the dtype on disk.
+            hub_kwargs: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+        Raises:
+            CheckpointError: When a file is missing or damaged, or a tensor does not fit. Nothing is initialised anew.
+        """
+        folder = resolve_folder(repo_or_folder, **hub_kwargs)
+        if subfolder is None and (folder / cls.folder_name / CONFIG_NAME).is_file():
+            subfolder = cls.folder_name
+        folder = resolve_folder(folder, subfolder=subfolder)
+        config = read_json(folder / CONFIG_NAME)
+        kind = config.pop("component", None)
+        if kind != cls.__name__:
+            raise CheckpointError(f"{folder} holds a {kind!r}, not a {cls.__name__!r}.")
+        if set(config) != set(cls.config_keys):
+            raise CheckpointError(
+                f"{folder / CONFIG_NAME}: expected the keys {sorted(cls.config_keys)}, got {sorted(config)}."
+            )
+        tensors = read_tensors(folder / WEIGHTS_NAME)
+        try:
+            component = cls(**config)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{folder / CONFIG_NAME} has a value that cannot be used: {error}.") from error
+        dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        if dtype is not None or len(dtypes) == 1:
+            component.to(dtype if dtype is not None else dtypes.pop())
+        load_state(component, tensors, str(folder))
+        return component
+
+
+def tensor_metadata(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of a safetensors file, without reading its data."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -1,0 +1,150 @@
+"""Configuration of a latent action model: the sizes of its components and the backbone that they belong to."""
+
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig
+
+READ_OUTS = ("residual", "subtract", "last_block")
+STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
+SCHEMA_VERSION = 1
+
+
+class LatentActionConfig(PreTrainedConfig):
+    """
+    Configuration of a [`LatentActionModel`].
+
+    What describes the backbone (`text_config`, `vision_token_ids`, ...) is filled in by
+    [`LatentActionModel.from_backbone`]; a user sets the rest.
+
+    Args:
+        num_codes (`int`, defaults to `128`):
+            K, the number of latent actions. At least 2, except for the one-code control, which must be asked for with
+            `allow_single_code=True`.
+        read_out (`str`, defaults to `"residual"`):
+            How the merged vector becomes what the backbone's head reads, from learning to serving:
+            `"residual"`: `s + F_1 + F_2`, output projections start at zero, so an untrained head gives the backbone's
+            own logits; `"subtract"`: `norm(m_2) - s` (CoLA); `"last_block"`: `norm(F_2([m_1; c]))`.
+        world_model_intermediate_size (`int`, *optional*):
+            Width I of the merge blocks. Defaults to the backbone's intermediate size.
+        inverse_dynamics_decoder (`dict`, *optional*):
+            Overrides of the backbone's text configuration for the decoder layers of the inverse dynamics model, such
+            as `{"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4}`. 4 layers by default.
+        policy_decoder (`dict`, *optional*):
+            The same for the policy. 8 layers by default.
+        policy_init (`str`, defaults to `"fresh"`):
+            `"fresh"`, or `"last_layers"` to start the policy's decoder from the backbone's last layers.
+        use_projector (`bool`, *optional*):
+            Whether samples without an image pass through the cross-modal projector. Defaults to whether the backbone
+            has vision placeholders.
+        projector_residual (`bool`, defaults to `True`):
+            Whether the projectors predict a change of the state (zero at the start), so that an untrained one is the
+            identity. `False` gives the paper's plain two-layer map.
+        codebook_std (`float`, *optional*):
+            Standard deviation of the initial codes. Defaults to the measured root mean square of the context states:
+            at the sources' 0.02 the world model cannot see them.
+        gumbel_temperature (`float`, defaults to `2.0`):
+            τ of the straight-through Gumbel-softmax while learning the space.
+        text_config (`PreTrainedConfig` or `dict`, *optional*):
+            Configuration of the backbone's text model.
+        vision_token_ids (`list[int]`, *optional*):
+            Ids that stand for visual tokens in a prompt. Never generated; a sample that has one has an image.
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*):
+            Where the backbone came from, and its commit.
+        backbone_fingerprint (`str`, *optional*):
+            SHA-256 over names, shapes and samples of the backbone's tensors.
+        stage (`str`, defaults to `"none"`):
+            Last stage reached, one of `none`, `inverse_dynamics`, `projector`, `joint`, `policy`, `sft`, `rl`.
+    """
+
+    model_type = "latent_action"
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        num_codes: int = 128,
+        read_out: str = "residual",
+        world_model_intermediate_size: int | None = None,
+        inverse_dynamics_decoder: dict[str, Any] | None = None,
+        policy_decoder: dict[str, Any] | None = None,
+        policy_init: str = "fresh",
+        use_projector: bool | None = None,
+        projector_residual: bool = True,
+        codebook_std: float | None = None,
+        gumbel_temperature: float = 2.0,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        vision_token_ids: list[int] | None = None,
+        base_model_name_or_path: str | None = None,
+        base_model_revision: str | None = None,
+        backbone_fingerprint: str | None = None,
+        stage: str = "none",
+        allow_single_code: bool = False,
+        schema_version: int = SCHEMA_VERSION,
+        **kwargs,
+    ):
+        self.num_codes = num_codes
+        self.read_out = read_out
+        self.world_model_intermediate_size = world_model_intermediate_size
+        self.inverse_dynamics_decoder = {"num_hidden_layers": 4, **(inverse_dynamics_decoder or {})}
+        self.policy_decoder = {"num_hidden_layers": 8, **(policy_decoder or {})}
+        self.policy_init = policy_init
+        self.use_projector = use_projector
+        self.projector_residual = projector_residual
+        self.codebook_std = codebook_std
+        self.gumbel_temperature = gumbel_temperature
+        self.vision_token_ids = list(vision_token_ids or [])
+        self.base_model_name_or_path = base_model_name_or_path
+        self.base_model_revision = base_model_revision
+        self.backbone_fingerprint = backbone_fingerprint
+        self.stage = stage
+        self.allow_single_code = allow_single_code
+        self.schema_version = schema_version
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self._validate()
+        super().__init__(**kwargs)
+
+    def _validate(self) -> None:
+        if not isinstance(self.num_codes, int) or isinstance(self.num_codes, bool):
+            raise TypeError(f"`num_codes` must be an int, got {self.num_codes!r}.")
+        if self.num_codes < 2 and not (self.num_codes == 1 and self.allow_single_code):
+            raise ValueError(
+                f"`num_codes` must be at least 2, got {self.num_codes}. A single code leaves nothing to choose; for "
+                "the one-code control pass `allow_single_code=True` with `num_codes=1`."
+            )
+        if self.read_out not in READ_OUTS:
+            raise ValueError(f"`read_out` must be one of {READ_OUTS}, got {self.read_out!r}.")
+        if self.policy_init not in ("fresh", "last_layers"):
+            raise ValueError(f"`policy_init` must be 'fresh' or 'last_layers', got {self.policy_init!r}.")
+        if self.stage not in STAGES:
+            raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
+        if not self.gumbel_temperature > 0:
+            raise ValueError(f"`gumbel_temperature` must be positive, got {self.gumbel_temperature}.")
+
+    def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
+        """The backbone's text configuration, which TRL reads; the configuration itself until a backbone is attached."""
+        return self if self.text_config is None else self.text_config
+
+    def decoder_config(self, overrides: dict[str, Any]) -> PreTrainedConfig:
+        """A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states."""
+        config = type(self.text_config)(**{**self.text_config.to_dict(), "vocab_size": 1, "pad_token_id": None})
+        return _override(config, overrides)
+
+
+def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:
+    values = config.to_dict()
+    for name, value in overrides.items():
+        name = config.attribute_map.get(name, name)
+        if name not in values and not hasattr(config, name):
+            raise ValueError(f"{name!r} is not a field of {type(config).__name__}; its fields are {sorted(values)}.")
+        values[name] = value
+    layers = values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
+    # Per-layer lists follow the layer count; the last layers' kinds are kept, for these stand nearest to the output.
+    kinds = values.get("layer_types")
+    if isinstance(kinds, list):
+        values["layer_types"] = (kinds * (layers // len(kinds) + 1))[-layers:] if kinds else None
+    heads = "num_attention_heads" in overrides
+    if heads and "num_key_value_heads" in values and "num_key_value_heads" not in overrides:
+        values["num_key_value_heads"] = values[config.attribute_map.get("num_attention_heads", "num_attention_heads")]
+    values.pop("model_type", None)
+    return type(config)(**values)

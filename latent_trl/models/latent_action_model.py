@@ -1,0 +1,408 @@
+"""A backbone, the learned components around it, and what they do together: encode, choose, merge, read."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    SuppressTokensLogitsProcessor,
+)
+from transformers.utils import ModelOutput
+
+from .action_law import ActionLaw
+from .backbone import Backbone
+from .checkpoint import LatentActionCheckpointMixin
+from .codebook import Codebook
+from .configuration import LatentActionConfig
+from .inverse_dynamics import InverseDynamicsModel
+from .policy import LatentActionPolicy, ValueHead
+from .projector import CrossModalProjector
+from .rollout import ActionChoice, LatentActionGenerateOutput, RolloutHook
+from .world_model import LanguageWorldModel
+
+REFUSED_IN_GENERATE = {
+    "num_beams": (None, 1),
+    "assistant_model": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "penalty_alpha": (None,),
+    "prefill_chunk_size": (None,),
+}
+
+
+@dataclass
+class LatentActionOutput(ModelOutput):
+    """
+    Args:
+        loss (`torch.Tensor`, *optional*): What the objective returned.
+        logits (`torch.Tensor`, *optional*): `[B, L, V]` next-token logits through world model and head.
+        action_logits (`torch.Tensor`, *optional*): `[B, L, K]` of the policy, float32.
+        action_ids (`torch.Tensor`, *optional*): `[B, L]`, the codes that made `logits`.
+        context_states (`torch.Tensor`, *optional*): `[B, L, d]`.
+        state_values (`torch.Tensor`, *optional*): `[B, L]` of the value head, float32.
+    """
+
+    loss: Any = None
+    logits: torch.Tensor | None = None
+    action_logits: torch.Tensor | None = None
+    action_ids: torch.Tensor | None = None
+    context_states: torch.Tensor | None = None
+    state_values: torch.Tensor | None = None
+
+
+class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, GenerationMixin):
+    """
+    Wraps any causal or image-text-to-text model with a codebook, a world model, an inverse dynamics model, a policy
+    and a cross-modal projector. Make one with [`~LatentActionModel.from_backbone`] or
+    [`~LatentActionModel.from_pretrained`].
+
+    Args:
+        config (`LatentActionConfig`): With its backbone part filled in.
+        backbone (`PreTrainedModel`): The wrapped model; frozen here, and thawed by who trains it.
+        components (`dict[str, nn.Module]`, *optional*): Components to use. Those that are left out are `None`, and
+            what needs them says so.
+    """
+
+    config_class = LatentActionConfig
+    base_model_prefix = "backbone"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    component_classes = {
+        "codebook": Codebook,
+        "world_model": LanguageWorldModel,
+        "inverse_dynamics": InverseDynamicsModel,
+        "policy": LatentActionPolicy,
+        "projector": CrossModalProjector,
+        "value_head": ValueHead,
+    }
+
+    def __init__(
+        self, config: LatentActionConfig, backbone: PreTrainedModel, components: dict[str, nn.Module] | None = None
+    ):
+        config._attn_implementation = backbone.config._attn_implementation
+        super().__init__(config)
+        self.backbone = backbone
+        object.__setattr__(self, "backbone_view", Backbone(backbone))
+        object.__setattr__(self, "peft_backbone", None)
+        self.tuned_backbone_tensors: list[str] = []
+        self._records: list[list[LatentActionGenerateOutput]] = []
+        for name in self.component_classes:
+            setattr(self, name, None)
+        for name, component in (components or {}).items():
+            setattr(self, name, component)
+        self.generation_config = copy.deepcopy(backbone.generation_config)
+        self._no_split_modules = list(getattr(backbone, "_no_split_modules", None) or [])
+        tied = getattr(backbone, "all_tied_weights_keys", None) or {}
+        self.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
+        backbone.requires_grad_(False)
+        backbone.eval()
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, config: LatentActionConfig | None = None) -> "LatentActionModel":
+        """
+        Fresh components around `backbone`, in its dtype and on its device.
+
+        Args:
+            backbone (`PreTrainedModel`): Any causal or image-text-to-text model.
+            config (`LatentActionConfig`, *optional*): Sizes and read-out; a copy is filled in with the backbone's part.
+        """
+        config = copy.deepcopy(config) if config is not None else LatentActionConfig()
+        view = Backbone(backbone)
+        config.text_config = view.text_config
+        config.vision_token_ids = view.vision_token_ids
+        if config.use_projector is None:
+            config.use_projector = bool(view.vision_token_ids)
+        config.base_model_name_or_path = backbone.config._name_or_path or None
+        config.base_model_revision = getattr(backbone.config, "_commit_hash", None)
+        config.backbone_fingerprint = view.fingerprint()
+        if config.codebook_std is None:
+            config.codebook_std = view.state_rms
+        if config.world_model_intermediate_size is None:
+            config.world_model_intermediate_size = _intermediate_size(view.text_config)
+        if config.read_out != "residual":
+            view.norm(torch.zeros(1, view.hidden_size, device=backbone.device, dtype=_float_dtype(backbone)))
+        model = cls(config, backbone)
+        for name in ("codebook", "world_model", "inverse_dynamics", "policy"):
+            model.new_component(name)
+        if config.use_projector:
+            model.new_component("projector")
+        if config.policy_init == "last_layers":
+            model.policy.decoder_stack.copy_last_layers(view.decoder)
+        return model
+
+    def new_component(self, name: str) -> nn.Module:
+        """Puts a freshly initialised component in place, replacing any of that name, and returns it."""
+        config, size = self.config, self.backbone_view.hidden_size
+        make: dict[str, Callable[[], nn.Module]] = {
+            "codebook": lambda: Codebook(config.num_codes, size, std=config.codebook_std or 1.0),
+            "world_model": lambda: LanguageWorldModel(size, config.world_model_intermediate_size, config.read_out),
+            "inverse_dynamics": lambda: InverseDynamicsModel(
+                config.decoder_config(config.inverse_dynamics_decoder), size, config.num_codes
+            ),
+            "policy": lambda: LatentActionPolicy(config.decoder_config(config.policy_decoder), size, config.num_codes),
+            "projector": lambda: CrossModalProjector(size, config.projector_residual),
+            "value_head": lambda: ValueHead(self.policy.decoder_stack.hidden_size),
+        }
+        if name not in make:
+            raise ValueError(f"`name` must be one of {sorted(make)}, got {name!r}.")
+        component = make[name]().to(dtype=_float_dtype(self.backbone), device=self.backbone.device)
+        setattr(self, name, component)
+        return component
+
+    def require(self, *names: str) -> None:
+        """Raises `ValueError` unless every named component is there."""
+        missing = [name for name in names if getattr(self, name) is None]
+        if missing:
+            raise ValueError(
+                f"This model has no {', '.join(missing)}. Load a checkpoint that holds it, or make a fresh one with "
+                f"`model.new_component({missing[0]!r})`."
+            )
+
+    def train(self, mode: bool = True) -> "LatentActionModel":
+        """As `nn.Module.train`; a frozen backbone stays in evaluation mode, so that its states do not depend on dropout."""
+        super().train(mode)
+        if not any(p.requires_grad for p in self.backbone.parameters()):
+            self.backbone.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.backbone.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.backbone_view.decoder
+
+    def has_image(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Boolean `[B]`: whether a sample's prompt holds a vision placeholder."""
+        ids = torch.tensor(self.config.vision_token_ids, device=input_ids.device, dtype=input_ids.dtype)
+        return torch.isin(input_ids, ids).any(dim=-1)
+
+    def context_states(self, states: torch.Tensor, has_image: torch.Tensor) -> torch.Tensor:
+        """s `[B, L, d]`: the text model's state where the sample has an image, P_μ of it where it has none."""
+        if not self.config.use_projector:
+            return states
+        self.require("projector")
+        return torch.where(has_image[:, None, None], states, self.projector(states).to(states.dtype))
+
+    def encode(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        Context states of whole sequences, one pass of the backbone without its vocabulary head.
+
+        Returns:
+            s `[B, L, d]`, and the position ids that the text model was given.
+        """
+        call = self.backbone_view.encode(input_ids, attention_mask, **inputs)
+        return self.context_states(call.states, self.has_image(input_ids)), call.position_ids
+
+    def merge(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """What the head reads `[..., d]`, from context states and code vectors."""
+        return self.world_model(states, codes, norm=self.backbone_view.norm)
+
+    def read(self, states: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
+        """Next-token logits `[B, L, V]` when `action_ids` `[B, L]` are taken in `states` `[B, L, d]`."""
+        return self.backbone_view.logits(self.merge(states, self.codebook(action_ids)))
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        context_states: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        action_ids: torch.Tensor | None = None,
+        keep_last: int = 0,
+        return_logits: bool = True,
+        objective: Callable[..., Any] | None = None,
+        batch: Any = None,
+        **inputs,
+    ) -> LatentActionOutput:
+        """
+        Args:
+            input_ids (`torch.Tensor`, *optional*): `[B, L]`; not needed when `context_states` are given.
+            attention_mask (`torch.Tensor`, *optional*): `[B, L]`.
+            context_states (`torch.Tensor`, *optional*): `[B, L, d]` of an earlier pass; the backbone is not run.
+            position_ids (`torch.Tensor`, *optional*): Of the context states, as the text model takes them.
+            action_ids (`torch.Tensor`, *optional*): `[B, L]` codes to read through; the policy's arg-max by default.
+            keep_last (`int`, defaults to `0`): Only this many last positions get logits; 0 for all.
+            return_logits (`bool`, defaults to `True`): Whether to compute the vocabulary logits.
+            objective (`Callable`, *optional*): A loss `objective(model, batch)` to compute instead, inside the forward
+                so that wrappers (DDP, FSDP) see it.
+            inputs: The backbone's further inputs (`pixel_values`, ...).
+        """
+        if objective is not None:
+            return LatentActionOutput(loss=objective(self, batch))
+        self.require("policy")
+        if context_states is None:
+            context_states, position_ids = self.encode(input_ids, attention_mask, position_ids=position_ids, **inputs)
+        action_logits, features = self.policy(
+            context_states, attention_mask, position_ids, keep_last=keep_last, return_features=True
+        )
+        output = LatentActionOutput(action_logits=action_logits, context_states=context_states)
+        if self.value_head is not None:
+            output.state_values = self.value_head(features)
+        if return_logits:
+            output.action_ids = action_logits.argmax(dim=-1) if action_ids is None else action_ids
+            output.logits = self.read(context_states[:, -keep_last:], output.action_ids)
+        return output
+
+    @contextmanager
+    def recording(self) -> Iterator[list[LatentActionGenerateOutput]]:
+        """Keeps the full output, context states included, of every `generate` call inside the block."""
+        records: list[LatentActionGenerateOutput] = []
+        self._records.append(records)
+        try:
+            yield records
+        finally:
+            self._records.remove(records)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        action_do_sample: bool = True,
+        action_temperature: float = 1.0,
+        action_top_k: int = 0,
+        action_top_p: float = 1.0,
+        action_bias: torch.Tensor | None = None,
+        forced_action_ids: torch.Tensor | None = None,
+        action_generator: torch.Generator | None = None,
+        output_context_states: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | LatentActionGenerateOutput:
+        """
+        Generates text by choosing codes; each token is the most likely one given its code.
+
+        Takes what transformers' `generate` takes (batches padded on the left, images, lengths, stopping criteria,
+        streamers, logits processors on the token choice, caches). Vision placeholders are never generated.
+
+        Args:
+            action_do_sample (`bool`, defaults to `True`): Sample the codes, or take the most likely.
+            action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`, all),
+            action_top_p (`float`, defaults to `1.0`): The law that codes are sampled from.
+            action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
+            forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
+            action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
+            output_context_states (`bool`, defaults to `False`): Also return states and positions.
+
+        Returns:
+            `[B, P+C]` ids, or a [`LatentActionGenerateOutput`] with `return_dict_in_generate=True`.
+        """
+        self.require("policy", "codebook", "world_model")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("`input_ids` must be given: latent actions continue a prompt.")
+        self._refuse(generation_config, kwargs)
+        return_dict = kwargs.pop("return_dict_in_generate", None)
+        if return_dict is None:
+            return_dict = bool(generation_config and generation_config.return_dict_in_generate)
+        copies = kwargs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
+        attention_mask = kwargs.get("attention_mask")
+        if attention_mask is None:
+            attention_mask = self.backbone._prepare_attention_mask_for_generation(
+                input_ids, self.backbone._prepare_generation_config(generation_config)[0], {}
+            )
+            kwargs["attention_mask"] = attention_mask
+        hook = RolloutHook(
+            self,
+            ActionChoice(
+                law=ActionLaw(action_temperature, action_top_k, action_top_p),
+                do_sample=action_do_sample,
+                forced=self._checked_forced(forced_action_ids, len(input_ids) * copies),
+                bias=self._checked_bias(action_bias),
+                generator=action_generator,
+            ),
+            attention_mask.repeat_interleave(copies, dim=0),
+            self.has_image(input_ids).repeat_interleave(copies, dim=0),
+            keep_states=output_context_states or bool(self._records),
+        )
+        processors = LogitsProcessorList(logits_processor or [])
+        if self.config.vision_token_ids:
+            processors.append(SuppressTokensLogitsProcessor(self.config.vision_token_ids, device=input_ids.device))
+        handle = self.backbone_view.decoder.register_forward_hook(hook, with_kwargs=True)
+        try:
+            output = self.backbone.generate(
+                input_ids,
+                generation_config=generation_config,
+                logits_processor=processors,
+                return_dict_in_generate=True,
+                do_sample=False,
+                **kwargs,
+            )
+        finally:
+            handle.remove()
+        result = LatentActionGenerateOutput(
+            sequences=output.sequences,
+            **hook.result(output.sequences, input_ids.shape[1]),
+            scores=output.scores,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+        )
+        for records in self._records:
+            records.append(result)
+        if not output_context_states and not self._records:
+            result.context_states = result.position_ids = None
+        return result if return_dict else output.sequences
+
+    def _refuse(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
+        if kwargs.pop("do_sample", False):
+            raise ValueError(
+                "`do_sample=True` would sample tokens; here codes are sampled and each token is the most likely one "
+                "given its code. Use `action_do_sample`, `action_temperature`, `action_top_k` and `action_top_p`."
+            )
+        for name in ("inputs_embeds", "custom_generate"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be combined with latent actions. Pass `input_ids`.")
+        for name, allowed in REFUSED_IN_GENERATE.items():
+            value = kwargs.get(name, getattr(generation_config, name, None))
+            if value not in allowed:
+                raise ValueError(
+                    f"`{name}={value!r}` cannot give back one code per token. Leave it out; for more candidates use "
+                    "`num_return_sequences`."
+                )
+
+    def _checked_forced(self, forced: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+        if forced is None:
+            return None
+        if forced.ndim != 2 or forced.shape[0] != rows:
+            raise ValueError(f"`forced_action_ids` must be [{rows}, n], got {tuple(forced.shape)}.")
+        if forced.numel() and (forced.max() >= self.config.num_codes or forced.min() < -1):
+            raise ValueError(
+                f"`forced_action_ids` must be in -1 ... {self.config.num_codes - 1}, got {int(forced.min())} ... "
+                f"{int(forced.max())}."
+            )
+        return forced
+
+    def _checked_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        if tuple(bias.shape) != (self.config.num_codes,):
+            raise ValueError(f"`action_bias` must be [{self.config.num_codes}], got {tuple(bias.shape)}.")
+        if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
+            raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
+        return bias
+
+
+def _intermediate_size(text_config) -> int:
+    size = getattr(text_config, "intermediate_size", None) or getattr(text_config, "n_inner", None)
+    return size or 4 * text_config.hidden_size
+
+
+def _float_dtype(model: PreTrainedModel) -> torch.dtype:
+    return model.dtype if model.dtype.is_floating_point else torch.float32

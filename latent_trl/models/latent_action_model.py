@@ -28,6 +28,7 @@ from .projector import CrossModalProjector
 from .rollout import ActionChoice, LatentActionGenerateOutput, RolloutHook
 from .world_model import LanguageWorldModel
 
+ACTION_DEFAULTS = {"action_do_sample": True, "action_temperature": 1.0, "action_top_k": 0, "action_top_p": 1.0}
 REFUSED_IN_GENERATE = {
     "num_beams": (None, 1),
     "assistant_model": (None,),
@@ -276,10 +277,10 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
         inputs: torch.Tensor | None = None,
         generation_config: GenerationConfig | None = None,
         logits_processor: LogitsProcessorList | None = None,
-        action_do_sample: bool = True,
-        action_temperature: float = 1.0,
-        action_top_k: int = 0,
-        action_top_p: float = 1.0,
+        action_do_sample: bool | None = None,
+        action_temperature: float | None = None,
+        action_top_k: int | None = None,
+        action_top_p: float | None = None,
         action_bias: torch.Tensor | None = None,
         forced_action_ids: torch.Tensor | None = None,
         action_generator: torch.Generator | None = None,
@@ -293,9 +294,10 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
         streamers, logits processors on the token choice, caches). Vision placeholders are never generated.
 
         Args:
-            action_do_sample (`bool`, defaults to `True`): Sample the codes, or take the most likely.
-            action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`, all),
-            action_top_p (`float`, defaults to `1.0`): The law that codes are sampled from.
+            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely.
+            action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
+            *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
+            then from the model's; else codes are sampled at temperature 1 from all.
             action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
             forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
             action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
@@ -319,11 +321,18 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
                 input_ids, self.backbone._prepare_generation_config(generation_config)[0], {}
             )
             kwargs["attention_mask"] = attention_mask
+        given = {
+            "action_do_sample": action_do_sample,
+            "action_temperature": action_temperature,
+            "action_top_k": action_top_k,
+            "action_top_p": action_top_p,
+        }
+        settings = self._action_settings(generation_config, given)
         hook = RolloutHook(
             self,
             ActionChoice(
-                law=ActionLaw(action_temperature, action_top_k, action_top_p),
-                do_sample=action_do_sample,
+                law=ActionLaw(settings["action_temperature"], settings["action_top_k"], settings["action_top_p"]),
+                do_sample=settings["action_do_sample"],
                 forced=self._checked_forced(forced_action_ids, len(input_ids) * copies),
                 bias=self._checked_bias(action_bias),
                 generator=action_generator,
@@ -359,6 +368,14 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
         if not output_context_states and not self._records:
             result.context_states = result.position_ids = None
         return result if return_dict else output.sequences
+
+    def _action_settings(self, generation_config: GenerationConfig | None, given: dict[str, Any]) -> dict[str, Any]:
+        """Each setting from the call, the call's generation config, the model's, or the default, in this order."""
+        settings = {}
+        for name, default in ACTION_DEFAULTS.items():
+            sources = (given[name], getattr(generation_config, name, None), getattr(self.generation_config, name, None))
+            settings[name] = next((value for value in sources if value is not None), default)
+        return settings
 
     def _refuse(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
         if kwargs.pop("do_sample", False):

@@ -1,0 +1,39 @@
+"""Paired and text-only rows in one batch."""
+
+from typing import Any
+
+from torch.utils.data import Dataset
+
+
+class MixedRows(Dataset):
+    """
+    Item i is row i of the paired data, and, when there are text-only data, row i of those beside it.
+
+    Args:
+        paired: Map-style data set of conversations with images (or of any kind, for a text model).
+        text: Map-style data set of conversations without images, *optional*; repeated when it is the shorter.
+    """
+
+    def __init__(self, paired, text=None):
+        if len(paired) == 0:
+            raise ValueError("The training data set is empty.")
+        if text is not None and len(text) == 0:
+            raise ValueError("`text_dataset` is empty. Leave it out to learn from the paired data alone.")
+        self.paired = paired
+        self.text = text
+
+    def __len__(self) -> int:
+        return len(self.paired) if self.text is None else max(len(self.paired), len(self.text))
+
+    def __getitem__(self, index: int) -> list[dict[str, Any]]:
+        rows = [{**self.paired[index % len(self.paired)], "_row": index % len(self.paired)}]
+        if self.text is not None:
+            rows.append(
+                {**self.text[index % len(self.text)], "_row": f"{index % len(self.text)} of the text-only data"}
+            )
+        return rows
+
+
+def flatten(items: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Rows of a batch of [`MixedRows`] items, paired ones first."""
+    return [item[kind] for kind in range(len(items[0])) for item in items]

@@ -1,0 +1,79 @@
+"""Configuration of [`LatentActionSpaceTrainer`]."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from .latent_action_space_objective import STAGE_COMPONENTS
+
+
+@dataclass
+class LatentActionSpaceConfig(TrainingArguments):
+    r"""
+    Configuration of [`LatentActionSpaceTrainer`]. Inherits all of transformers' `TrainingArguments`; learning rate,
+    schedule, warm-up and number of steps are set for each stage here instead.
+
+    Args:
+        stages (`list[str]`, defaults to all four):
+            Stages to run, in this order: `inverse_dynamics`, `projector`, `joint`, `policy`.
+        inverse_dynamics_learning_rate (`float`, defaults to `1e-4`), projector_learning_rate (`float`, defaults to
+        `1e-3`), joint_learning_rate (`float`, defaults to `1e-4`), policy_learning_rate (`float`, defaults to `1e-4`):
+            The paper's.
+        inverse_dynamics_max_steps (`int`, defaults to `-1`), projector_max_steps, joint_max_steps, policy_max_steps:
+            Optimizer steps of a stage; -1 for `num_train_epochs` epochs.
+        entropy_coef (`float`, defaults to `1e-3`):
+            Weight of the term that raises the entropy of each position's code distribution.
+        balance_coef (`float`, defaults to `0.1`):
+            Weight of the term that evens out how often codes are used; neither source has one. 0 turns it off.
+        projection_coef (`float`, defaults to `1e-5`), cycle_coef (`float`, defaults to `1e-5`):
+            Weights of the projector's losses in the joint stage.
+        use_cycle (`bool`, defaults to `True`):
+            Whether the joint stage has the cycle loss, for ablations.
+        revive_dead_codes_every (`int`, defaults to `0`):
+            Every so many steps, codes that no position chose are moved to where states are. 0 turns it off.
+        assistant_only_loss (`bool`, defaults to `True`):
+            Learn from assistant tokens; `False` is the paper's loss over whole sequences.
+        max_length (`int`, *optional*, defaults to `2048`):
+            Longest row in tokens; longer conversations lose whole turns from their end.
+        image_root (`str`, *optional*):
+            The only folder from which rows may name image files.
+        min_random_gap (`float`, defaults to `0.05`):
+            Alarm for code-blindness: below this gap in nats between random and inferred codes.
+        min_perplexity (`float`, defaults to `2.0`):
+            Alarm for collapse: below this perplexity of the usage of codes.
+    """
+
+    stages: list[str] = field(default_factory=lambda: list(STAGE_COMPONENTS))
+    inverse_dynamics_learning_rate: float = 1e-4
+    projector_learning_rate: float = 1e-3
+    joint_learning_rate: float = 1e-4
+    policy_learning_rate: float = 1e-4
+    inverse_dynamics_max_steps: int = -1
+    projector_max_steps: int = -1
+    joint_max_steps: int = -1
+    policy_max_steps: int = -1
+    entropy_coef: float = 1e-3
+    balance_coef: float = 0.1
+    projection_coef: float = 1e-5
+    cycle_coef: float = 1e-5
+    use_cycle: bool = True
+    revive_dead_codes_every: int = 0
+    assistant_only_loss: bool = True
+    max_length: int | None = 2048
+    image_root: str | None = None
+    min_random_gap: float = 0.05
+    min_perplexity: float = 2.0
+    num_train_epochs: float = 1.0
+    per_device_train_batch_size: int = 16
+    logging_steps: float = 10
+    remove_unused_columns: bool | None = False
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        unknown = [stage for stage in self.stages if stage not in STAGE_COMPONENTS]
+        if unknown or not self.stages:
+            raise ValueError(f"`stages` must be among {list(STAGE_COMPONENTS)}, got {self.stages}.")
+        order = [list(STAGE_COMPONENTS).index(stage) for stage in self.stages]
+        if order != sorted(set(order)):
+            raise ValueError(f"`stages` must be in the order {list(STAGE_COMPONENTS)}, each once, got {self.stages}.")

@@ -1,0 +1,251 @@
+"""Learning the latent action space: inverse dynamics, projector, both together, and the policy by cloning."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    Trainer,
+    TrainerCallback,
+)
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..data.collator import LatentActionDataCollator
+from ..data.mixing import MixedRows, flatten
+from ..models.configuration import STAGES
+from ..models.latent_action_model import LatentActionModel
+from .component_training import ComponentTrainingMixin, check_finite, load_components, train_only, write_json
+from .latent_action_space_config import LatentActionSpaceConfig
+from .latent_action_space_objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES: dict[str, tuple[str, dict[str, float], float]] = {
+    "inverse_dynamics": ("cosine_with_min_lr", {"min_lr_rate": 0.1}, 0.0),
+    "projector": ("linear", {}, 0.1),
+    "joint": ("cosine_with_min_lr", {"min_lr_rate": 0.1}, 0.1),
+    "policy": ("cosine", {}, 0.0),
+}
+DONE_FILE = "stages.json"
+
+
+class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
+    """
+    Learns a latent action space on a frozen backbone, stage by stage.
+
+    Args:
+        model (`LatentActionModel` or `str`): The model, a folder or a Hub id.
+        args (`LatentActionSpaceConfig`, *optional*): Stages, rates, weights.
+        train_dataset (`Dataset`): Conversations with images (or without, for a text model): `messages`, or `prompt`
+            and `completion`; `images`.
+        text_dataset (`Dataset`, *optional*): Conversations without images, for the joint stage and cloning.
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): Loaded with the backbone's name
+            by default.
+        callbacks (`list[TrainerCallback]`, *optional*): As in `Trainer`.
+
+    Raises:
+        ValueError: When the data lack the columns, or a stage is run before the one that it needs.
+    """
+
+    def __init__(
+        self,
+        model: LatentActionModel | str,
+        args: LatentActionSpaceConfig | None = None,
+        train_dataset: Any = None,
+        text_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = args or LatentActionSpaceConfig("latent-action-space")
+        if isinstance(model, (str, os.PathLike)):
+            model = LatentActionModel.from_pretrained(model)
+        if processing_class is None:
+            processing_class = load_processing_class(model)
+        check_columns(train_dataset, "train_dataset")
+        if text_dataset is not None:
+            check_columns(text_dataset, "text_dataset")
+        self.text_dataset = text_dataset
+        self.paired_dataset = train_dataset
+        self.stage: str | None = None
+        self.objective: LatentActionSpaceObjective | None = None
+        self.history: list[dict[str, Any]] = []
+        self.root = args.output_dir
+        self.collate = LatentActionDataCollator(
+            processing_class,
+            max_length=args.max_length,
+            assistant_only=args.assistant_only_loss,
+            image_root=args.image_root,
+            vision_token_ids=model.config.vision_token_ids,
+        )
+        self._alarmed: set[str] = set()
+        train_only(model, STAGE_COMPONENTS[args.stages[0]])
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda items: self.collate(flatten(items)),
+            train_dataset=MixedRows(train_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> list[Any]:
+        """
+        Runs the stages in order. Each has a folder of its own in `output_dir`, with its checkpoints, and leaves the
+        model there when it is done.
+
+        Args:
+            resume_from_checkpoint (`bool`, *optional*): Skip the stages that are done, and go on from the last
+                checkpoint of the one that is not.
+
+        Returns:
+            Trainer's `TrainOutput` of each stage that was run.
+        """
+        done = self._done() if resume_from_checkpoint else []
+        outputs = []
+        for stage in self.args.stages:
+            if stage in done:
+                load_components(self.model, self._folder(stage))
+                continue
+            self._begin(stage)
+            last = None
+            if resume_from_checkpoint and os.path.isdir(self.args.output_dir):
+                last = get_last_checkpoint(self.args.output_dir)
+            outputs.append(super().train(resume_from_checkpoint=last, **kwargs))
+            self._end(stage)
+        self.args.output_dir = self.root
+        return outputs
+
+    def _folder(self, stage: str) -> Path:
+        return Path(self.root) / f"{STAGES.index(stage)}-{stage}"
+
+    def _done(self) -> list[str]:
+        path = Path(self.root) / DONE_FILE
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+
+    def _begin(self, stage: str) -> None:
+        """Puts the stage's tensors, data, rate and schedule in the place of the last one's."""
+        reached = STAGES.index(self.model.config.stage)
+        for needed in STAGE_NEEDS[stage]:
+            if reached < STAGES.index(needed):
+                raise ValueError(
+                    f"Stage {stage!r} needs stage {needed!r} to have been run; the model has reached "
+                    f"{self.model.config.stage!r}. Put {needed!r} before it in `stages`."
+                )
+        if stage in ("projector", "joint") and not self.model.config.use_projector:
+            raise ValueError(
+                f"Stage {stage!r} trains the cross-modal projector, which this model has not "
+                "(`use_projector=False`). Leave it out of `stages`."
+            )
+        args = self.args
+        self.stage = stage
+        logger.warning(f"Stage {stage}. {train_only(self.model, STAGE_COMPONENTS[stage])}")
+        args.output_dir = str(self._folder(stage))
+        args.learning_rate = getattr(args, f"{stage}_learning_rate")
+        args.max_steps = getattr(args, f"{stage}_max_steps")
+        args.lr_scheduler_type, args.lr_scheduler_kwargs, warmup = SCHEDULES[stage]
+        args.warmup_steps = warmup
+        with_text = self.text_dataset is not None and stage in ("joint", "policy")
+        self.train_dataset = MixedRows(self.paired_dataset, self.text_dataset if with_text else None)
+        generator = torch.Generator(device=args.device).manual_seed(args.seed + STAGES.index(stage))
+        self.objective = LatentActionSpaceObjective(
+            stage,
+            entropy_coef=args.entropy_coef,
+            balance_coef=args.balance_coef,
+            projection_coef=args.projection_coef,
+            cycle_coef=args.cycle_coef if args.use_cycle else 0.0,
+            generator=generator,
+        )
+        self.optimizer = self.lr_scheduler = None
+        self._created_lr_scheduler = False
+        self.accelerator.free_memory()
+        self.model_wrapped = self.model
+
+    def _end(self, stage: str) -> None:
+        self.model.config.stage = STAGES[max(STAGES.index(stage), STAGES.index(self.model.config.stage))]
+        self.save_model(self.args.output_dir)
+        if self.args.should_save:
+            write_json(Path(self.root) / DONE_FILE, [*[s for s in self._done() if s != stage], stage])
+        self.accelerator.wait_for_everyone()
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(objective=self.objective, batch=inputs).loss
+        check_finite(loss, f"in stage {self.stage!r} at step {self.state.global_step}", self.args.output_dir)
+        return (loss, None) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        every, step = self.args.revive_dead_codes_every, self.state.global_step + 1
+        if every and step % every == 0 and self.objective.usage is not None:
+            usage = self.accelerator.reduce(self.objective.usage, "sum")
+            if self.objective.some_states is not None:
+                # Every process draws the same rows of its own states; the main one's codes are then shared.
+                self.model.codebook.revive(usage == 0, self.objective.some_states, self.objective.generator)
+                if self.accelerator.num_processes > 1:
+                    torch.distributed.broadcast(self.model.codebook.weight.data, src=0)
+            self.objective.usage.zero_()
+        return loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self.objective is not None and "loss" in logs:
+            figures = self.objective.drain()
+            if figures:
+                names = sorted(figures)
+                values = self.accelerator.reduce(torch.stack([figures[n] for n in names]), "mean").tolist()
+                logs.update(dict(zip(names, values)))
+                self._watch(logs)
+            self.objective.usage = None
+        if self.stage is not None:
+            self.history.append({"stage": self.stage, "step": self.state.global_step, **logs})
+        super().log(logs, start_time)
+
+    def _watch(self, logs: dict[str, float]) -> None:
+        """Names the two known failures of such a codebook while there is time to act."""
+        late = self.state.global_step >= max(20, 0.2 * self.state.max_steps)
+        gap, perplexity = logs.get("world_model/ce_gap_random_action"), logs.get("codebook/perplexity")
+        if not late or gap is None:
+            return
+        if gap < self.args.min_random_gap:
+            self._alarm(
+                "code-blindness",
+                f"random codes do as well as inferred ones (gap {gap:.3f} nats), though {logs['codebook/used']:.0f} "
+                "codes are used. Raise `codebook_std` to the scale of the states, or the learning rate",
+            )
+        if perplexity < self.args.min_perplexity:
+            self._alarm(
+                "collapse",
+                f"the usage of codes has perplexity {perplexity:.1f}. Raise `balance_coef` or `gumbel_temperature`, or "
+                "set `revive_dead_codes_every`",
+            )
+
+    def _alarm(self, name: str, text: str) -> None:
+        if name not in self._alarmed:
+            self._alarmed.add(name)
+            logger.warning(f"Codebook alarm, {name}: at step {self.state.global_step}, {text}.")
+
+
+def load_processing_class(model: LatentActionModel):
+    """The processor or tokenizer of the model's backbone, by the name that it was loaded from."""
+    from transformers import AutoProcessor
+
+    name = model.config.base_model_name_or_path
+    if not name:
+        raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
+    return AutoProcessor.from_pretrained(name, padding_side="left")
+
+
+def check_columns(dataset: Any, name: str) -> None:
+    """Raises `ValueError` unless `dataset` has `messages`, or `prompt` and `completion`."""
+    if dataset is None:
+        raise ValueError(f"`{name}` must be given.")
+    columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
+    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
+        raise ValueError(
+            f"`{name}` has the columns {sorted(columns)}; it needs `messages`, or `prompt` and `completion`, in TRL's "
+            "conversational format."
+        )

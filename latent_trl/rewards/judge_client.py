@@ -157,7 +157,7 @@ class JudgeSession:
             messages (`list[dict]`): The conversation to send.
             response_format (`dict`): JSON schema, sent as long as the endpoint takes it.
             parse (`Callable[[str], Any]`): Reads the reply, or raises [`JudgeReplyError`].
-            cache (`bool`, *optional*, defaults to `True`): Whether a stored reply will do.
+            cache (`bool`, *optional*, defaults to `True`): Whether to read and fill the cache.
 
         Raises:
             [`JudgeCallError`]: No scores after all attempts. It is counted in `client.stats`.
@@ -169,13 +169,13 @@ class JudgeSession:
         if key in self._asked:
             client.stats.cached += 1
             return await asyncio.shield(self._asked[key])
-        future = self._asked[key] = asyncio.ensure_future(
-            self._ask(key, messages, response_format, parse, stored=client.cache.get(key) if cache else None)
-        )
+        store = client.cache if cache else ReplyCache()
+        future = self._asked[key] = asyncio.ensure_future(self._ask(key, messages, response_format, parse, store))
         return await future
 
-    async def _ask(self, key: str, messages: list, response_format: dict, parse: Callable, stored: str | None) -> Any:
+    async def _ask(self, key: str, messages: list, response_format: dict, parse: Callable, store: ReplyCache) -> Any:
         stats = self.client.stats
+        stored = store.get(key)
         if stored is not None:
             try:
                 scores = parse(stored)
@@ -193,7 +193,7 @@ class JudgeSession:
             stats.reasons[error.reason] += 1
             raise JudgeCallError(error.reason, self.client.redact(error.detail)) from None
         if self.client.api_key not in reply:  # a server that repeats the key does not get it written to disk
-            self.client.cache.put(key, reply)
+            store.put(key, reply)
         return scores
 
     async def _send(self, messages: list, response_format: dict) -> str:
@@ -220,7 +220,7 @@ class JudgeSession:
             except openai.APIStatusError as error:
                 headers, status = error.response.headers, error.status_code
                 retried = status in RETRIED_STATUS or status >= 500
-                failure = JudgeCallError(f"http_{status}", client.redact(str(error)))
+                failure = JudgeCallError(f"http_{status}", client.redact(error.response.text))
             except (openai.APITimeoutError, asyncio.TimeoutError):
                 failure = JudgeCallError("timeout", f"no answer within {client.timeout} s")
             except openai.APIConnectionError as error:

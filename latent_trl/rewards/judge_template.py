@@ -196,7 +196,9 @@ def _json_objects(reply: str) -> list[dict]:
             value, end = decoder.raw_decode(text, position)
         except JudgeReplyError:
             raise
-        except (ValueError, RecursionError):  # not JSON, an endless number, or nested beyond reason
+        except RecursionError:
+            raise JudgeReplyError("unparsable", "nested beyond reason") from None
+        except ValueError:  # not JSON, or a number without end
             end = position + 1
         else:
             objects.append(value)

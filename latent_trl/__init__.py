@@ -15,8 +15,14 @@ _PUBLIC = {
     "InverseDynamicsModel": "models.inverse_dynamics",
     "LanguageWorldModel": "models.world_model",
     "LatentActionConfig": "models.configuration",
+    "LatentActionGRPOConfig": "trainer.latent_action_grpo_config",
+    "LatentActionGRPOTrainer": "trainer.latent_action_grpo_trainer",
     "LatentActionModel": "models.latent_action_model",
     "LatentActionPolicy": "models.policy",
+    "LatentActionSFTConfig": "trainer.latent_action_sft_config",
+    "LatentActionSFTTrainer": "trainer.latent_action_sft_trainer",
+    "LatentActionSpaceConfig": "trainer.latent_action_space_config",
+    "LatentActionSpaceTrainer": "trainer.latent_action_space_trainer",
     "ValueHead": "models.policy",
 }
 

@@ -1,0 +1,137 @@
+"""What a rollout leaves behind for its scoring: codes, states, and the law's support, aligned with the completion."""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+from ..models.action_law import ActionLaw
+from ..models.policy import LatentActionPolicy
+from ..models.rollout import LatentActionGenerateOutput
+
+
+@dataclass
+class Rollout:
+    """
+    Tensors with the batch in front, so that a trainer can shuffle and split them with the rest.
+
+    Args:
+        action_ids (`torch.Tensor`): `[B, C]`.
+        action_log_probs (`torch.Tensor`): `[B, C]`, at sampling time.
+        context_states (`torch.Tensor`, *optional*): `[B, P+C-1, d]`.
+        position_ids (`torch.Tensor`, *optional*): `[B, ..., P+C-1]`.
+        action_support (`torch.Tensor`, *optional*): `[B, C, K]`.
+    """
+
+    action_ids: torch.Tensor
+    action_log_probs: torch.Tensor
+    context_states: torch.Tensor | None = None
+    position_ids: torch.Tensor | None = None
+    action_support: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, output: LatentActionGenerateOutput, completion_length: int, keep_states: bool) -> "Rollout":
+        """The rollout of one `generate` call, cut or padded to the completion length of the trainer's batch."""
+        short = completion_length - output.action_ids.shape[1]
+
+        def fit(tensor: torch.Tensor | None, axis: int) -> torch.Tensor | None:
+            if tensor is None or short == 0:
+                return tensor
+            if short < 0:
+                return tensor.narrow(axis, 0, tensor.shape[axis] + short)
+            padding = [0, 0] * (tensor.ndim - axis - 1) + [0, short]
+            return F.pad(tensor, padding)
+
+        support = output.action_support
+        if support is not None and short > 0:
+            # Padding must leave a code to choose, or its log-probabilities are not numbers.
+            support = torch.cat([support, support.new_ones(len(support), short, support.shape[-1])], dim=1)
+        elif support is not None:
+            support = fit(support, 1)
+        positions = output.position_ids
+        return cls(
+            action_ids=fit(output.action_ids, 1),
+            action_log_probs=fit(output.action_log_probs, 1),
+            context_states=fit(output.context_states, 1) if keep_states else None,
+            position_ids=fit(positions, positions.ndim - 1) if keep_states and positions is not None else None,
+            action_support=support,
+        )
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The tensors that are there, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+    @classmethod
+    def from_tensors(cls, batch: dict[str, torch.Tensor]) -> "Rollout":
+        return cls(**{f.name: batch[f.name] for f in fields(cls) if batch.get(f.name) is not None})
+
+    def rows(self, start: int, end: int) -> "Rollout":
+        return Rollout(**{name: tensor[start:end] for name, tensor in self.tensors().items()})
+
+
+@dataclass
+class CodeScores:
+    """The names that TRL reads: log-probabilities and entropies of the completion `[B, C]`."""
+
+    log_probs: torch.Tensor
+    entropy: torch.Tensor
+    state_values: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+
+
+class CodeScorer:
+    """
+    Stands in for the model where TRL scores tokens, and scores codes. TRL calls it with one chunk of rows after
+    another, so it keeps its place.
+
+    Args:
+        model: A (wrapped) [`LatentActionModel`], or a [`LatentActionPolicy`], the reference, which needs
+            `encode_with`.
+        rollout (`Rollout`): Codes, and states when they are kept.
+        law (`ActionLaw`): The law that was sampled from.
+        encode_with (`LatentActionModel`, *optional*): Makes states for a bare policy where none are kept.
+    """
+
+    def __init__(self, model, rollout: Rollout, law: ActionLaw, encode_with=None):
+        self.model = model
+        self.rollout = rollout
+        self.law = law
+        self.encode_with = encode_with
+        self.start = 0
+        self.state_values: list[torch.Tensor] = []
+
+    def __call__(self, input_ids, attention_mask, labels=None, fused_lm_head=True, **inputs) -> CodeScores:
+        rollout = self.rollout.rows(self.start, self.start + len(input_ids))
+        self.start += len(input_ids)
+        length = rollout.action_ids.shape[1]
+        attention_mask = attention_mask[:, :-1]
+        inputs = {k: v[:, :-1] if v.shape == input_ids.shape else v for k, v in inputs.items() if v is not None}
+        device = attention_mask.device
+        kept = rollout.context_states is not None
+        positions = trunk_positions(rollout.position_ids, device)
+        if isinstance(self.model, LatentActionPolicy):
+            if kept:
+                states = rollout.context_states.to(device)
+            else:
+                states, positions = self.encode_with.encode(input_ids[:, :-1], attention_mask, **inputs)
+            logits, values = self.model(states, attention_mask, positions, keep_last=length), None
+        else:
+            source = (
+                {"context_states": rollout.context_states.to(device), "position_ids": positions}
+                if kept
+                else {"input_ids": input_ids[:, :-1], **inputs}
+            )
+            output = self.model(attention_mask=attention_mask, keep_last=length, return_logits=False, **source)
+            logits, values = output.action_logits, output.state_values
+        log_probs, entropy = self.law.score(logits, rollout.action_ids, rollout.action_support)
+        if values is not None:
+            self.state_values.append(values)
+        return CodeScores(log_probs, entropy, values)
+
+
+def trunk_positions(position_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """Position ids as the text model takes them, from the batch-first form in which they are kept."""
+    if position_ids is None:
+        return None
+    position_ids = position_ids.to(device)
+    return position_ids if position_ids.ndim == 2 else position_ids.transpose(0, 1)

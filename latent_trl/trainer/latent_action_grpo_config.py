@@ -1,0 +1,110 @@
+"""Configuration of [`LatentActionGRPOTrainer`]."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from trl import GRPOConfig
+
+# What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
+PRESETS: dict[str, dict[str, Any]] = {
+    "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
+    "bnpo": {"loss_type": "bnpo", "scale_rewards": "group"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {
+        "loss_type": "dapo",
+        "scale_rewards": "group",
+        "epsilon_high": 0.28,
+        "beta": 0.0,
+        "dynamic_sampling_rounds": 3,
+        "overlong_buffer": -1,
+    },
+}
+
+
+@dataclass
+class LatentActionGRPOConfig(GRPOConfig):
+    r"""
+    Configuration of [`LatentActionGRPOTrainer`]. Inherits all of TRL's `GRPOConfig`; ratios, KL, entropy and clipping
+    are over codes.
+
+    Args:
+        preset (`str`, *optional*):
+            `"grpo"`, `"bnpo"`, `"dr_grpo"` (no std scaling, constant normaliser) or `"dapo"` (clip-higher, dynamic
+            sampling, overlong shaping): sets the fields that make up that algorithm, over what else is given.
+        action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
+        defaults to `1.0`):
+            The law that codes are sampled from in rollouts, and scored under.
+        eval_action_do_sample (`bool`, defaults to `False`):
+            Whether evaluation samples codes, or takes the most likely.
+        reuse_context_states (`bool`, defaults to `True`):
+            Score from the states that the rollout computed; the frozen backbone is not run again.
+        offload_context_states (`bool`, defaults to `False`):
+            Keep those states in host memory between updates.
+        train_backbone (`bool`, defaults to `False`):
+            Also train the backbone's adapter (`peft_config`); every pass then runs the backbone.
+        dynamic_sampling_rounds (`int`, defaults to `0`):
+            Draw other prompts in place of those whose group got equal rewards, at most so many times a batch (DAPO).
+        overlong_buffer (`int`, defaults to `0`):
+            DAPO's soft punishment: over the last so many tokens before `max_completion_length` the reward falls
+            linearly by up to 1. 0 turns it off; -1 is a fifth of the maximum.
+        learning_rate (`float`, defaults to `1e-5`):
+            Of the policy. The paper's 1e-6 moves a freshly cloned policy of small width too little.
+        beta (`float`, defaults to `0.01`):
+            Weight of the KL to the policy before RL.
+    """
+
+    preset: str | None = None
+    action_temperature: float = 1.0
+    action_top_k: int = 0
+    action_top_p: float = 1.0
+    eval_action_do_sample: bool = False
+    reuse_context_states: bool = True
+    offload_context_states: bool = False
+    train_backbone: bool = False
+    dynamic_sampling_rounds: int = 0
+    overlong_buffer: int = 0
+    learning_rate: float = 1e-5
+    beta: float = 0.01
+    lr_scheduler_type: str = "constant"
+    gradient_checkpointing: bool = False
+    remove_unused_columns: bool | None = False
+    report_to: str | list[str] | None = "none"
+
+    def __post_init__(self):
+        if self.preset is not None:
+            if self.preset not in PRESETS:
+                raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {self.preset!r}.")
+            for name, value in PRESETS[self.preset].items():
+                setattr(self, name, value)
+        if self.bf16 is None and not torch.cuda.is_available():
+            # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.
+            self.bf16 = False
+        super().__post_init__()
+        if self.overlong_buffer == -1:
+            self.overlong_buffer = max(1, self.max_completion_length // 5)
+        if not 0 <= self.overlong_buffer <= self.max_completion_length:
+            raise ValueError(
+                f"`overlong_buffer` must be between 0 and `max_completion_length` = {self.max_completion_length}, got "
+                f"{self.overlong_buffer}."
+            )
+        if self.train_backbone and self.reuse_context_states:
+            self.reuse_context_states = False
+        self._refuse()
+
+    def _refuse(self) -> None:
+        """What cannot give back one code per token."""
+        instead = {
+            "use_vllm": "Rollouts run in transformers' own generation: vLLM cannot return codes.",
+            "use_transformers_continuous_batching": "Rollouts run in transformers' `generate`, which returns codes.",
+            "cast_lm_head_to_fp32": "Codes are always scored in float32.",
+        }
+        for name, text in instead.items():
+            if getattr(self, name):
+                raise ValueError(f"`{name}=True` cannot work over latent actions; leave it off. {text}")
+        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0), ("min_p", None)):
+            if getattr(self, name) not in (default, None):
+                raise ValueError(
+                    f"`{name}={getattr(self, name)}` is about sampling tokens, which are always the most likely given "
+                    "their code. Use `action_temperature`, `action_top_k` and `action_top_p`."
+                )

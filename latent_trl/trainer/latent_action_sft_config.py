@@ -1,0 +1,38 @@
+"""Configuration of [`LatentActionSFTTrainer`]."""
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class LatentActionSFTConfig(TrainingArguments):
+    r"""
+    Configuration of [`LatentActionSFTTrainer`]. Inherits all of transformers' `TrainingArguments`; the defaults of
+    rate, schedule and epochs are the paper's.
+
+    Args:
+        trained_layers (`list[str]`, *optional*):
+            Beginnings of names of the backbone's tensors to train in place of an adapter, such as
+            `["model.language_model.layers.35", "model.language_model.norm"]`.
+        assistant_only_loss (`bool`, defaults to `True`):
+            Learn from assistant tokens only.
+        max_length (`int`, *optional*, defaults to `2048`):
+            Longest row in tokens; longer conversations lose whole turns from their end.
+        image_root (`str`, *optional*):
+            The only folder from which rows may name image files.
+    """
+
+    trained_layers: list[str] | None = None
+    assistant_only_loss: bool = True
+    max_length: int | None = 2048
+    image_root: str | None = None
+    learning_rate: float = 5e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.03
+    num_train_epochs: float = 3.0
+    per_device_train_batch_size: int = 16
+    per_device_eval_batch_size: int = 16
+    logging_steps: float = 10
+    remove_unused_columns: bool | None = False
+    report_to: str | list[str] | None = "none"

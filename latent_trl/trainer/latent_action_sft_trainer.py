@@ -1,0 +1,128 @@
+"""Supervised fine-tuning under action guidance: the policy's codes are followed, and the language model is tuned."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers.utils import logging
+
+from ..data.collator import LatentActionDataCollator
+from ..data.mixing import MixedRows, flatten
+from ..models.configuration import STAGES
+from ..models.latent_action_model import LatentActionModel
+from .component_training import ComponentTrainingMixin, check_finite, train_only
+from .cross_entropy import token_cross_entropy
+from .latent_action_sft_config import LatentActionSFTConfig
+from .latent_action_space_trainer import check_columns, load_processing_class
+
+logger = logging.get_logger(__name__)
+
+
+class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
+    """
+    Tunes the backbone on a task while the codes are the policy's arg-max (METHOD stage 5). Policy, codebook and world
+    model stay as they are.
+
+    Args:
+        model (`LatentActionModel` or `str`): The model, a folder or a Hub id; its policy must have been trained.
+        args (`LatentActionSFTConfig`, *optional*): The configuration.
+        train_dataset, eval_dataset (`Dataset`): Conversations, as [`LatentActionSpaceTrainer`] takes them.
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): The backbone's.
+        peft_config (`PeftConfig`, *optional*): The adapter to train; LoRA of rank 16 on the text model by default.
+            Neither is used with `trained_layers`.
+        callbacks (`list[TrainerCallback]`, *optional*): As in `Trainer`.
+    """
+
+    def __init__(
+        self,
+        model: LatentActionModel | str,
+        args: LatentActionSFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
+        peft_config: Any = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ):
+        args = args or LatentActionSFTConfig("latent-action-sft")
+        if isinstance(model, (str, os.PathLike)):
+            model = LatentActionModel.from_pretrained(model, is_trainable=True)
+        processing_class = processing_class or load_processing_class(model)
+        check_columns(train_dataset, "train_dataset")
+        model.require("policy", "codebook", "world_model")
+        if STAGES.index(model.config.stage) < STAGES.index("policy"):
+            raise ValueError(
+                f"SFT follows the policy's codes, and the model has only reached stage {model.config.stage!r}. Run "
+                "`LatentActionSpaceTrainer` up to its stage 'policy' first."
+            )
+        line = train_only(model, (), self._backbone_parameters(model, args, peft_config))
+        collate = LatentActionDataCollator(
+            processing_class,
+            max_length=args.max_length,
+            assistant_only=args.assistant_only_loss,
+            image_root=args.image_root,
+            vision_token_ids=model.config.vision_token_ids,
+        )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda items: collate(flatten(items)),
+            train_dataset=MixedRows(train_dataset),
+            eval_dataset=None if eval_dataset is None else MixedRows(eval_dataset),
+            processing_class=processing_class,
+            callbacks=callbacks,
+        )
+        self.model_accepts_loss_kwargs = False
+        logger.warning(line)
+
+    @staticmethod
+    def _backbone_parameters(model: LatentActionModel, args: LatentActionSFTConfig, peft_config: Any) -> list[str]:
+        """Names of the tensors to train: those of the layers asked for, or of an adapter."""
+        if args.trained_layers:
+            if peft_config is not None:
+                raise ValueError("`peft_config` and `trained_layers` are two ways to tune the backbone. Choose one.")
+            names = [n for n, _ in model.backbone.named_parameters() if n.startswith(tuple(args.trained_layers))]
+            if not names:
+                known = sorted({".".join(n.split(".")[:4]) for n, _ in model.backbone.named_parameters()})
+                raise ValueError(
+                    f"`trained_layers={args.trained_layers}` names no tensor of the backbone. Names begin with {known}."
+                )
+            own = {p.data_ptr(): n for n, p in model.backbone.named_parameters()}
+            tied = [n for n, t in model.backbone.state_dict().items() if own.get(t.data_ptr()) in names]
+            model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *tied})
+            return names
+        if model.peft_backbone is None:
+            if peft_config is None:
+                from peft import LoraConfig
+
+                peft_config = LoraConfig(r=16, lora_alpha=32)
+            model.add_adapter(peft_config)
+        elif peft_config is not None:
+            raise ValueError("The model has an adapter already, which is trained further. Leave `peft_config` out.")
+        return [n for n, _ in model.backbone.named_parameters() if "lora_" in n or ".modules_to_save." in n]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        loss = model(objective=guided_loss, batch=inputs).loss
+        check_finite(loss, f"at step {self.state.global_step}", self.args.output_dir)
+        return (loss, {"loss": loss}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        self.model.config.stage = STAGES[max(STAGES.index("sft"), STAGES.index(self.model.config.stage))]
+        return output
+
+
+def guided_loss(model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
+    """Cross-entropy of the next tokens under the policy's arg-max codes, through the read-out that serves them."""
+    states, position_ids = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+    with torch.no_grad():
+        action_ids = model.policy(states.detach(), batch["attention_mask"], position_ids)[:, :-1].argmax(dim=-1)
+    mask = batch["loss_mask"][:, 1:]
+    merged = model.merge(states[:, :-1][mask], model.codebook(action_ids[mask]))
+    losses = token_cross_entropy(model, merged, batch["input_ids"][:, 1:][mask])
+    return losses.sum() / max(len(losses), 1)

@@ -10,7 +10,8 @@ from .component import LatentActionComponent
 def gumbel_noise(like: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
     """Standard Gumbel noise in float32, of the shape and on the device of `like`."""
     uniform = torch.empty(like.shape, dtype=torch.float32, device=like.device).uniform_(generator=generator)
-    return -torch.log(-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny)).clamp(min=1e-20))
+    exponential = (-torch.log(uniform.clamp(min=torch.finfo(torch.float32).tiny))).clamp(min=1e-20)
+    return -torch.log(exponential)
 
 
 class Codebook(LatentActionComponent):

@@ -121,13 +121,19 @@ class LatentActionConfig(PreTrainedConfig):
         if not self.gumbel_temperature > 0:
             raise ValueError(f"`gumbel_temperature` must be positive, got {self.gumbel_temperature}.")
 
+    @property
+    def image_token_id(self) -> int | None:
+        """The first visual placeholder, which TRL asks for."""
+        return self.vision_token_ids[0] if self.vision_token_ids else None
+
     def get_text_config(self, *args, **kwargs) -> PreTrainedConfig:
         """The backbone's text configuration, which TRL reads; the configuration itself until a backbone is attached."""
         return self if self.text_config is None else self.text_config
 
     def decoder_config(self, overrides: dict[str, Any]) -> PreTrainedConfig:
         """A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states."""
-        config = type(self.text_config)(**{**self.text_config.to_dict(), "vocab_size": 1, "pad_token_id": None})
+        no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        config = type(self.text_config)(**{**self.text_config.to_dict(), **no_tokens})
         return _override(config, overrides)
 
 

@@ -13,7 +13,6 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    SuppressTokensLogitsProcessor,
 )
 from transformers.utils import ModelOutput
 
@@ -341,18 +340,11 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
             self.has_image(input_ids).repeat_interleave(copies, dim=0),
             keep_states=output_context_states or bool(self._records),
         )
-        processors = LogitsProcessorList(logits_processor or [])
-        if self.config.vision_token_ids:
-            processors.append(SuppressTokensLogitsProcessor(self.config.vision_token_ids, device=input_ids.device))
+        generation_config, kwargs = self._token_settings(generation_config, kwargs)
         handle = self.backbone_view.decoder.register_forward_hook(hook, with_kwargs=True)
         try:
             output = self.backbone.generate(
-                input_ids,
-                generation_config=generation_config,
-                logits_processor=processors,
-                return_dict_in_generate=True,
-                do_sample=False,
-                **kwargs,
+                input_ids, generation_config=generation_config, logits_processor=logits_processor, **kwargs
             )
         finally:
             handle.remove()
@@ -376,6 +368,22 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
             sources = (given[name], getattr(generation_config, name, None), getattr(self.generation_config, name, None))
             settings[name] = next((value for value in sources if value is not None), default)
         return settings
+
+    def _token_settings(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig | None, dict[str, Any]]:
+        """Greedy tokens, a full output, and no vision placeholders, said where the caller said the rest."""
+        suppressed = kwargs.pop("suppress_tokens", None) or getattr(generation_config, "suppress_tokens", None) or []
+        fixed = {
+            "do_sample": False,
+            "return_dict_in_generate": True,
+            "suppress_tokens": sorted({*suppressed, *self.config.vision_token_ids}) or None,
+        }
+        if generation_config is None:
+            return None, {**kwargs, **fixed}
+        generation_config = copy.deepcopy(generation_config)
+        generation_config.update(**fixed)
+        return generation_config, kwargs
 
     def _refuse(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
         if kwargs.pop("do_sample", False):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers.cache_utils import StaticLayer
 from transformers.utils import ModelOutput
 
 from .action_law import ActionLaw
@@ -154,7 +155,8 @@ class RolloutHook:
         config: PreTrainedConfig = self.model.policy.decoder_stack.decoder.config
         if self.cache_layers is None:
             if isinstance(cache, StaticCache):
-                layers = StaticCache(config=config, max_cache_len=cache.max_cache_len).layers
+                length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+                layers = StaticCache(config=config, max_cache_len=length).layers
             else:
                 layers = DynamicCache(config=config).layers
             self.cache_layers = slice(len(cache.layers), len(cache.layers) + len(layers))

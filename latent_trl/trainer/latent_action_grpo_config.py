@@ -97,6 +97,7 @@ class LatentActionGRPOConfig(GRPOConfig):
         instead = {
             "use_vllm": "Rollouts run in transformers' own generation: vLLM cannot return codes.",
             "use_transformers_continuous_batching": "Rollouts run in transformers' `generate`, which returns codes.",
+            "sync_ref_model": "The reference is the policy before RL; start a new run to move it.",
             "cast_lm_head_to_fp32": "Codes are always scored in float32.",
         }
         for name, text in instead.items():

@@ -119,13 +119,9 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
 
     def _rollout_config(self) -> GenerationConfig:
         """TRL's generation configuration, with the choice moved from tokens to codes."""
-        config = GenerationConfig(
-            max_new_tokens=self.max_completion_length,
-            pad_token_id=self._tokenizer.pad_token_id,
-            eos_token_id=self.eos_token_ids,
-            do_sample=False,
-            **(self.args.generation_kwargs or {}),
-        )
+        config = copy.deepcopy(self.generation_config)
+        config.do_sample = False
+        config.temperature = config.top_p = config.top_k = config.min_p = None
         config.action_temperature = self.law.temperature
         config.action_top_k = self.law.top_k
         config.action_top_p = self.law.top_p

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latent_trl.evaluation.diversity import (
@@ -30,6 +30,7 @@ def cosines_of_pairs(rows):
     return [float(a @ b / np.linalg.norm(a) / np.linalg.norm(b)) for a, b in itertools.combinations(rows, 2)]
 
 
+@settings(deadline=None)
 @given(SEEDS)
 def test_the_mean_cosine_is_that_of_all_pairs(seed):
     rows = random_embeddings(seed)
@@ -90,6 +91,7 @@ def bleu_written_out(sample, references, max_n):
     return brevity * math.prod(precisions) ** (1 / max_n)
 
 
+@settings(deadline=None)
 @given(TEXTS, st.integers(1, 4))
 def test_self_bleu_is_the_mean_bleu_against_the_others(samples, max_n):
     expected = [bleu_written_out(s, samples[:i] + samples[i + 1 :], max_n) for i, s in enumerate(samples)]
@@ -102,6 +104,7 @@ def test_self_bleu_by_hand():
     assert self_bleu(["a b c", "a b d"], max_n=2) == pytest.approx(math.sqrt(2 / 3 * 1 / 2))
 
 
+@settings(deadline=None)
 @given(SEEDS, st.sampled_from([0.5, 1.0, 2.0, math.inf]))
 def test_vendi_score_is_the_exponential_entropy_of_the_kernel(seed, order):
     rows = random_embeddings(seed)

@@ -1,7 +1,7 @@
 """Shaping rewards against their formulas and against TRL's own."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.rewards.other_rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
@@ -23,12 +23,14 @@ def test_overlong_punishment_is_a_slope_and_then_complete(length, expected):
     assert rewards(SoftOverlongPunishment(100, 20), [[1] * length]) == [expected]
 
 
+@settings(deadline=None)
 @given(IDS, st.integers(0, 20), st.integers(0, 10))
 def test_overlong_punishment_equals_trls(ids, cache, margin):
     ours, trls = SoftOverlongPunishment(cache + margin, cache), get_soft_overlong_punishment(cache + margin, cache)
     assert rewards(ours, ids) == pytest.approx(trls(completion_ids=ids))
 
 
+@settings(deadline=None)
 @given(IDS, st.integers(1, 4), st.floats(-3, 0))
 def test_repetition_penalty_equals_trls(ids, size, penalty):
     ours, trls = RepetitionPenalty(size, penalty), get_repetition_penalty_reward(size, penalty)

@@ -1,0 +1,333 @@
+"""`latent-trl demo`: the whole method on the pocket VLM, on two CPU cores, in minutes."""
+
+import argparse
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+BACKBONE = Path("model_cards") / "pocket-vlm"
+LEARNED = Path("model_cards") / "pocket-vlm-latent-actions"
+
+
+@dataclass
+class DemoSettings:
+    """
+    Sizes of the demo; the defaults are those that the README's figures were measured with.
+
+    Args:
+        pairs (`int`), texts (`int`): Rows of image–text pairs and of text-only conversations to learn from.
+        space_steps, projector_steps, joint_steps, cloning_steps, sft_steps, rl_steps (`int`): Steps of each part.
+        prompts_per_step (`int`), num_generations (`int`): RL: prompts, and samples of each, in one step.
+        action_temperature (`float`): RL: temperature of the codes.
+        rl_learning_rate (`float`): RL: of the policy.
+        test_prompts (`int`): Held-out questions.
+        algorithm (`str`): `"grpo"` or `"ppo"`.
+        seed (`int`): Of everything that is drawn.
+    """
+
+    pairs: int = 1500
+    texts: int = 1500
+    space_steps: int = 100
+    projector_steps: int = 40
+    joint_steps: int = 100
+    cloning_steps: int = 200
+    sft_steps: int = 30
+    rl_steps: int = 60
+    prompts_per_step: int = 16
+    num_generations: int = 8
+    action_temperature: float = 1.0
+    rl_learning_rate: float = 3e-4
+    test_prompts: int = 300
+    algorithm: str = "grpo"
+    seed: int = 0
+    num_codes: int = 128
+
+
+@dataclass
+class DemoResult:
+    """What the demo measured: rewards before and after RL, histories, answers, codes."""
+
+    settings: dict[str, Any]
+    reward: dict[str, float] = field(default_factory=dict)
+    reward_by_kind: dict[str, dict[str, float]] = field(default_factory=dict)
+    codebook: dict[str, float] = field(default_factory=dict)
+    space_history: list[dict[str, Any]] = field(default_factory=list)
+    rl_history: list[dict[str, Any]] = field(default_factory=list)
+    examples: list[dict[str, Any]] = field(default_factory=list)
+    code_counts: list[int] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+def find_folder(relative: Path) -> Path:
+    """A folder of the repository, looked for in the current directory and beside the package."""
+    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+        if (root / relative).is_dir():
+            return root / relative
+    raise FileNotFoundError(
+        f"{str(relative)!r} is neither in the current directory nor beside the package. Run the demo from a clone of "
+        "the repository, or pass `--backbone FOLDER`."
+    )
+
+
+class Demo:
+    """
+    The steps of the demo, each a method.
+
+    Args:
+        settings (`DemoSettings`): Sizes.
+        backbone (`Path`): Folder of the pocket VLM.
+        output_dir (`Path`): Where checkpoints and the report go.
+        bars: Of [`progress_bars`].
+    """
+
+    def __init__(self, settings: DemoSettings, backbone: Path, output_dir: Path, bars):
+        from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+
+        from ..data.shapes import shape_questions
+        from ..rewards.exact_match import ExactMatchReward
+
+        set_seed(settings.seed)
+        self.settings, self.output_dir, self.bars = settings, output_dir, bars
+        self.processor = AutoProcessor.from_pretrained(backbone)
+        self.backbone = AutoModelForImageTextToText.from_pretrained(backbone, dtype="float32")
+        self.reward = ExactMatchReward()
+        self.test = shape_questions("test", settings.test_prompts, seed=settings.seed)
+        self.result = DemoResult(asdict(settings))
+        self.model = None
+
+    def timed(self, name: str, step, *args):
+        start = time.perf_counter()
+        value = step(*args)
+        self.result.seconds[name] = round(time.perf_counter() - start, 1)
+        return value
+
+    def learn_space(self) -> None:
+        """Stages 1 to 4: the codebook from pairs and text, and the policy by cloning."""
+        from ..data.shapes import chitchat, shape_pairs
+        from ..models.configuration import LatentActionConfig
+        from ..models.latent_action_model import LatentActionModel
+        from ..trainer.latent_action_space_config import LatentActionSpaceConfig
+        from ..trainer.latent_action_space_trainer import LatentActionSpaceTrainer
+        from .progress import BarCallback, draw_with
+
+        s = self.settings
+        config = LatentActionConfig(
+            num_codes=s.num_codes,
+            allow_single_code=s.num_codes == 1,
+            inverse_dynamics_decoder={"num_hidden_layers": 2},
+            policy_decoder={"num_hidden_layers": 2},
+            gumbel_temperature=1.0,
+        )
+        self.model = LatentActionModel.from_backbone(self.backbone, config)
+        args = LatentActionSpaceConfig(
+            output_dir=str(self.output_dir / "space"),
+            inverse_dynamics_max_steps=s.space_steps,
+            projector_max_steps=s.projector_steps,
+            joint_max_steps=s.joint_steps,
+            policy_max_steps=s.cloning_steps,
+            inverse_dynamics_learning_rate=1e-3,
+            joint_learning_rate=1e-3,
+            policy_learning_rate=1e-3,
+            per_device_train_batch_size=24,
+            logging_steps=5,
+            save_strategy="no",
+            seed=s.seed,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = LatentActionSpaceTrainer(
+            self.model,
+            args,
+            shape_pairs("base", s.pairs, seed=s.seed),
+            text_dataset=chitchat(s.texts, seed=s.seed),
+            processing_class=self.processor,
+        )
+        figures = {
+            "world_model/ce": "CE",
+            "codebook/used": "codes",
+            "codebook/perplexity": "perplexity",
+            "projector/nll": "nll",
+            "policy/cloning_accuracy": "cloned",
+        }
+        draw_with(trainer, BarCallback(self.bars, lambda: f"Learn: {trainer.stage}", figures)).train()
+        self.result.space_history = trainer.history
+        last = [row for row in trainer.history if "codebook/used" in row][-1]
+        self.result.codebook = {k: v for k, v in last.items() if k.startswith(("codebook/", "world_model/"))}
+
+    def fine_tune(self) -> None:
+        """Stage 5: a short SFT with LoRA, following the policy's codes."""
+        from ..data.shapes import shape_pairs
+        from ..trainer.latent_action_sft_config import LatentActionSFTConfig
+        from ..trainer.latent_action_sft_trainer import LatentActionSFTTrainer
+        from .progress import BarCallback, draw_with
+
+        s = self.settings
+        args = LatentActionSFTConfig(
+            output_dir=str(self.output_dir / "sft"),
+            max_steps=s.sft_steps,
+            learning_rate=2e-4,
+            per_device_train_batch_size=24,
+            logging_steps=5,
+            save_strategy="no",
+            seed=s.seed,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        trainer = LatentActionSFTTrainer(
+            self.model, args, shape_pairs("base", s.pairs, seed=s.seed + 1), processing_class=self.processor
+        )
+        draw_with(trainer, BarCallback(self.bars, lambda: "Fine-tune (SFT, LoRA)", {"loss": "loss"})).train()
+
+    def reinforce(self) -> None:
+        """RL over codes, on questions about other pictures, rewarded by their truth."""
+        from ..data.shapes import shape_questions
+        from .progress import BarCallback, draw_with
+
+        s = self.settings
+        common = dict(
+            output_dir=str(self.output_dir / s.algorithm),
+            max_steps=s.rl_steps,
+            learning_rate=s.rl_learning_rate,
+            per_device_train_batch_size=s.prompts_per_step * s.num_generations,
+            num_generations=s.num_generations,
+            max_completion_length=12,
+            action_temperature=s.action_temperature,
+            logging_steps=1,
+            save_strategy="no",
+            seed=s.seed,
+            disable_tqdm=True,
+            use_cpu=True,
+        )
+        if s.algorithm == "ppo":
+            from ..trainer.latent_action_ppo_config import LatentActionPPOConfig
+            from ..trainer.latent_action_ppo_trainer import LatentActionPPOTrainer
+
+            trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(value_learning_rate=1e-3, **common)
+        else:
+            from ..trainer.latent_action_grpo_config import LatentActionGRPOConfig
+            from ..trainer.latent_action_grpo_trainer import LatentActionGRPOTrainer
+
+            trainer_class, args = LatentActionGRPOTrainer, LatentActionGRPOConfig(**common)
+        trainer = trainer_class(
+            self.model,
+            self.reward,
+            args,
+            train_dataset=shape_questions("rl", seed=s.seed),
+            processing_class=self.processor,
+        )
+        figures = {"reward": "reward", "entropy": "entropy", "codebook/used": "codes", "kl": "kl"}
+        name = f"RL over codes ({s.algorithm.upper()})"
+        draw_with(trainer, BarCallback(self.bars, lambda: name, figures)).train()
+        self.result.rl_history = [row for row in trainer.state.log_history if "reward" in row]
+
+    def evaluate(self, when: str, **generate_kwargs):
+        """Arg-max codes on the held-out questions."""
+        from ..evaluation.answers import answer
+
+        task = self.bars.add_task(f"Evaluate {when}", total=len(self.test), figures="")
+        answers = answer(
+            self.model,
+            self.processor,
+            self.test,
+            self.reward,
+            max_new_tokens=12,
+            progress=lambda done: self.bars.update(task, completed=done),
+            **generate_kwargs,
+        )
+        self.bars.update(task, figures=f"reward {answers.mean_reward:.3f}")
+        self.result.reward[when] = answers.mean_reward
+        self.result.reward_by_kind[when] = answers.mean_by(self.test["kind"])
+        return answers
+
+    def keep_examples(self, before, after, count: int = 9) -> None:
+        """Pictures with both answers and their codes: changed ones first."""
+        changed = [i for i in range(len(self.test)) if before.rewards[i] != after.rewards[i]]
+        same = [i for i in range(len(self.test)) if before.rewards[i] == after.rewards[i]]
+        for i in (changed[: count - 2] + same)[:count]:
+            row = self.test[i]
+            self.result.examples.append(
+                {
+                    "image": row["images"][0],
+                    "question": row["prompt"][-1]["content"],
+                    "truth": row["answer"],
+                    "before": list(zip(before.tokens[i], before.action_ids[i])),
+                    "after": list(zip(after.tokens[i], after.action_ids[i])),
+                    "reward_before": before.rewards[i],
+                    "reward_after": after.rewards[i],
+                }
+            )
+        counts = [0] * self.settings.num_codes
+        for codes in after.action_ids:
+            for code in codes:
+                counts[code] += 1
+        self.result.code_counts = counts
+
+    def run(self) -> DemoResult:
+        self.timed("learn", self.learn_space)
+        self.timed("sft", self.fine_tune)
+        before = self.timed("evaluate", self.evaluate, "before RL")
+        self.timed("rl", self.reinforce)
+        after = self.evaluate("after RL")
+        self.keep_examples(before, after)
+        return self.result
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="latent-trl demo", description=__doc__)
+    parser.add_argument("--backbone", type=Path, help="folder of the VLM (default: model_cards/pocket-vlm)")
+    parser.add_argument("--output-dir", type=Path, default=Path("outputs") / "demo")
+    for name, default in asdict(DemoSettings()).items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    settings = DemoSettings(**{name: getattr(args, name) for name in asdict(DemoSettings())})
+    start = time.perf_counter()
+
+    from transformers.utils import logging
+
+    from ..evaluation.report import write_report
+    from .progress import console, progress_bars
+
+    logging.set_verbosity_error()
+    backbone = args.backbone or find_folder(BACKBONE)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    with progress_bars() as bars:
+        demo = Demo(settings, backbone, args.output_dir, bars)
+        result = demo.run()
+    demo.model.save_pretrained(args.output_dir / "model")
+    result.seconds["total"] = round(time.perf_counter() - start, 1)
+    report = write_report(result, args.output_dir / "report.html")
+    figures = {k: v for k, v in asdict(result).items() if k != "examples"}
+    (args.output_dir / "result.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    console.print(summary_table(result))
+    console.print(f"Report: {report}   Model: {args.output_dir / 'model'}   {result.seconds['total']:.0f} s in all")
+    return 0
+
+
+def summary_table(result: DemoResult):
+    """The rewards before and after, as a terminal table."""
+    from rich.table import Table
+
+    table = Table(title="Reward on held-out questions (exact match, most likely codes)")
+    table.add_column("questions")
+    for when in result.reward:
+        table.add_column(when, justify="right")
+    table.add_column("gain", justify="right")
+    first, last = list(result.reward)[0], list(result.reward)[-1]
+    for kind in result.reward_by_kind[first]:
+        values = [result.reward_by_kind[when][kind] for when in result.reward]
+        table.add_row(kind, *[f"{v:.3f}" for v in values], f"{values[-1] - values[0]:+.3f}")
+    table.add_row(
+        "all",
+        *[f"{result.reward[when]:.3f}" for when in result.reward],
+        f"{result.reward[last] - result.reward[first]:+.3f}",
+        style="bold",
+    )
+    used = sum(count > 0 for count in result.code_counts)
+    table.caption = f"{used} of {len(result.code_counts)} codes in use in these answers"
+    return table

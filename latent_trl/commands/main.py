@@ -1,0 +1,49 @@
+"""The `latent-trl` command: finds the subcommand, which imports what it needs itself."""
+
+import sys
+from importlib import import_module
+
+# Subcommand: (module, one line of help). Modules are imported when they are called, so that help is instant.
+COMMANDS = {
+    "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
+    "check-backbone": ("check_backbone", "try everything on a given backbone and print a table"),
+}
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "usage: latent-trl [--debug] COMMAND [OPTIONS]\n\ncommands:\n" + "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a subcommand. Returns 0, 1 after an error (in one block; `--debug` for the traceback), 2 for bad usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in argv
+    argv = [word for word in argv if word != "--debug"]
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from .. import __version__
+
+        print(__version__)
+        return 0
+    if argv[0] not in COMMANDS:
+        from difflib import get_close_matches
+
+        near = get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        print(f"latent-trl: no command {argv[0]!r}.{hint}\n\n{_usage()}", file=sys.stderr)
+        return 2
+    command = import_module(f"{__package__}.{COMMANDS[argv[0]][0]}")
+    try:
+        return command.main(argv[1:]) or 0
+    except KeyboardInterrupt:
+        print("\nlatent-trl: interrupted.", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if debug:
+            raise
+        print(f"\nlatent-trl {argv[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 1

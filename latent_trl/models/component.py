@@ -1,4 +1,4 @@
-"""What every learned component shares: a folder of its own, with its arguments in JSON and its tensors in safetensors."""
+"""What learned components share: a folder of their own, the arguments in JSON and the tensors in safetensors."""
 
 import json
 from pathlib import Path
@@ -44,7 +44,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] on any difference of names or shapes."""
+    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] where names or shapes differ."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:

@@ -9,32 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import (
-    GenerationConfig,
     GenerationMixin,
-    LogitsProcessorList,
     PreTrainedModel,
 )
 from transformers.utils import ModelOutput
 
-from .action_law import ActionLaw
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
 from .configuration import LatentActionConfig
+from .generation import LatentActionGenerationMixin
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector
-from .rollout import ActionChoice, LatentActionGenerateOutput, RolloutHook
+from .rollout import LatentActionGenerateOutput
 from .world_model import LanguageWorldModel
-
-ACTION_DEFAULTS = {"action_do_sample": True, "action_temperature": 1.0, "action_top_k": 0, "action_top_p": 1.0}
-REFUSED_IN_GENERATE = {
-    "num_beams": (None, 1),
-    "assistant_model": (None,),
-    "prompt_lookup_num_tokens": (None,),
-    "penalty_alpha": (None,),
-    "prefill_chunk_size": (None,),
-}
 
 
 @dataclass
@@ -57,7 +46,7 @@ class LatentActionOutput(ModelOutput):
     state_values: torch.Tensor | None = None
 
 
-class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, GenerationMixin):
+class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin, PreTrainedModel, GenerationMixin):
     """
     Wraps any causal or image-text-to-text model with a codebook, a world model, an inverse dynamics model, a policy
     and a cross-modal projector. Make one with [`~LatentActionModel.from_backbone`] or
@@ -171,7 +160,7 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
             )
 
     def train(self, mode: bool = True) -> "LatentActionModel":
-        """As `nn.Module.train`; a frozen backbone stays in evaluation mode, so that its states do not depend on dropout."""
+        """As `nn.Module.train`; a frozen backbone stays in evaluation mode: its states must not depend on dropout."""
         super().train(mode)
         if not any(p.requires_grad for p in self.backbone.parameters()):
             self.backbone.eval()
@@ -269,159 +258,6 @@ class LatentActionModel(LatentActionCheckpointMixin, PreTrainedModel, Generation
             yield records
         finally:
             self._records.remove(records)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        inputs: torch.Tensor | None = None,
-        generation_config: GenerationConfig | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        action_do_sample: bool | None = None,
-        action_temperature: float | None = None,
-        action_top_k: int | None = None,
-        action_top_p: float | None = None,
-        action_bias: torch.Tensor | None = None,
-        forced_action_ids: torch.Tensor | None = None,
-        action_generator: torch.Generator | None = None,
-        output_context_states: bool = False,
-        **kwargs,
-    ) -> torch.Tensor | LatentActionGenerateOutput:
-        """
-        Generates text by choosing codes; each token is the most likely one given its code.
-
-        Takes what transformers' `generate` takes (batches padded on the left, images, lengths, stopping criteria,
-        streamers, logits processors on the token choice, caches). Vision placeholders are never generated.
-
-        Args:
-            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely.
-            action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
-            *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
-            then from the model's; else codes are sampled at temperature 1 from all.
-            action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
-            forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
-            action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
-            output_context_states (`bool`, defaults to `False`): Also return states and positions.
-
-        Returns:
-            `[B, P+C]` ids, or a [`LatentActionGenerateOutput`] with `return_dict_in_generate=True`.
-        """
-        self.require("policy", "codebook", "world_model")
-        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
-        if input_ids is None:
-            raise ValueError("`input_ids` must be given: latent actions continue a prompt.")
-        self._refuse(generation_config, kwargs)
-        return_dict = kwargs.pop("return_dict_in_generate", None)
-        if return_dict is None:
-            return_dict = bool(generation_config and generation_config.return_dict_in_generate)
-        copies = kwargs.get("num_return_sequences") or getattr(generation_config, "num_return_sequences", None) or 1
-        attention_mask = kwargs.get("attention_mask")
-        if attention_mask is None:
-            attention_mask = self.backbone._prepare_attention_mask_for_generation(
-                input_ids, self.backbone._prepare_generation_config(generation_config)[0], {}
-            )
-            kwargs["attention_mask"] = attention_mask
-        given = {
-            "action_do_sample": action_do_sample,
-            "action_temperature": action_temperature,
-            "action_top_k": action_top_k,
-            "action_top_p": action_top_p,
-        }
-        settings = self._action_settings(generation_config, given)
-        hook = RolloutHook(
-            self,
-            ActionChoice(
-                law=ActionLaw(settings["action_temperature"], settings["action_top_k"], settings["action_top_p"]),
-                do_sample=settings["action_do_sample"],
-                forced=self._checked_forced(forced_action_ids, len(input_ids) * copies),
-                bias=self._checked_bias(action_bias),
-                generator=action_generator,
-            ),
-            attention_mask.repeat_interleave(copies, dim=0),
-            self.has_image(input_ids).repeat_interleave(copies, dim=0),
-            keep_states=output_context_states or bool(self._records),
-        )
-        generation_config, kwargs = self._token_settings(generation_config, kwargs)
-        handle = self.backbone_view.decoder.register_forward_hook(hook, with_kwargs=True)
-        try:
-            output = self.backbone.generate(
-                input_ids, generation_config=generation_config, logits_processor=logits_processor, **kwargs
-            )
-        finally:
-            handle.remove()
-        result = LatentActionGenerateOutput(
-            sequences=output.sequences,
-            **hook.result(output.sequences, input_ids.shape[1]),
-            scores=output.scores,
-            logits=output.logits,
-            past_key_values=output.past_key_values,
-        )
-        for records in self._records:
-            records.append(result)
-        if not output_context_states and not self._records:
-            result.context_states = result.position_ids = None
-        return result if return_dict else output.sequences
-
-    def _action_settings(self, generation_config: GenerationConfig | None, given: dict[str, Any]) -> dict[str, Any]:
-        """Each setting from the call, the call's generation config, the model's, or the default, in this order."""
-        settings = {}
-        for name, default in ACTION_DEFAULTS.items():
-            sources = (given[name], getattr(generation_config, name, None), getattr(self.generation_config, name, None))
-            settings[name] = next((value for value in sources if value is not None), default)
-        return settings
-
-    def _token_settings(
-        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
-    ) -> tuple[GenerationConfig | None, dict[str, Any]]:
-        """Greedy tokens, a full output, and no vision placeholders, said where the caller said the rest."""
-        suppressed = kwargs.pop("suppress_tokens", None) or getattr(generation_config, "suppress_tokens", None) or []
-        fixed = {
-            "do_sample": False,
-            "return_dict_in_generate": True,
-            "suppress_tokens": sorted({*suppressed, *self.config.vision_token_ids}) or None,
-        }
-        if generation_config is None:
-            return None, {**kwargs, **fixed}
-        generation_config = copy.deepcopy(generation_config)
-        generation_config.update(**fixed)
-        return generation_config, kwargs
-
-    def _refuse(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
-        if kwargs.pop("do_sample", False):
-            raise ValueError(
-                "`do_sample=True` would sample tokens; here codes are sampled and each token is the most likely one "
-                "given its code. Use `action_do_sample`, `action_temperature`, `action_top_k` and `action_top_p`."
-            )
-        for name in ("inputs_embeds", "custom_generate"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"`{name}` cannot be combined with latent actions. Pass `input_ids`.")
-        for name, allowed in REFUSED_IN_GENERATE.items():
-            value = kwargs.get(name, getattr(generation_config, name, None))
-            if value not in allowed:
-                raise ValueError(
-                    f"`{name}={value!r}` cannot give back one code per token. Leave it out; for more candidates use "
-                    "`num_return_sequences`."
-                )
-
-    def _checked_forced(self, forced: torch.Tensor | None, rows: int) -> torch.Tensor | None:
-        if forced is None:
-            return None
-        if forced.ndim != 2 or forced.shape[0] != rows:
-            raise ValueError(f"`forced_action_ids` must be [{rows}, n], got {tuple(forced.shape)}.")
-        if forced.numel() and (forced.max() >= self.config.num_codes or forced.min() < -1):
-            raise ValueError(
-                f"`forced_action_ids` must be in -1 ... {self.config.num_codes - 1}, got {int(forced.min())} ... "
-                f"{int(forced.max())}."
-            )
-        return forced
-
-    def _checked_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
-        if bias is None:
-            return None
-        if tuple(bias.shape) != (self.config.num_codes,):
-            raise ValueError(f"`action_bias` must be [{self.config.num_codes}], got {tuple(bias.shape)}.")
-        if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
-            raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
-        return bias
 
 
 def _intermediate_size(text_config) -> int:

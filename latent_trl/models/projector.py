@@ -61,7 +61,7 @@ class CrossModalProjector(LatentActionComponent):
         return self.to_image(states)
 
     def paired_nll(self, text_states: torch.Tensor, image_states: torch.Tensor) -> torch.Tensor:
-        """`nll(P(h^T); h^VT) + nll(P'(h^VT); h^T)` `[...]`, for states of the same tokens without and with the image."""
+        """`nll(P(h^T); h^VT) + nll(P'(h^VT); h^T)` `[...]`, for states of the same tokens without and with image."""
         text_states, image_states = text_states.detach(), image_states.detach()
         return gaussian_nll(*self.to_image.distribution(text_states), image_states) + gaussian_nll(
             *self.to_text.distribution(image_states), text_states

@@ -1,14 +1,18 @@
 """Generation over codes: what happens inside the backbone's own `generate` between the states and the head."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 from transformers.utils import ModelOutput
 
 from .action_law import ActionLaw
+
+POLICY_LAYERS = "latent_action_policy_layers"
 
 
 @dataclass
@@ -81,6 +85,90 @@ class ActionChoice:
         return action_ids, chosen.masked_fill(torch.isneginf(chosen), 0.0), support
 
 
+class SharedPrefill:
+    """
+    Several samples of each prompt from one encoding of it.
+
+    Rows are laid out in tiles, the whole batch `copies` times, so that what is counted by image and not by row stays
+    in order. Where the cache can be copied, images are given once, the first call of the base model is cut to the
+    first tile, and its cache is copied for the others.
+
+    Args:
+        rows (`int`): B, the number of prompts.
+        copies (`int`): Samples a prompt.
+        cache (`Cache`, *optional*): A fresh cache of the kind that will be used; `None` without one.
+    """
+
+    def __init__(self, rows: int, copies: int, cache: Cache | None):
+        self.rows = rows
+        self.copies = copies
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        self.once = copies > 1 and cache is not None and all(type(layer) in plain for layer in cache.layers)
+        self.names = {"input_ids", "attention_mask", "position_ids"}
+        self.pending = False
+
+    def tiled(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        return tensor if self.copies == 1 else torch.cat([tensor] * self.copies, dim=dim)
+
+    def tiled_inputs(self, inputs: dict, prompt_shape: torch.Size) -> dict:
+        """`inputs` of B prompts for all tiles; where prompts are encoded once, images stay as they are."""
+        out = dict(inputs)
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                if name == "position_ids":
+                    out[name] = self.tiled(value, dim=-2) if value.shape[-2] == self.rows else value
+                elif not self.once or value.shape == prompt_shape:
+                    out[name] = self.tiled(value)
+                    self.names.add(name)
+        return out
+
+    def in_tiles(self, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """Rows that are given prompt by prompt, in the order of the tiles."""
+        if tensor is None or self.copies == 1:
+            return tensor
+        return tensor.unflatten(0, (self.rows, self.copies)).transpose(0, 1).flatten(0, 1)
+
+    def restore_order(self, output: LatentActionGenerateOutput) -> None:
+        """Puts the samples of a prompt beside each other."""
+        if self.copies == 1:
+            return
+        order = torch.arange(self.rows * self.copies, device=output.sequences.device)
+        order = order.unflatten(0, (self.copies, self.rows)).transpose(0, 1).flatten()
+        for name, value in list(output.items()):
+            if isinstance(value, torch.Tensor):
+                output[name] = value[order]
+            elif isinstance(value, tuple):
+                output[name] = tuple(part[order] for part in value)
+            elif isinstance(value, Cache):
+                value.reorder_cache(order)
+
+    @contextmanager
+    def attached(self, base: nn.Module) -> Iterator[None]:
+        """Cuts the first call of `base` inside the block to the first tile, where prompts are encoded once."""
+        if not self.once:
+            yield
+            return
+
+        def cut(module, args, kwargs):
+            handle.remove()
+            self.pending = True
+            by_row = {k: v[..., : self.rows, :] for k, v in kwargs.items() if k in self.names and v is not None}
+            return tuple(ids[: self.rows] for ids in args), {**kwargs, **by_row}
+
+        handle = base.register_forward_pre_hook(cut, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def copy_cache(self, cache: Cache) -> None:
+        """Copies the first tile's cache for the others, once."""
+        rows = torch.arange(self.rows).repeat(self.copies)
+        for layer in cache.layers:
+            layer.batch_select_indices(rows.to(layer.keys.device))
+        self.pending = False
+
+
 class RolloutHook:
     """
     Forward hook of the text model during one `generate` call.
@@ -94,6 +182,7 @@ class RolloutHook:
         attention_mask (`torch.Tensor`): `[B, P]` of the prompts, one row per generated sequence.
         has_image (`torch.Tensor`): Boolean `[B]`, whether a row's prompt has an image.
         keep_states (`bool`): Whether context states are kept.
+        shared (`SharedPrefill`): How several samples of a prompt share its encoding.
     """
 
     def __init__(
@@ -103,6 +192,7 @@ class RolloutHook:
         attention_mask: torch.Tensor,
         has_image: torch.Tensor,
         keep_states: bool,
+        shared: SharedPrefill,
     ):
         self.model = model
         self.choice = choice
@@ -110,12 +200,21 @@ class RolloutHook:
         self.padded = not bool(attention_mask.all())
         self.has_image = has_image
         self.keep_states = keep_states
+        self.shared = shared
         self.action_ids: list[torch.Tensor] = []
         self.log_probs: list[torch.Tensor] = []
         self.supports: list[torch.Tensor] = []
         self.states: list[torch.Tensor] = []
         self.position_ids: list[torch.Tensor] = []
-        self.cache_layers: slice | None = None
+
+    @contextmanager
+    def attached(self, decoder: nn.Module) -> Iterator[None]:
+        """Listens to `decoder` inside the block."""
+        handle = decoder.register_forward_hook(self, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def __call__(self, decoder: nn.Module, args, kwargs, output):
         step = len(self.action_ids)
@@ -123,15 +222,24 @@ class RolloutHook:
         if cache is None:
             self.states.clear()
             self.position_ids.clear()
-        states = self.model.context_states(output.last_hidden_state, self.has_image)
+        rows = len(output.last_hidden_state)
+        states = self.model.context_states(output.last_hidden_state, self.has_image[:rows])
         position_ids = kwargs.get("position_ids")
         logits = self.model.policy(
             states,
-            attention_mask=self._mask(step) if self.padded else None,
+            attention_mask=self._mask(step)[:rows] if self.padded else None,
             position_ids=position_ids,
             past_key_values=None if cache is None else self._policy_cache(cache),
             keep_last=1,
         )[:, -1]
+        hidden, last = output.last_hidden_state, states[:, -1:]
+        if self.shared.pending:
+            self.shared.copy_cache(cache)
+            hidden, last, logits = hidden[:, -1:], self.shared.tiled(last), self.shared.tiled(logits)
+            if self.keep_states:
+                states = self.shared.tiled(states)
+                if position_ids is not None and position_ids.shape[-2] == rows:
+                    position_ids = self.shared.tiled(position_ids, dim=-2)
         action_ids, log_probs, support = self.choice.choose(logits, step)
         self.action_ids.append(action_ids)
         self.log_probs.append(log_probs)
@@ -141,10 +249,10 @@ class RolloutHook:
             self.states.append(states)
             if position_ids is not None:
                 self.position_ids.append(position_ids)
-        merged = self.model.merge(states[:, -1:], self.model.codebook(action_ids)[:, None])
-        if output.last_hidden_state.shape[1] > 1:
-            merged = torch.cat([output.last_hidden_state[:, :-1], merged.to(output.last_hidden_state.dtype)], dim=1)
-        output["last_hidden_state"] = merged.to(output.last_hidden_state.dtype)
+        merged = self.model.merge(last, self.model.codebook(action_ids)[:, None]).to(hidden.dtype)
+        if hidden.shape[1] > 1:
+            merged = torch.cat([hidden[:, :-1], merged], dim=1)
+        output["last_hidden_state"] = merged
         return output
 
     def _mask(self, step: int) -> torch.Tensor:
@@ -153,15 +261,15 @@ class RolloutHook:
     def _policy_cache(self, cache: Cache) -> Cache:
         """The policy's own layers, kept behind the backbone's in the one cache that `generate` moves about."""
         config: PreTrainedConfig = self.model.policy.decoder_stack.decoder.config
-        if self.cache_layers is None:
+        if POLICY_LAYERS not in vars(cache):
             if isinstance(cache, StaticCache):
                 length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
                 layers = StaticCache(config=config, max_cache_len=length).layers
             else:
                 layers = DynamicCache(config=config).layers
-            self.cache_layers = slice(len(cache.layers), len(cache.layers) + len(layers))
+            setattr(cache, POLICY_LAYERS, slice(len(cache.layers), len(cache.layers) + len(layers)))
             cache.layers.extend(layers)
-        return Cache(layers=cache.layers[self.cache_layers])
+        return Cache(layers=cache.layers[vars(cache)[POLICY_LAYERS]])
 
     def result(self, sequences: torch.Tensor, prompt_length: int) -> dict[str, torch.Tensor | None]:
         """What was recorded, cut to the completion's length."""

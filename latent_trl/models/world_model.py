@@ -1,4 +1,4 @@
-"""The language world model: a code is merged with the context state, and what comes out is read by the backbone's head."""
+"""The language world model: a code is merged with the context state, and the backbone's head reads the result."""
 
 from collections.abc import Callable
 

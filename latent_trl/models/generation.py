@@ -1,0 +1,223 @@
+"""`generate` over codes: the backbone's own `generate`, with what is settled before it and put in order after it."""
+
+import copy
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList
+
+from .action_law import ActionLaw
+from .rollout import POLICY_LAYERS, ActionChoice, LatentActionGenerateOutput, RolloutHook, SharedPrefill
+
+ACTION_DEFAULTS = {"action_do_sample": True, "action_temperature": 1.0, "action_top_k": 0, "action_top_p": 1.0}
+REFUSED_SETTINGS = {
+    "num_beams": (None, 1),
+    "num_beam_groups": (None, 1),
+    "guidance_scale": (None, 1),
+    "use_mtp": (None, False),
+    "token_healing": (None, False),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_early_exit": (None,),
+    "penalty_alpha": (None,),
+    "dola_layers": (None,),
+    "constraints": (None,),
+    "force_words_ids": (None,),
+    "prefill_chunk_size": (None,),
+}
+REFUSED_INPUTS = ("inputs_embeds", "custom_generate", "assistant_model")
+
+
+class LatentActionGenerationMixin:
+    """`generate` of [`LatentActionModel`]."""
+
+    @torch.no_grad()
+    def generate(
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: LogitsProcessorList | None = None,
+        action_do_sample: bool | None = None,
+        action_temperature: float | None = None,
+        action_top_k: int | None = None,
+        action_top_p: float | None = None,
+        action_bias: torch.Tensor | None = None,
+        forced_action_ids: torch.Tensor | None = None,
+        action_generator: torch.Generator | None = None,
+        output_context_states: bool = False,
+        **kwargs,
+    ) -> torch.Tensor | LatentActionGenerateOutput:
+        """
+        Generates text by choosing codes; each token is the most likely one given its code.
+
+        Takes what transformers' `generate` takes (batches padded on the left, images, lengths, stopping criteria,
+        streamers, logits processors on the token choice, caches). Vision placeholders are never generated. With
+        `num_return_sequences` a prompt is encoded once, where the cache is a dynamic one.
+
+        Args:
+            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely.
+            action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
+            *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
+            then from the model's; else codes are sampled at temperature 1 from all.
+            action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
+            forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
+            action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
+            output_context_states (`bool`, defaults to `False`): Also return states and positions.
+
+        Returns:
+            `[B, P+C]` ids, or a [`LatentActionGenerateOutput`] with `return_dict_in_generate=True`.
+        """
+        self.require("policy", "codebook", "world_model")
+        input_ids = kwargs.pop("input_ids", None) if inputs is None else inputs
+        if input_ids is None:
+            raise ValueError("`input_ids` must be given: latent actions continue a prompt.")
+        config, inputs, copies = self._settle(generation_config, kwargs)
+        law = {
+            "action_do_sample": action_do_sample,
+            "action_temperature": action_temperature,
+            "action_top_k": action_top_k,
+            "action_top_p": action_top_p,
+        }
+        for name, default in ACTION_DEFAULTS.items():
+            if law[name] is None:
+                value = getattr(config, name, None)
+                law[name] = default if value is None else value
+        return_dict, config.return_dict_in_generate = bool(config.return_dict_in_generate), True
+        if inputs.get("attention_mask") is None:
+            inputs["attention_mask"] = _prompt_mask(input_ids, config)
+        _check_prompt(input_ids, inputs["attention_mask"])
+        keep_states = output_context_states or bool(self._records)
+        _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
+        forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
+        shared = SharedPrefill(len(input_ids), copies, self._plain_cache(config, inputs))
+        if shared.once and inputs.get("position_ids") is None:
+            inputs["position_ids"] = self.backbone_view.positions(input_ids, **inputs)
+        inputs, input_ids = shared.tiled_inputs(inputs, input_ids.shape), shared.tiled(input_ids)
+        hook = RolloutHook(
+            self,
+            ActionChoice(
+                law=ActionLaw(law["action_temperature"], law["action_top_k"], law["action_top_p"]),
+                do_sample=law["action_do_sample"],
+                forced=shared.in_tiles(forced),
+                bias=self._checked_bias(action_bias),
+                generator=action_generator,
+            ),
+            inputs["attention_mask"],
+            self.has_image(input_ids),
+            keep_states=keep_states,
+            shared=shared,
+        )
+        with ExitStack() as hooks:
+            hooks.enter_context(shared.attached(self.backbone_view.base))
+            hooks.enter_context(hook.attached(self.backbone_view.decoder))
+            output = self.backbone.generate(
+                input_ids, generation_config=config, logits_processor=logits_processor, **inputs
+            )
+        result = LatentActionGenerateOutput(
+            sequences=output.sequences,
+            **hook.result(output.sequences, input_ids.shape[1]),
+            scores=output.scores,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+        )
+        shared.restore_order(result)
+        for records in self._records:
+            records.append(result)
+        if not output_context_states and self._records:
+            result = copy.copy(result)
+            result.context_states = result.position_ids = None
+        return result if return_dict else result.sequences
+
+    def _settle(
+        self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> tuple[GenerationConfig, dict[str, Any], int]:
+        """The generation config in force, the model's inputs, and the number of samples a prompt."""
+        if kwargs.pop("do_sample", False):
+            raise ValueError(
+                "`do_sample=True` would sample tokens; here codes are sampled and each token is the most likely one "
+                "given its code. Use `action_do_sample`, `action_temperature`, `action_top_k` and `action_top_p`."
+            )
+        for name in REFUSED_INPUTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"`{name}` cannot be combined with latent actions. Pass `input_ids` alone.")
+        config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
+        # Greedy tokens with several samples are refused by transformers, to which it would be the same text each time.
+        copies = kwargs.pop("num_return_sequences", None) or config.num_return_sequences or 1
+        config.num_return_sequences = None
+        defaults = self.generation_config.to_dict()
+        config.update(**{**defaults, "do_sample": None}, defaults_only=True, allow_custom_entries=True)
+        inputs = config.update(**kwargs)
+        for name, allowed in REFUSED_SETTINGS.items():
+            value = getattr(config, name, None)
+            if value not in allowed:
+                raise ValueError(
+                    f"`{name}={value!r}` cannot give back one code per token. Leave it out; for more candidates use "
+                    "`num_return_sequences`."
+                )
+        config.do_sample = False
+        config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.vision_token_ids}) or None
+        return config, inputs, copies
+
+    def _plain_cache(self, config: GenerationConfig, inputs: dict[str, Any]) -> Cache | None:
+        """A cache as transformers will make it, where that is a dynamic one."""
+        if config.use_cache is False or inputs.get("past_key_values") is not None:
+            return None
+        if config.cache_implementation not in (None, "dynamic"):
+            return None
+        return DynamicCache(config=self.backbone_view.text_config)
+
+    def _checked_forced(self, forced: torch.Tensor | None, rows: int) -> torch.Tensor | None:
+        if forced is None:
+            return None
+        if forced.ndim != 2 or forced.shape[0] != rows:
+            raise ValueError(f"`forced_action_ids` must be [{rows}, n], got {tuple(forced.shape)}.")
+        if forced.is_floating_point() or forced.dtype == torch.bool:
+            raise ValueError(f"`forced_action_ids` must be integers, got {forced.dtype}.")
+        if forced.numel() and (forced.max() >= self.config.num_codes or forced.min() < -1):
+            raise ValueError(
+                f"`forced_action_ids` must be in -1 ... {self.config.num_codes - 1}, got {int(forced.min())} ... "
+                f"{int(forced.max())}."
+            )
+        return forced.long()
+
+    def _checked_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
+        if bias is None:
+            return None
+        if tuple(bias.shape) != (self.config.num_codes,):
+            raise ValueError(f"`action_bias` must be [{self.config.num_codes}], got {tuple(bias.shape)}.")
+        if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
+            raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
+        return bias
+
+
+def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+    """As transformers infers it: everything counts but padding, where padding can be told from the end of a text."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    if config.pad_token_id is None or config.pad_token_id in ends:
+        return torch.ones_like(input_ids)
+    return (input_ids != config.pad_token_id).long()
+
+
+def _check_prompt(input_ids: torch.Tensor, attention_mask: torch.Tensor) -> None:
+    if attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"`attention_mask` must be {tuple(input_ids.shape)} as `input_ids`, got {tuple(attention_mask.shape)}. To "
+            "go on from a cache pass the whole text, not its new part."
+        )
+    if not attention_mask[:, -1].all():
+        raise ValueError("`attention_mask` has padding at the end of a prompt; pad on the left.")
+
+
+def _check_past(cache: Cache | None, needs_prompt: bool) -> None:
+    if cache is None or cache.get_seq_length() == 0:
+        return
+    if POLICY_LAYERS not in vars(cache):
+        raise ValueError(
+            "`past_key_values` has no layers of the policy. Pass the cache that this model's `generate` returned, or leave "
+            "it out."
+        )
+    if needs_prompt:
+        raise ValueError(
+            "`past_key_values` leaves out the states of what it holds, so neither context states nor several samples a "
+            "prompt can be had with it. Leave it out."
+        )

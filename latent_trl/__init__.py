@@ -18,6 +18,8 @@ _PUBLIC = {
     "LatentActionGRPOConfig": "trainer.latent_action_grpo_config",
     "LatentActionGRPOTrainer": "trainer.latent_action_grpo_trainer",
     "LatentActionModel": "models.latent_action_model",
+    "LatentActionPPOConfig": "trainer.latent_action_ppo_config",
+    "LatentActionPPOTrainer": "trainer.latent_action_ppo_trainer",
     "LatentActionPolicy": "models.policy",
     "LatentActionSFTConfig": "trainer.latent_action_sft_config",
     "LatentActionSFTTrainer": "trainer.latent_action_sft_trainer",

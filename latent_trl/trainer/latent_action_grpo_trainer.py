@@ -11,7 +11,7 @@ from trl import GRPOTrainer
 
 from ..models.action_law import ActionLaw
 from ..models.latent_action_model import LatentActionModel
-from .code_scoring import CodeScorer, Rollout
+from .code_scoring import CodeScorer, CodeScores, Rollout
 from .component_training import ComponentTrainingMixin, check_finite, train_only
 from .latent_action_grpo_config import LatentActionGRPOConfig
 from .latent_action_space_trainer import load_processing_class
@@ -73,10 +73,7 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
                     )
                 )
         args = args or LatentActionGRPOConfig("latent-action-grpo")
-        if isinstance(model, (str, os.PathLike)):
-            model = LatentActionModel.from_pretrained(model)
-        if not isinstance(model, LatentActionModel):
-            raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
+        model = load_model(model)
         model.require("codebook", "world_model", *self.trained_components)
         self._attach_adapter(model, args, peft_config)
         adapter = [n for n, p in model.backbone.named_parameters() if p.requires_grad] if args.train_backbone else []
@@ -101,7 +98,8 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.generation_config = self._rollout_config()
         self._rollout: Rollout | None = None
-        self._scored_values: torch.Tensor | None = None
+        # What the trained policy said of the codes last scored.
+        self._scored: CodeScores | None = None
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
@@ -156,9 +154,36 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         self._metrics[mode]["codebook/used"].append((counts > 0).sum().item())
         self._metrics[mode]["codebook/perplexity"].append(torch.special.entr(share).sum().exp().item())
 
-    def _generate_and_score_completions(self, inputs):
-        output = super()._generate_and_score_completions(inputs)
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
+        self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        return rewards
+
+    def _local_rewards(self, rows: int) -> torch.Tensor:
+        """This process's rows of the weighted rewards; NaN where no function could score."""
+        start = self.accelerator.process_index * rows
+        return self._rewards[start : start + rows]
+
+    def _finish_rollout(self, output: dict[str, Any]) -> None:
+        """Adds what was recorded to a scored rollout batch, while its states can still be scored."""
         output.update(self._rollout.tensors())
+
+    def _score_rows(self, model, batch: dict[str, Any], **options):
+        """Log-probabilities, entropies and auxiliary loss of a rollout batch under `model`."""
+        return self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1),
+            torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1),
+            batch["completion_ids"].shape[1],
+            **{name: batch.get(name) for name in VISION_KEYS},
+            **options,
+        )
+
+    def _generate_and_score_completions(self, inputs):
+        self._scored = None
+        output = super()._generate_and_score_completions(inputs)
+        self._finish_rollout(output)
         self._rollout = None
         if self.args.reuse_context_states:
             # Nothing reads pixels again.
@@ -168,11 +193,14 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         scorer = CodeScorer(model, self._rollout, self.law, encode_with=self._latent_model())
         result = super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
-        self._scored_values = torch.cat(scorer.state_values) if scorer.state_values else None
+        if model is not self.ref_model:
+            values = torch.cat(scorer.state_values) if scorer.state_values else None
+            self._scored = CodeScores(result[0], result[1], values)
         return result
 
     def _compute_loss(self, model, inputs):
         self._rollout = Rollout.from_tensors(inputs)
+        self._scored = None
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
@@ -184,3 +212,12 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         model = self._latent_model()
         model.config.stage = "rl"
         super()._save(output_dir, state_dict)
+
+
+def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionModel:
+    """A latent action model, from itself, a folder or a Hub id."""
+    if isinstance(model, (str, os.PathLike)):
+        return LatentActionModel.from_pretrained(model)
+    if not isinstance(model, LatentActionModel):
+        raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
+    return model

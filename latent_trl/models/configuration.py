@@ -7,7 +7,6 @@ from transformers import AutoConfig, PreTrainedConfig
 READ_OUTS = ("residual", "subtract", "last_block")
 STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
 SCHEMA_VERSION = 1
-NO_VOCABULARY = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
 class LatentActionConfig(PreTrainedConfig):

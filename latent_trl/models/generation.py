@@ -213,8 +213,8 @@ def _check_past(cache: Cache | None, needs_prompt: bool) -> None:
         return
     if POLICY_LAYERS not in vars(cache):
         raise ValueError(
-            "`past_key_values` has no layers of the policy. Pass the cache that this model's `generate` returned, or leave "
-            "it out."
+            "`past_key_values` has no layers of the policy. Pass the cache that this model's `generate` "
+            "returned, or leave it out."
         )
     if needs_prompt:
         raise ValueError(

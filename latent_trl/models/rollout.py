@@ -63,6 +63,12 @@ class ActionChoice:
     forced: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     generator: torch.Generator | None = None
+    allowed: torch.Tensor | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        # Looked at once: to read a tensor's value at each token would make the device wait for the host.
+        if self.bias is not None and torch.isneginf(self.bias).any():
+            self.allowed = ~torch.isneginf(self.bias)
 
     def choose(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes `[B]`, their log-probabilities `[B]` and the support `[B, K]` for logits `[B, K]` of step `step`."""
@@ -70,8 +76,8 @@ class ActionChoice:
         if self.bias is not None:
             logits = logits + self.bias.to(logits)
         support = self.law.support(logits)
-        if self.bias is not None and torch.isneginf(self.bias).any():
-            allowed = ~torch.isneginf(logits)
+        if self.allowed is not None:
+            allowed = self.allowed.to(logits.device).expand_as(logits)
             support = allowed if support is None else support & allowed
         log_probs = self.law.log_probs(logits, support)
         if self.do_sample:

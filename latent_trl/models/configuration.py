@@ -84,6 +84,11 @@ class LatentActionConfig(PreTrainedConfig):
         self.num_codes = num_codes
         self.read_out = read_out
         self.world_model_intermediate_size = world_model_intermediate_size
+        for name, value in (("inverse_dynamics_decoder", inverse_dynamics_decoder), ("policy_decoder", policy_decoder)):
+            if value is not None and not isinstance(value, dict):
+                raise TypeError(f"`{name}` must be a dict of fields of the text configuration, got {value!r}.")
+        if isinstance(vision_token_ids, str) or not all(isinstance(i, int) for i in vision_token_ids or []):
+            raise TypeError(f"`vision_token_ids` must be a list of ints, got {vision_token_ids!r}.")
         self.inverse_dynamics_decoder = {"num_hidden_layers": 4, **(inverse_dynamics_decoder or {})}
         self.policy_decoder = {"num_hidden_layers": 8, **(policy_decoder or {})}
         self.policy_init = policy_init
@@ -118,8 +123,14 @@ class LatentActionConfig(PreTrainedConfig):
             raise ValueError(f"`policy_init` must be 'fresh' or 'last_layers', got {self.policy_init!r}.")
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
-        if not self.gumbel_temperature > 0:
-            raise ValueError(f"`gumbel_temperature` must be positive, got {self.gumbel_temperature}.")
+        for name in ("gumbel_temperature", "codebook_std", "world_model_intermediate_size"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"`{name}` must be positive, got {value}.")
+        for name in ("inverse_dynamics_decoder", "policy_decoder"):
+            layers = getattr(self, name)["num_hidden_layers"]
+            if not isinstance(layers, int) or layers < 1:
+                raise ValueError(f"`{name}` must have at least one layer, got num_hidden_layers={layers!r}.")
 
     @property
     def image_token_id(self) -> int | None:

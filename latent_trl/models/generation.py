@@ -178,7 +178,7 @@ class LatentActionGenerationMixin:
                 f"`forced_action_ids` must be in -1 ... {self.config.num_codes - 1}, got {int(forced.min())} ... "
                 f"{int(forced.max())}."
             )
-        return forced.long()
+        return forced.to(self.backbone.device, torch.long)
 
     def _checked_bias(self, bias: torch.Tensor | None) -> torch.Tensor | None:
         if bias is None:
@@ -187,7 +187,7 @@ class LatentActionGenerationMixin:
             raise ValueError(f"`action_bias` must be [{self.config.num_codes}], got {tuple(bias.shape)}.")
         if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
             raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
-        return bias
+        return bias.to(self.backbone.device)
 
 
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:

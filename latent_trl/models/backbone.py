@@ -117,6 +117,7 @@ class Backbone:
         """The model's own forward with its base model replaced by `merged`."""
         base = self.base
         own = base.__dict__.get("forward")
+        merged = merged.to(self.model.dtype)
         base.forward = lambda *args, **kwargs: _HeadInput(last_hidden_state=merged)
         try:
             ids = torch.zeros(merged.shape[:2], dtype=torch.long, device=merged.device)

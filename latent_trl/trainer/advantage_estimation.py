@@ -133,7 +133,7 @@ def k3_divergence(log_probs: torch.Tensor, other_log_probs: torch.Tensor) -> tor
 class AdaptiveKLController:
     r"""
     Moves the KL coefficient towards a target ([Ziegler et al.](https://huggingface.co/papers/1909.08593), section
-    2.2): \\( \beta \leftarrow \beta (1 + \mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, \pm 0.2) \cdot n / horizon) \\).
+    2.2): \\( \beta \leftarrow \beta (1 + n\,\mathrm{clip}(\mathrm{KL}/\mathrm{target} - 1, \pm 0.2) / horizon) \\).
 
     Args:
         target (`float`): KL of a completion, summed over its codes, in nats.

@@ -30,31 +30,56 @@ class Rollout:
     action_support: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, output: LatentActionGenerateOutput, completion_length: int, keep_states: bool) -> "Rollout":
-        """The rollout of one `generate` call, cut or padded to the completion length of the trainer's batch."""
-        short = completion_length - output.action_ids.shape[1]
+    def of(
+        cls, output: LatentActionGenerateOutput, prompt_lengths: list[int], completion_lengths: list[int]
+    ) -> list["Rollout"]:
+        """
+        The rollout of one `generate` call, as batches of one without padding.
 
-        def fit(tensor: torch.Tensor | None, axis: int) -> torch.Tensor | None:
-            if tensor is None or short == 0:
-                return tensor
-            if short < 0:
-                return tensor.narrow(axis, 0, tensor.shape[axis] + short)
-            padding = [0, 0] * (tensor.ndim - axis - 1) + [0, short]
-            return F.pad(tensor, padding)
+        Args:
+            output (`LatentActionGenerateOutput`): With or without context states.
+            prompt_lengths (`list[int]`), completion_lengths (`list[int]`): In tokens, without padding.
+        """
+        width = output.sequences.shape[1] - output.action_ids.shape[1]
+        rows = []
+        for i, (prompt, completion) in enumerate(zip(prompt_lengths, completion_lengths, strict=True)):
+            row, codes, states = slice(i, i + 1), slice(0, completion), slice(width - prompt, width + completion - 1)
+            positions, support = output.position_ids, output.action_support
+            rows.append(
+                cls(
+                    action_ids=output.action_ids[row, codes],
+                    action_log_probs=output.action_log_probs[row, codes],
+                    context_states=None if output.context_states is None else output.context_states[row, states],
+                    position_ids=None if positions is None else positions[row, ..., states],
+                    action_support=None if support is None else support[row, codes],
+                )
+            )
+        return rows
 
-        support = output.action_support
-        if support is not None and short > 0:
-            # Padding must leave a code to choose, or its log-probabilities are not numbers.
-            support = torch.cat([support, support.new_ones(len(support), short, support.shape[-1])], dim=1)
-        elif support is not None:
-            support = fit(support, 1)
-        positions = output.position_ids
+    @classmethod
+    def padded(cls, rows: list["Rollout"], prompt_lengths: list[int], multiple: int = 1) -> "Rollout":
+        """One batch: prompts padded on the left and completions on the right, as the trainer pads tokens."""
+        lengths = [row.action_ids.shape[1] for row in rows]
+        prompt_width, width = (-(-max(x) // multiple) * multiple for x in (prompt_lengths, lengths))
+
+        def joined(name: str, axis: int, left: bool = False, value: float = 0) -> torch.Tensor | None:
+            parts = []
+            for row, prompt, length in zip(rows, prompt_lengths, lengths, strict=True):
+                tensor = getattr(row, name)
+                if tensor is None:
+                    return None
+                beyond = [0, 0] * (tensor.ndim - 1 - axis % tensor.ndim)
+                sides = [prompt_width - prompt if left else 0, width - length]
+                parts.append(F.pad(tensor, beyond + sides, value=value))
+            return torch.cat(parts)
+
         return cls(
-            action_ids=fit(output.action_ids, 1),
-            action_log_probs=fit(output.action_log_probs, 1),
-            context_states=fit(output.context_states, 1) if keep_states else None,
-            position_ids=fit(positions, positions.ndim - 1) if keep_states and positions is not None else None,
-            action_support=support,
+            action_ids=joined("action_ids", 1),
+            action_log_probs=joined("action_log_probs", 1),
+            context_states=joined("context_states", 1, left=True),
+            position_ids=joined("position_ids", -1, left=True),
+            # Padding must leave a code to choose, or its log-probabilities are not numbers.
+            action_support=joined("action_support", 1, value=1),
         )
 
     def tensors(self) -> dict[str, torch.Tensor]:

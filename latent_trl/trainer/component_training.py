@@ -18,7 +18,8 @@ logger = logging.get_logger(__name__)
 
 def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_parameters: list[str] = ()) -> str:
     """
-    Freezes everything but `components` and the named tensors of the backbone.
+    Freezes everything but `components` and the named tensors of the backbone. Components of half precision are made
+    float32, so that small updates are not lost; autocast computes with them in half precision.
 
     Returns:
         One line that says what is trained, how many parameters, and what is frozen.
@@ -29,7 +30,7 @@ def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_p
     model.requires_grad_(False)
     for name in components:
         model.require(name)
-        getattr(model, name).requires_grad_(True)
+        getattr(model, name).float().requires_grad_(True)
     wanted = set(backbone_parameters)
     for name, parameter in model.backbone.named_parameters():
         if name in wanted and parameter.is_floating_point():

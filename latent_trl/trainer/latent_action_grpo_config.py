@@ -88,6 +88,8 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"`overlong_buffer` must be between 0 and `max_completion_length` = {self.max_completion_length}, got "
                 f"{self.overlong_buffer}."
             )
+        if self.dynamic_sampling_rounds < 0:
+            raise ValueError(f"`dynamic_sampling_rounds` must not be negative, got {self.dynamic_sampling_rounds}.")
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False
         self._refuse()

@@ -2,19 +2,27 @@
 
 import copy
 import os
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from accelerate.utils import gather
+from torch import nn
 from transformers import GenerationConfig
 from transformers.utils import logging
 from trl import GRPOTrainer
+from trl.trainer.utils import use_adapter
 
 from ..models.action_law import ActionLaw
 from ..models.latent_action_model import LatentActionModel
+from ..rewards.shaping import SoftOverlongPunishment
 from .code_scoring import CodeScorer, CodeScores, Rollout
 from .component_training import ComponentTrainingMixin, check_finite, train_only
+from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 from .latent_action_grpo_config import LatentActionGRPOConfig
 from .latent_action_space_trainer import load_processing_class
+from .reward_checks import check_model_rewards, checked_reward
+from .run_state import ExactResumeMixin
 
 logger = logging.get_logger(__name__)
 
@@ -32,7 +40,7 @@ VISION_KEYS = (
 )
 
 
-class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
+class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrainer):
     """
     TRL's `GRPOTrainer` over codes: the policy of a [`LatentActionModel`] is trained; ratios, KL and entropy are over
     its choices, aligned with the completion's tokens. Data sets, reward functions, logging, evaluation and callbacks
@@ -97,7 +105,11 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
             self.ref_model = copy.deepcopy(self._latent_model().policy).requires_grad_(False).eval()
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.generation_config = self._rollout_config()
+        self._add_reward_checks()
         self._rollout: Rollout | None = None
+        # The samples of the batch last scored, and those that take the place of a new rollout.
+        self._samples: list[Sample] = []
+        self._replayed: list[Sample] | None = None
         # What the trained policy said of the codes last scored.
         self._scored: CodeScores | None = None
 
@@ -105,15 +117,37 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _attach_adapter(self, model: LatentActionModel, args: LatentActionGRPOConfig, peft_config: Any) -> None:
+        # The adapter that the reference is scored with; `None` is the backbone without one.
+        self._reference_adapter: str | None = None
         if peft_config is not None and not args.train_backbone:
             raise ValueError("`peft_config` adapts the backbone, which is frozen. Set `train_backbone=True`.")
+        if not args.train_backbone:
+            return
         if peft_config is not None:
             model.add_adapter(peft_config)
-        if args.train_backbone:
-            if model.peft_backbone is None:
-                raise ValueError("`train_backbone=True` needs an adapter: pass `peft_config`.")
-            for name, parameter in model.backbone.named_parameters():
-                parameter.requires_grad_("lora_" in name)
+        elif model.peft_backbone is None:
+            raise ValueError("`train_backbone=True` needs an adapter: pass `peft_config`.")
+        elif args.beta != 0.0:
+            self._reference_adapter = "reference"
+            copy_adapter(model.peft_backbone, self._reference_adapter)
+        active = f".{model.peft_backbone.active_adapter}."
+        for name, parameter in model.backbone.named_parameters():
+            parameter.requires_grad_("lora_" in name and active in name)
+
+    def _add_reward_checks(self) -> None:
+        self._reward_models = [isinstance(function, nn.Module) for function in self.reward_funcs]
+        self.reward_funcs = [
+            function if isinstance(function, nn.Module) else checked_reward(function, name)
+            for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
+        ]
+        if self.args.overlong_buffer:
+            # One more reward function, of weight 1, as TRL adds an environment's.
+            punishment = SoftOverlongPunishment(self.max_completion_length, self.args.overlong_buffer)
+            self.reward_funcs.append(punishment)
+            self.reward_func_names.append(punishment.__name__)
+            self.reward_processing_classes.append(None)
+            self.reward_weights = torch.cat([self.reward_weights, torch.ones(1)])
+            self._reward_models.append(False)
 
     def _rollout_config(self) -> GenerationConfig:
         """TRL's generation configuration, with the choice moved from tokens to codes."""
@@ -126,28 +160,34 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         return config
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        training = self.model.training
-        self.generation_config.action_do_sample = training or self.args.eval_action_do_sample
-        with self._latent_model().recording() as records, self.accelerator.autocast():
-            completion_ids, _ = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
-            )
-        length = max(len(ids) for ids in completion_ids)
-        multiple = self.pad_to_multiple_of or 1
-        length = -(-length // multiple) * multiple
-        self._rollout = Rollout.of(records[-1], length, keep_states=self.args.reuse_context_states)
+        prompt_lengths = [len(ids) for ids in prompt_ids]
+        if self._replayed is not None:
+            completion_ids = [sample.completion_ids for sample in self._replayed]
+            rollouts = [sample.rollout for sample in self._replayed]
+        else:
+            self.generation_config.action_do_sample = self.model.training or self.args.eval_action_do_sample
+            with self._latent_model().recording() as records, self.accelerator.autocast():
+                completion_ids, _ = super()._generate_single_turn(
+                    prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+                )
+            record = records[-1]
+            if not self.args.reuse_context_states:
+                record.context_states = record.position_ids = None
+            rollouts = Rollout.of(record, prompt_lengths, [len(ids) for ids in completion_ids])
+        self._samples = [Sample(ids, rollout) for ids, rollout in zip(completion_ids, rollouts, strict=True)]
+        self._rollout = Rollout.padded(rollouts, prompt_lengths, self.pad_to_multiple_of or 1)
         if self.args.offload_context_states and self._rollout.context_states is not None:
             self._rollout.context_states = self._rollout.context_states.cpu()
-        codes, log_probs = self._rollout.action_ids.tolist(), self._rollout.action_log_probs.tolist()
-        self._log_completion_extra("action_ids", [c[: len(ids)] for c, ids in zip(codes, completion_ids)])
-        self._log_usage(codes, completion_ids)
-        return completion_ids, [p[: len(ids)] for p, ids in zip(log_probs, completion_ids)]
+        codes = [rollout.action_ids[0].tolist() for rollout in rollouts]
+        self._log_completion_extra("action_ids", codes)
+        self._log_usage(codes)
+        return completion_ids, [rollout.action_log_probs[0].tolist() for rollout in rollouts]
 
-    def _log_usage(self, codes: list[list[int]], completion_ids: list[list[int]]) -> None:
+    def _log_usage(self, codes: list[list[int]]) -> None:
         """How many codes the rollouts chose, over all processes."""
-        counts = torch.zeros(self._latent_model().config.num_codes, device=self.accelerator.device)
-        for row, ids in zip(codes, completion_ids):
-            counts += torch.bincount(torch.tensor(row[: len(ids)]), minlength=len(counts)).to(counts)
+        chosen = torch.tensor([code for row in codes for code in row])
+        counts = torch.bincount(chosen, minlength=self._latent_model().config.num_codes)
+        counts = counts.to(self.accelerator.device, torch.float32)
         counts = self.accelerator.reduce(counts, "sum")
         share = counts / counts.sum()
         mode = "train" if self.model.training else "eval"
@@ -155,9 +195,23 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
         self._metrics[mode]["codebook/perplexity"].append(torch.special.entr(share).sum().exp().item())
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self._replayed is not None:
+            rewards = gather(torch.stack([sample.rewards for sample in self._replayed]))
+            for column in sorted({column for sample in self._replayed for column in sample.extra}):
+                self._log_completion_extra(column, [sample.extra.get(column) for sample in self._replayed])
+        else:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+            check_model_rewards(rewards, self.reward_func_names, self._reward_models)
+            if self.args.overlong_buffer:
+                # The punishment shapes a reward; alone it does not make one.
+                rewards[rewards[:, :-1].isnan().all(dim=1), -1] = torch.nan
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+        start = self.accelerator.process_index * len(inputs)
+        columns = {k: v for k, v in self._pending_extra_logs.items() if k != "action_ids" and len(v) == len(inputs)}
+        for i, sample in enumerate(self._samples):
+            sample.row, sample.rewards = inputs[i], rewards[start + i]
+            sample.extra = {column: values[i] for column, values in columns.items()}
         return rewards
 
     def _local_rewards(self, rows: int) -> torch.Tensor:
@@ -182,17 +236,71 @@ class LatentActionGRPOTrainer(ComponentTrainingMixin, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs):
         self._scored = None
+        waiting = {name: list(values) for name, values in self._metrics["train"].items()}
         output = super()._generate_and_score_completions(inputs)
+        if self.model.training and self.args.dynamic_sampling_rounds:
+            output = self._replace_equal_groups(inputs, output, waiting)
         self._finish_rollout(output)
-        self._rollout = None
+        self._rollout, self._samples = None, []
         if self.args.reuse_context_states:
             # Nothing reads pixels again.
             output = {k: v for k, v in output.items() if k not in VISION_KEYS}
         return output
 
+    def _replace_equal_groups(self, inputs, output: dict[str, Any], waiting: dict[str, list[float]]) -> dict[str, Any]:
+        """Dynamic sampling: `output`, or that of a batch in which other prompts' groups replace equal ones."""
+        size, rank, rows = self.num_generations, self.accelerator.process_index, len(inputs)
+        samples, equal = self._samples, equal_groups(self._rewards, size)
+        first = {"equal_groups_before": equal.float().mean().item(), "reward_before": self._rewards.nanmean().item()}
+        prompts, rounds, replaced = all_prompts(inputs), 0, 0
+        while equal.any() and rounds < self.args.dynamic_sampling_rounds:
+            rounds += 1
+            fresh_rows = fresh_rows_needed(equal, rows, size)
+            count = fresh_rows * self.accelerator.num_processes // size
+            seed = self.args.seed + 1_000_003 * (self._step + 1) + rounds
+            drawn = draw_prompts(self.train_dataset, count, prompts, seed)
+            prompts += [row["prompt"] for row in drawn]
+            drawn = [row for row in drawn for _ in range(size)][rank * fresh_rows : (rank + 1) * fresh_rows]
+            super()._generate_and_score_completions(drawn)
+            pairs = replacements_of(equal, equal_groups(self._rewards, size), rows, fresh_rows, size)
+            for old, new in pairs:
+                equal[old] = False
+                for i in range(size):
+                    place, source = old * size + i - rank * rows, new * size + i - rank * fresh_rows
+                    if 0 <= place < rows:
+                        samples[place] = self._samples[source]
+            replaced += len(pairs)
+        if rounds:
+            output = self._replay(samples, waiting)
+        first |= {"equal_groups_left": equal.float().mean().item(), "rounds": rounds, "replaced_groups": replaced}
+        for name, value in first.items():
+            self._metrics["train"][f"dynamic_sampling/{name}"].append(value)
+        return output
+
+    def _replay(self, samples: list[Sample], waiting: dict[str, list[float]]) -> dict[str, Any]:
+        """Scores recorded samples as one batch; metrics speak of it alone, token counts of all that was generated."""
+        tokens, metrics = self.state.num_input_tokens_seen, self._metrics["train"]
+        metrics.clear()
+        metrics.update(waiting)
+        self._scored, self._replayed = None, samples
+        try:
+            output = super()._generate_and_score_completions([sample.row for sample in samples])
+        finally:
+            self._replayed = None
+        self.state.num_input_tokens_seen = tokens
+        metrics["num_tokens"] = [tokens]
+        return output
+
+    def _reference_backbone(self):
+        """The backbone as it was before RL, where an adapter of it is trained."""
+        if not self.args.train_backbone:
+            return nullcontext()
+        return use_adapter(self._latent_model().peft_backbone, self._reference_adapter)
+
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
         scorer = CodeScorer(model, self._rollout, self.law, encode_with=self._latent_model())
-        result = super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
+        with self._reference_backbone() if model is self.ref_model else nullcontext():
+            result = super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
         if model is not self.ref_model:
             values = torch.cat(scorer.state_values) if scorer.state_values else None
             self._scored = CodeScores(result[0], result[1], values)
@@ -221,3 +329,13 @@ def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionMode
     if not isinstance(model, LatentActionModel):
         raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
     return model
+
+
+def copy_adapter(peft_backbone, name: str) -> None:
+    """A frozen copy of the active adapter under `name`."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    active = peft_backbone.active_adapter
+    peft_backbone.add_adapter(name, peft_backbone.peft_config[active])
+    set_peft_model_state_dict(peft_backbone, get_peft_model_state_dict(peft_backbone, adapter_name=active), name)
+    peft_backbone.set_adapter(active)

@@ -114,6 +114,13 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
             old_per_token_logps=log_probs, old_values=values, returns=returns, value_mask=mask, advantages=advantages
         )
 
+    def _run_state(self) -> dict[str, Any]:
+        return {**super()._run_state(), "kl_coef": self.beta}
+
+    def _restore_run_state(self, state: dict[str, Any]) -> None:
+        super()._restore_run_state(state)
+        self.beta = state["kl_coef"]
+
     def _score_rollout(self, output: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Log-probabilities and values of the rollout under the policy that made it, `[B, C]`."""
         if self._scored is None:

@@ -18,13 +18,26 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be used as it is: missing, damaged, or made for something else."""
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
+def check_inside(path: Path, root: Path) -> None:
+    """Raises [`CheckpointError`] when links lead from `path` out of the folder `root`, or of the Hub cache it is in."""
+    root = root.resolve()
+    caches = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (root, *caches)):
+        raise CheckpointError(f"{path} is a link that leads outside {root}. Put the file itself there.")
+
+
+def _check_file(path: Path) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+    check_inside(path, path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
+    _check_file(path)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
@@ -33,8 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file. Raises [`CheckpointError`] when it is missing, truncated or another format."""
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+    _check_file(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
@@ -43,8 +55,8 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] where names or shapes differ."""
+def check_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Raises [`CheckpointError`] unless `tensors` are those of `module` by name and shape."""
     own = module.state_dict()
     missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
     if missing or extra:
@@ -55,6 +67,11 @@ def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str)
     if wrong:
         name, (got, want) = next(iter(wrong.items()))
         raise CheckpointError(f"{source}: tensor {name!r} has shape {got}, expected {want} ({len(wrong)} differ).")
+
+
+def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
+    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] where names or shapes differ."""
+    check_state(module, tensors, source)
     module.load_state_dict(tensors)
 
 
@@ -87,10 +104,10 @@ def resolve_folder(
         )
     if subfolder is None:
         return folder
-    target = (folder / subfolder).absolute()
     if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
         raise CheckpointError(f"`subfolder` must stay inside the repository, got {subfolder!r}.")
-    return target
+    check_inside(folder / subfolder, folder)
+    return folder / subfolder
 
 
 class LatentActionComponent(nn.Module):
@@ -145,8 +162,13 @@ class LatentActionComponent(nn.Module):
             )
         tensors = read_tensors(folder / WEIGHTS_NAME)
         try:
+            # Shapes are compared before memory is taken for them.
+            with torch.device("meta"):
+                check_state(cls(**config), tensors, str(folder))
             component = cls(**config)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
             raise CheckpointError(f"{folder / CONFIG_NAME} has a value that cannot be used: {error}.") from error
         dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
         if dtype is not None or len(dtypes) == 1:

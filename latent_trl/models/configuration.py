@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 READ_OUTS = ("residual", "subtract", "last_block")
 STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
 SCHEMA_VERSION = 1
+CODE_FIELDS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "auto_map")
 
 
 class LatentActionConfig(PreTrainedConfig):
@@ -103,9 +104,7 @@ class LatentActionConfig(PreTrainedConfig):
         self.stage = stage
         self.allow_single_code = allow_single_code
         self.schema_version = schema_version
-        if isinstance(text_config, dict):
-            text_config = AutoConfig.for_model(**text_config)
-        self.text_config = text_config
+        self.text_config = None if text_config is None else read_text_config(text_config)
         self._validate()
         super().__init__(**kwargs)
 
@@ -146,6 +145,13 @@ class LatentActionConfig(PreTrainedConfig):
         no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         config = type(self.text_config)(**{**self.text_config.to_dict(), **no_tokens})
         return _override(config, overrides)
+
+
+def read_text_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
+    """A text configuration from its JSON form, less what would name code to run."""
+    if isinstance(text_config, PreTrainedConfig):
+        return text_config
+    return AutoConfig.for_model(**{k: v for k, v in text_config.items() if k.lstrip("_") not in CODE_FIELDS})
 
 
 def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:

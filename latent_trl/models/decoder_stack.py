@@ -1,7 +1,5 @@
 """A stack of fresh decoder layers of the backbone's own kind that reads context states instead of tokens."""
 
-from typing import Any
-
 import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig
@@ -77,12 +75,3 @@ def decoder_layers(decoder: nn.Module) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise ValueError(f"{type(decoder).__name__} has no module list of its {count} layers.")
-
-
-def stack_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrainedConfig:
-    """A text configuration from its JSON form."""
-    if isinstance(text_config, PreTrainedConfig):
-        return text_config
-    from transformers import AutoConfig
-
-    return AutoConfig.for_model(**text_config)

@@ -7,7 +7,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from .component import LatentActionComponent
-from .decoder_stack import DecoderStack, stack_config
+from .configuration import read_text_config
+from .decoder_stack import DecoderStack
 
 
 class InverseDynamicsModel(LatentActionComponent):
@@ -26,7 +27,7 @@ class InverseDynamicsModel(LatentActionComponent):
 
     def __init__(self, text_config: PreTrainedConfig | dict[str, Any], hidden_size: int, num_codes: int):
         super().__init__()
-        config = stack_config(text_config)
+        config = read_text_config(text_config)
         self.hidden_size = hidden_size
         self.num_codes = num_codes
         self.decoder_stack = DecoderStack(config, hidden_size)

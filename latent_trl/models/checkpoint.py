@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from .component import CheckpointError, read_json, read_tensors, resolve_folder
+from .component import WEIGHTS_NAME, CheckpointError, read_json, read_tensors, resolve_folder, tensor_metadata
 from .configuration import SCHEMA_VERSION, LatentActionConfig
 
 CONFIG_FILE = "latent_action_config.json"
+REPORT_FILE = "training_report.json"
 TUNED_FOLDER = "backbone"
 ADAPTER_FOLDER = "adapter"
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -76,6 +77,7 @@ def _link(source, target) -> None:
 
 OWNED_NAMES = {
     CONFIG_FILE,
+    REPORT_FILE,
     TUNED_FOLDER,
     ADAPTER_FOLDER,
     "codebook",
@@ -87,6 +89,10 @@ OWNED_NAMES = {
 }
 
 
+# Facts of the record that are read by people and by the Hub, and follow from the rest.
+FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
+
+
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a checkpoint depends on."""
     from importlib.metadata import version
@@ -95,7 +101,7 @@ def package_versions() -> dict[str, str]:
 
 
 class LatentActionCheckpointMixin:
-    """`save_pretrained` and `from_pretrained` of [`LatentActionModel`]. See `docs/checkpoint_format.md`."""
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of [`LatentActionModel`]. See `docs/checkpoint_format.md`."""
 
     def save_pretrained(
         self,
@@ -121,6 +127,7 @@ class LatentActionCheckpointMixin:
         unknown = [name for name in wanted if name not in present]
         if unknown:
             raise ValueError(f"`components` must be among {present}, got {unknown}.")
+        shapes: dict[str, dict[str, list[int]]] = {}
         with atomic_folder(Path(save_directory)) as folder:
             for name in wanted:
                 component = getattr(self, name)
@@ -129,6 +136,8 @@ class LatentActionCheckpointMixin:
                     prefix = f"{name}."
                     tensors = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
                 component.save_pretrained(folder / name, state_dict=tensors or None)
+                written = tensor_metadata(folder / name / WEIGHTS_NAME)
+                shapes[name] = {tensor: list(shape) for tensor, (_, shape) in written.items()}
             if self.tuned_backbone_tensors:
                 own = self.backbone.state_dict()
                 tensors = {k: own[k].detach().cpu().contiguous() for k in self.tuned_backbone_tensors}
@@ -139,8 +148,14 @@ class LatentActionCheckpointMixin:
             record = {
                 **self.config.to_dict(),
                 "components": wanted,
+                "code_width": self.backbone_view.hidden_size,
+                "hidden_size": self.backbone_view.hidden_size,
+                "layer_shapes": shapes,
                 "package_versions": package_versions(),
             }
+            if self.training_report:
+                report = json.dumps(self.training_report, indent=1) + "\n"
+                (folder / REPORT_FILE).write_text(report, encoding="utf-8")
             (folder / CONFIG_FILE).write_text(json.dumps(record, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
     @classmethod
@@ -204,7 +219,26 @@ class LatentActionCheckpointMixin:
             peft_backbone = PeftModel.from_pretrained(backbone, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
             object.__setattr__(model, "peft_backbone", peft_backbone)
         model.name_or_path = str(repo_or_folder)
+        if (folder / REPORT_FILE).is_file():
+            model.training_report = read_json(folder / REPORT_FILE)
         return model.eval()
+
+    def push_to_hub(self, repo_id: str, *, components: list[str] | None = None, **kwargs: Any):
+        """
+        Uploads the components, and the parts of the backbone that were trained, in one commit.
+
+        Args:
+            repo_id (`str`): `"user/name"`.
+            components (`list[str]`, *optional*): Names of the components to upload. All that are there by default.
+            kwargs: `private`, `revision`, `create_pr`, `commit_message`, `token`, and `license`, `tags` and `title` of
+                the card, as in [`~latent_trl.hub.push.push_model`].
+
+        Returns:
+            `huggingface_hub.CommitInfo`.
+        """
+        from ..hub.push import push_model
+
+        return push_model(self, repo_id, components=components, **kwargs)
 
     def add_adapter(self, peft_config) -> None:
         """
@@ -231,7 +265,8 @@ def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
             f"{folder} has schema version {version!r}; this version reads up to {SCHEMA_VERSION}. Upgrade latent_trl."
         )
     names = record.pop("components", None)
-    record.pop("package_versions", None)
+    for name in FACTS:
+        record.pop(name, None)
     if not isinstance(names, list) or not all(isinstance(name, str) and name in OWNED_NAMES for name in names):
         raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must list component names, got {names!r}.")
     try:

@@ -12,6 +12,12 @@ from torch import nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+# What is downloaded of a repository: the top folder's record, report and card, and the folders of the parts.
+_PARTS = "codebook projector policy world_model inverse_dynamics value_head backbone adapter".split()
+CHECKPOINT_PATTERNS = (
+    *("latent_action_config.json", "training_report.json", "README.md"),
+    *(f"{part}/*.{kind}" for part in _PARTS for kind in ("json", "safetensors")),
+)
 
 
 class CheckpointError(ValueError):
@@ -82,11 +88,12 @@ def resolve_folder(
     token: str | bool | None = None,
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
+    patterns: tuple[str, ...] = CHECKPOINT_PATTERNS,
 ) -> Path:
     """
     The local folder of a checkpoint: `repo_or_folder` itself when it is one, else a snapshot of that Hub repository.
 
-    Only JSON, safetensors and Markdown files are downloaded.
+    Only the files of a checkpoint that match `patterns` are downloaded: JSON, safetensors and the card.
     """
     folder = Path(repo_or_folder)
     if not folder.is_dir():
@@ -99,7 +106,7 @@ def resolve_folder(
                 token=token,
                 cache_dir=cache_dir,
                 local_files_only=local_files_only,
-                allow_patterns=["*.json", "*.safetensors", "*.md"],
+                allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
             )
         )
     if subfolder is None:
@@ -148,7 +155,9 @@ class LatentActionComponent(nn.Module):
         Raises:
             CheckpointError: When a file is missing or damaged, or a tensor does not fit. Nothing is initialised anew.
         """
-        folder = resolve_folder(repo_or_folder, **hub_kwargs)
+        own = (CONFIG_NAME, WEIGHTS_NAME, *(f"{cls.folder_name}/{name}" for name in (CONFIG_NAME, WEIGHTS_NAME)))
+        wanted = own if subfolder is None else tuple(f"{subfolder}/{name}" for name in own)
+        folder = resolve_folder(repo_or_folder, patterns=wanted, **hub_kwargs)
         if subfolder is None and (folder / cls.folder_name / CONFIG_NAME).is_file():
             subfolder = cls.folder_name
         folder = resolve_folder(folder, subfolder=subfolder)

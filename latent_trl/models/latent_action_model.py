@@ -86,6 +86,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         object.__setattr__(self, "backbone_view", Backbone(backbone))
         object.__setattr__(self, "peft_backbone", None)
         self.tuned_backbone_tensors: list[str] = []
+        # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
+        self.training_report: dict[str, Any] = {}
         self._records: list[list[LatentActionGenerateOutput]] = []
         for name in self.component_classes:
             setattr(self, name, None)

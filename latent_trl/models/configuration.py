@@ -55,6 +55,8 @@ class LatentActionConfig(PreTrainedConfig):
             SHA-256 over names, shapes and samples of the backbone's tensors.
         stage (`str`, defaults to `"none"`):
             Last stage reached, one of `none`, `inverse_dynamics`, `projector`, `joint`, `policy`, `sft`, `rl`.
+        data_description (`dict`, *optional*):
+            What the last run was trained on: `datasets` (names), `rows`, `columns`. Written by the trainers.
     """
 
     model_type = "latent_action"
@@ -78,6 +80,7 @@ class LatentActionConfig(PreTrainedConfig):
         base_model_revision: str | None = None,
         backbone_fingerprint: str | None = None,
         stage: str = "none",
+        data_description: dict[str, Any] | None = None,
         allow_single_code: bool = False,
         schema_version: int = SCHEMA_VERSION,
         **kwargs,
@@ -102,6 +105,7 @@ class LatentActionConfig(PreTrainedConfig):
         self.base_model_revision = base_model_revision
         self.backbone_fingerprint = backbone_fingerprint
         self.stage = stage
+        self.data_description = data_description
         self.allow_single_code = allow_single_code
         self.schema_version = schema_version
         self.text_config = None if text_config is None else read_text_config(text_config)

@@ -3,7 +3,7 @@
 import torch
 import transformers
 from datasets import Dataset
-from tiny_models import PAD, VOCAB_SIZE, llama, make_tokenizer, text_fields
+from tiny_models import VOCAB_SIZE, llama, make_tokenizer
 
 from latent_trl import LatentActionConfig, LatentActionModel
 
@@ -72,21 +72,21 @@ def policy_of(twin: transformers.PreTrainedModel, model: LatentActionModel) -> d
     return {**pairs, "head": (twin.lm_head.weight, model.policy.head.weight)}
 
 
-# A problem whose best policy is known: code t of a completion must be TARGET[t].
+# A problem whose best policy is known: every code must be the one after the last, and the first must be FIRST.
 
 NUM_CODES = 6
-TOKENS = [ord(c) for c in "abcdef"]
-TARGET = [3, 1, 4, 0]
+LETTERS = "abcdef"
+FIRST = 3
 
 
 def target_problem(seed: int = 0):
     """
     A latent action model of 6 codes that are read as 6 letters, its tokenizer, and the letters' ids. Which code is
-    right depends on the position alone, so codes that are scored a place too early or late cannot be learned.
+    right depends on the last token, so codes that are scored a place too early or late cannot be learned.
     """
     tokenizer = make_tokenizer()
-    letters = [tokenizer.convert_tokens_to_ids(c) for c in "abcdef"]
-    backbone = llama(**{**text_fields(), "num_hidden_layers": 1}).model
+    letters = [tokenizer.convert_tokens_to_ids(c) for c in LETTERS]
+    backbone = llama(num_hidden_layers=1).model
     torch.manual_seed(seed)
     config = LatentActionConfig(
         num_codes=NUM_CODES,
@@ -100,11 +100,15 @@ def target_problem(seed: int = 0):
 
 
 def target_reward(letters: list[int]):
-    """The share of codes that are right, at most 1; chance is 1/6."""
+    """The share of codes that are right, at most 1; about 1/6 by chance."""
 
     def share_of_target(completion_ids, **columns):
-        wanted = [letters[code] for code in TARGET]
-        return [sum(a == b for a, b in zip(ids, wanted)) / len(wanted) for ids in completion_ids]
+        shares = []
+        for ids in completion_ids:
+            codes = [letters.index(token) for token in ids]
+            wanted = [FIRST, *[(code + 1) % NUM_CODES for code in codes[:-1]]]
+            shares.append(sum(a == b for a, b in zip(codes, wanted)) / len(codes))
+        return shares
 
     return share_of_target
 
@@ -112,7 +116,3 @@ def target_reward(letters: list[int]):
 def prompts(count: int = 8) -> Dataset:
     """Prompts of different lengths."""
     return Dataset.from_list([{"prompt": "what " * (1 + i % 3) + str(i)} for i in range(count)])
-
-
-def pad_id() -> int:
-    return PAD

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,11 @@ CONFIG_FILE = "latent_action_config.json"
 REPORT_FILE = "training_report.json"
 TUNED_FOLDER = "backbone"
 ADAPTER_FOLDER = "adapter"
+COMPONENTS = ("codebook", "world_model", "inverse_dynamics", "policy", "projector", "value_head")
+OWNED_NAMES = {CONFIG_FILE, REPORT_FILE, TUNED_FOLDER, ADAPTER_FOLDER, *COMPONENTS}
+STALE_AFTER = 24 * 3600
+# Facts of the record that are read by people and by the Hub, and follow from the rest.
+FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
@@ -39,7 +45,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     A new folder to write in, which takes the place of `folder` at the end of the block in one step; files that the
     block does not write are carried over. A process that is killed leaves the old folder or the new one.
     """
+    folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
+    for left in folder.parent.glob(f".{folder.name}.*"):
+        # What a killed process left. A younger one may belong to a process that is at work.
+        if left.is_dir() and time.time() - left.stat().st_mtime > STALE_AFTER:
+            shutil.rmtree(left, ignore_errors=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         yield staging
@@ -75,24 +86,6 @@ def _link(source, target) -> None:
         shutil.copy2(source, target, follow_symlinks=False)
 
 
-OWNED_NAMES = {
-    CONFIG_FILE,
-    REPORT_FILE,
-    TUNED_FOLDER,
-    ADAPTER_FOLDER,
-    "codebook",
-    "world_model",
-    "inverse_dynamics",
-    "policy",
-    "projector",
-    "value_head",
-}
-
-
-# Facts of the record that are read by people and by the Hub, and follow from the rest.
-FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
-
-
 def package_versions() -> dict[str, str]:
     """Versions of the packages that a checkpoint depends on."""
     from importlib.metadata import version
@@ -101,7 +94,7 @@ def package_versions() -> dict[str, str]:
 
 
 class LatentActionCheckpointMixin:
-    """`save_pretrained`, `from_pretrained` and `push_to_hub` of [`LatentActionModel`]. See `docs/checkpoint_format.md`."""
+    """`save_pretrained`, `from_pretrained` and `push_to_hub` of a latent action model (`docs/checkpoint_format.md`)."""
 
     def save_pretrained(
         self,
@@ -189,6 +182,7 @@ class LatentActionCheckpointMixin:
         folder = resolve_folder(repo_or_folder, subfolder, revision, token, cache_dir, local_files_only)
         config, names = read_config(folder)
         components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
+        report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         tuned = folder / TUNED_FOLDER / "model.safetensors"
         tuned_tensors = read_tensors(tuned) if tuned.is_file() else {}
         if backbone is None:
@@ -196,31 +190,39 @@ class LatentActionCheckpointMixin:
                 raise CheckpointError(f"{folder} names no base model. Pass `backbone=`.")
             backbone = load_backbone(
                 config.base_model_name_or_path,
-                **{"revision": config.base_model_revision, "token": token, "cache_dir": cache_dir, **backbone_kwargs},
+                **{
+                    "revision": config.base_model_revision,
+                    "token": token,
+                    "cache_dir": cache_dir,
+                    "local_files_only": local_files_only,
+                    **backbone_kwargs,
+                },
             )
         elif backbone_kwargs:
             raise ValueError(f"`backbone` is given, so {sorted(backbone_kwargs)} have nothing to apply to.")
-        _check_backbone(config, backbone)
         _check_components(config, components)
+        _check_backbone(config, backbone)
+        adapter = read_adapter(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
         own = backbone.state_dict()
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
             raise CheckpointError(f"{tuned}: tensors {wrong[:5]} are not the backbone's.")
+        peft_backbone = load_adapter(backbone, *adapter, is_trainable) if adapter is not None else None
+        # The model freezes its backbone; an adapter that is loaded to be trained is not frozen with it.
+        trainable = [p for p in backbone.parameters() if p.requires_grad and adapter is not None]
         model = cls(config, backbone, components)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for component in components.values():
             component.to(device=backbone.device)
         with torch.no_grad():
             for name, tensor in tuned_tensors.items():
                 own[name].copy_(tensor)
         model.tuned_backbone_tensors = list(tuned_tensors)
-        if (folder / ADAPTER_FOLDER / "adapter_config.json").is_file():
-            from peft import PeftModel
-
-            peft_backbone = PeftModel.from_pretrained(backbone, folder / ADAPTER_FOLDER, is_trainable=is_trainable)
-            object.__setattr__(model, "peft_backbone", peft_backbone)
+        object.__setattr__(model, "peft_backbone", peft_backbone)
         model.name_or_path = str(repo_or_folder)
-        if (folder / REPORT_FILE).is_file():
-            model.training_report = read_json(folder / REPORT_FILE)
+        if report is not None:
+            model.training_report = report
         return model.eval()
 
     def push_to_hub(self, repo_id: str, *, components: list[str] | None = None, **kwargs: Any):
@@ -260,25 +262,65 @@ def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
     """The configuration of a checkpoint, and the names of the components that it holds."""
     record = read_json(folder / CONFIG_FILE)
     version = record.get("schema_version")
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
         raise CheckpointError(
-            f"{folder} has schema version {version!r}; this version reads up to {SCHEMA_VERSION}. Upgrade latent_trl."
+            f"{folder} has schema version {version!r}; this version reads 1 to {SCHEMA_VERSION}. Upgrade latent_trl."
+        )
+    if record.get("model_type") != LatentActionConfig.model_type:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is of a {record.get('model_type')!r}, not of a {LatentActionConfig.model_type!r}."
         )
     names = record.pop("components", None)
     for name in FACTS:
         record.pop(name, None)
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in OWNED_NAMES for name in names):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must list component names, got {names!r}.")
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in COMPONENTS for name in names):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must be among {COMPONENTS}, got {names!r}.")
     try:
         config = LatentActionConfig.from_dict(record)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} has a value that cannot be used: {error}") from error
+    if config.text_config is None:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has no `text_config`, so it belongs to no backbone.")
     return config, names
+
+
+def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The PEFT configuration and the tensors of an adapter."""
+    from peft import PeftConfig
+
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    record = read_json(folder / "adapter_config.json")
+    try:
+        return PeftConfig.from_peft_type(**record), tensors
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'} has a value that cannot be used: {error}") from error
+
+
+def load_adapter(backbone: PreTrainedModel, config: Any, tensors: dict[str, torch.Tensor], is_trainable: bool) -> Any:
+    """Puts an adapter on `backbone`, or leaves it as it was and raises [`CheckpointError`] where tensors do not fit."""
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    config.inference_mode = not is_trainable
+    trainable = [p for p in backbone.parameters() if p.requires_grad]
+    peft_backbone = get_peft_model(backbone, config)
+    own = {name: t.shape for name, t in get_peft_model_state_dict(peft_backbone).items()}
+    given = {name: t.shape for name, t in tensors.items()}
+    if own != given:
+        peft_backbone.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+        raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
+    set_peft_model_state_dict(peft_backbone, tensors)
+    return peft_backbone
 
 
 def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     """Loads an image-text-to-text or causal model, whichever its configuration is of."""
-    hub = {k: kwargs.get(k) for k in ("revision", "token", "cache_dir") if kwargs.get(k) is not None}
+    # A checkpoint names its base model, so nothing of that model's repository may run unless the caller says so.
+    kwargs = {"trust_remote_code": False, "use_safetensors": True, **kwargs}
+    shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
+    hub = {k: kwargs.get(k) for k in shared if kwargs.get(k) is not None}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
@@ -309,3 +351,11 @@ def _check_components(config: LatentActionConfig, components: dict[str, Any]) ->
             got = getattr(component, key, want)
             if got != want:
                 raise CheckpointError(f"The {name} has {key}={got}, the checkpoint's configuration says {want}.")
+    for name, key, want in (
+        ("world_model", "read_out", config.read_out),
+        ("world_model", "intermediate_size", config.world_model_intermediate_size),
+        ("projector", "residual", config.projector_residual),
+    ):
+        got = getattr(components[name], key) if name in components else want
+        if got != want:
+            raise CheckpointError(f"The {name} has {key}={got!r}, the checkpoint's configuration says {want!r}.")

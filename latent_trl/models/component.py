@@ -81,6 +81,14 @@ def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str)
     module.load_state_dict(tensors)
 
 
+def check_token(token: str | bool | None) -> None:
+    """Raises `ValueError` for a token that HTTP cannot carry: the error of the HTTP client would quote it."""
+    if isinstance(token, str) and (not token.isascii() or not token.isprintable() or " " in token):
+        raise ValueError("`token` has characters that no token has, such as a line break. Pass the bare token.")
+    if token is not None and not isinstance(token, (str, bool)):
+        raise TypeError(f"`token` must be a str, a bool or None, got {type(token).__name__}.")
+
+
 def resolve_folder(
     repo_or_folder: str | Path,
     subfolder: str | None = None,
@@ -99,6 +107,7 @@ def resolve_folder(
     if not folder.is_dir():
         if folder.is_absolute() or str(repo_or_folder).startswith((".", "~")):
             raise CheckpointError(f"{str(repo_or_folder)!r} is not a folder.")
+        check_token(token)
         folder = Path(
             snapshot_download(
                 str(repo_or_folder),
@@ -138,6 +147,18 @@ class LatentActionComponent(nn.Module):
         (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
         save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any):
+        """
+        Uploads the component into its own folder of a repository, in one commit; other folders stay.
+
+        Args:
+            repo_id (`str`): `"user/name"`.
+            kwargs: `private`, `revision`, `create_pr`, `commit_message`, `token`.
+        """
+        from ..hub.push import push_component
+
+        return push_component(self, repo_id, **kwargs)
 
     @classmethod
     def from_pretrained(

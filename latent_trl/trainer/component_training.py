@@ -12,6 +12,7 @@ from transformers.utils import logging
 from ..models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
 from ..models.component import WEIGHTS_NAME, CheckpointError, load_state, read_tensors
 from ..models.latent_action_model import LatentActionModel
+from .hub_training import HubTrainingMixin
 
 logger = logging.get_logger(__name__)
 
@@ -87,16 +88,18 @@ def _copy_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: P
             own[name].copy_(tensor)
 
 
-class ComponentTrainingMixin:
+class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
+        self.record_run()
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        torch.save(self.args, Path(output_dir) / "training_args.bin")
+        # Not the pickle that Trainer writes: it would hold the token.
+        write_json(Path(output_dir) / "training_args.json", json.loads(self.args.to_json_string()))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_components(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)

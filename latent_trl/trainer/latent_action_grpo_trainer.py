@@ -2,6 +2,7 @@
 
 import copy
 import os
+from collections.abc import Sized
 from contextlib import nullcontext
 from typing import Any
 
@@ -105,6 +106,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.ref_model = copy.deepcopy(self._latent_model().policy).requires_grad_(False).eval()
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.generation_config = self._rollout_config()
+        self._check_dataset()
         self._add_reward_checks()
         self._rollout: Rollout | None = None
         # The samples of the batch last scored, and those that take the place of a new rollout.
@@ -133,6 +135,21 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         active = f".{model.peft_backbone.active_adapter}."
         for name, parameter in model.backbone.named_parameters():
             parameter.requires_grad_("lora_" in name and active in name)
+
+    def _check_dataset(self) -> None:
+        args, sized = self.args, isinstance(self.train_dataset, Sized)
+        if args.dynamic_sampling_rounds and not sized:
+            raise ValueError(
+                "`dynamic_sampling_rounds` draws prompts at random, which a streamed `train_dataset` cannot give. Load "
+                "it without `streaming=True`, or set `dynamic_sampling_rounds=0`."
+            )
+        prompts = args.generation_batch_size // args.num_generations
+        if sized and len(self.train_dataset) < prompts:
+            raise ValueError(
+                f"`train_dataset` has {len(self.train_dataset)} prompts, fewer than the {prompts} of one rollout batch "
+                f"(`generation_batch_size={args.generation_batch_size}` over `num_generations={args.num_generations}`):"
+                " no batch could be made. Lower the batch size, or raise `num_generations`."
+            )
 
     def _add_reward_checks(self) -> None:
         self._reward_models = [isinstance(function, nn.Module) for function in self.reward_funcs]

@@ -34,6 +34,9 @@ class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
         callbacks (`list[TrainerCallback]`, *optional*): As in `Trainer`.
     """
 
+    _tag_names = ["latent-trl", "sft"]
+    _name = "Latent-action SFT"
+
     def __init__(
         self,
         model: LatentActionModel | str,

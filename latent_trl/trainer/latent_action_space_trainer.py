@@ -52,6 +52,9 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
         ValueError: When the data lack the columns, or a stage is run before the one that it needs.
     """
 
+    _tag_names = ["latent-trl", "latent-action-space"]
+    _name = "Learning of the latent action space"
+
     def __init__(
         self,
         model: LatentActionModel | str,

@@ -1,0 +1,340 @@
+"""Model cards: every sentence is made from a fact of the checkpoint, and what is not known is said in a line."""
+
+import re
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from .facts import CodebookReport, ComponentFacts, TrainingReport, TrainingRun, component_facts, read_record
+from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves
+
+CARD_FILE = "README.md"
+PLOT_FILES = (CURVES_FILE, CODES_FILE)
+TEMPLATE = Path(__file__).with_name("card_template.md")
+HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
+SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
+NO_MATPLOTLIB = "Plots are left out: matplotlib was not installed where this card was made."
+PURPOSE = {
+    "codebook": "the latent actions",
+    "projector": "from the state of text alone to that of image and text, and back",
+    "policy": "the distribution over codes, given what has been said",
+    "world_model": "merges state and code, for the backbone's head to read",
+    "inverse_dynamics": "which code explains the next token; for learning alone",
+    "value_head": "the value of a state; for PPO alone",
+    "adapter": "PEFT adapter of the base model",
+    "backbone": "tensors of the base model that were trained",
+}
+
+
+def hub_id(name: str | None) -> str | None:
+    """`name` where it can be a Hub id, and is not a folder."""
+    return name if name and HUB_ID.fullmatch(name) and not Path(name).is_dir() else None
+
+
+def write_card(
+    folder: str | Path,
+    repo_id: str | None = None,
+    title: str | None = None,
+    license: str | None = None,
+    tags: list[str] | str | None = None,
+    datasets: list[str] | str | None = None,
+    language: str | None = None,
+) -> Path:
+    """
+    Writes `README.md`, and plots beside it, from what a checkpoint folder holds: its record, the headers of its
+    tensors, and `training_report.json`.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        repo_id (`str`, *optional*): Where it will be; used in the snippet.
+        title (`str`, *optional*): Defaults to the repository's or the folder's name.
+        license (`str`, *optional*): A licence id of the Hub. By default the base model's is pointed at.
+        tags (`list[str]`, *optional*), datasets (`list[str]`, *optional*), language (`str`, *optional*): Of the
+            metadata, beside what the checkpoint itself says.
+
+    Returns:
+        The path of the card.
+    """
+    folder = Path(folder)
+    record, report, parts = read_record(folder), TrainingReport.read(folder), component_facts(folder)
+    title = title or (repo_id or folder.absolute().name).split("/")[-1]
+    runs, codebook = report.runs, report.codebook
+    data = [name for run in runs for name in run.data.get("datasets", [])] + _listed(datasets)
+    metadata = card_metadata(record, report, title, license, _listed(tags), data, language)
+    for name in PLOT_FILES:
+        (folder / name).unlink(missing_ok=True)
+    curves = draw_curves(runs, folder / CURVES_FILE)
+    codes = codebook is not None and draw_codes(codebook, folder / CODES_FILE)
+    body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
+        title=title,
+        summary=_summary(record, parts),
+        components=_components(parts),
+        snippet=_snippet(record, parts, repo_id or str(folder.name), _has_processor(folder)),
+        training=_training(runs, record),
+        curves=_curves(runs, curves),
+        codebook=_codebook(codebook, runs, codes),
+        evaluation=_evaluation(report),
+        hyperparameters=_hyperparameters(runs),
+        limits=_limits(record),
+        versions=_versions(record),
+    )
+    body = re.sub(r"\n{3,}", "\n\n", body)
+    text = SECRET.sub("hf_***", f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+    path = folder / CARD_FILE
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def card_metadata(
+    record: dict[str, Any],
+    report: TrainingReport,
+    title: str,
+    license: str | None,
+    tags: list[str],
+    datasets: list[str],
+    language: str | None,
+) -> ModelCardData:
+    """The YAML block: library, base model, task, data sets, tags, licence and evaluation results."""
+    base = hub_id(record.get("base_model_name_or_path"))
+    task = "image-text-to-text" if record.get("vision_token_ids") or not record else "text-generation"
+    stage = record.get("stage", "none")
+    own = ["latent-actions", *(["reinforcement-learning"] if stage == "rl" else []), *(["trl"] if report.runs else [])]
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=one.dataset,
+            dataset_name=one.dataset,
+            dataset_split=one.split,
+            metric_type=one.metric,
+            metric_name=one.metric,
+            metric_value=one.value,
+        )
+        for one in report.evaluation
+    ]
+    licence = {"license": license} if license else {"license": "other", "license_name": "as-the-base-model"}
+    return ModelCardData(
+        library_name="latent-trl",
+        pipeline_tag=task,
+        base_model=base,
+        datasets=list(dict.fromkeys(name for name in datasets if hub_id(name))) or None,
+        tags=list(dict.fromkeys([*own, *tags])),
+        language=language,
+        model_name=title if results else None,
+        eval_results=results or None,
+        **licence,
+    )
+
+
+def _listed(value: list[str] | str | None) -> list[str]:
+    return [value] if isinstance(value, str) else list(value or [])
+
+
+def _has_processor(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
+
+
+class _Markup(str):
+    """Text that is Markdown already."""
+
+
+def _cell(value: Any) -> str:
+    """A value for a Markdown table: one line, nothing that the page would take for markup."""
+    if isinstance(value, _Markup):
+        return value
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return " ".join(text.split())[:160].replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+
+
+def _code(text: Any) -> str:
+    """A short text between back-ticks."""
+    return "`" + " ".join(str(text).split())[:60].replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _table(header: list[str], rows: list[list[Any]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
+
+
+def _base(record: dict[str, Any]) -> str:
+    name = record.get("base_model_name_or_path")
+    if hub_id(name):
+        sha = record.get("base_model_revision")
+        return f"[{name}](https://huggingface.co/{name})" + (f" at commit `{sha}`" if sha else "")
+    return f"the local model {_code(Path(name).name)}" if name else "a model that was made in memory"
+
+
+def _summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
+    if not record:
+        return f"Components of a latent action model, to be loaded one by one: {', '.join(parts)}."
+    kind = "vision-language" if record.get("vision_token_ids") else "language"
+    k, width = record.get("num_codes"), record.get("hidden_size")
+    lines = [
+        f"A latent action space for a {kind} model: in place of the next token, the model chooses one of **{k} codes** "
+        f"of width {width}, and the token follows from the code. Learned on {_base(record)}, whose weights are not in "
+        f"this repository. Stage reached: `{record.get('stage', 'none')}`; read-out: `{record.get('read_out')}`."
+    ]
+    if "policy" not in parts:
+        lines.append("There is no policy here: the codebook is for training one.")
+    return "\n\n".join(lines)
+
+
+def _components(parts: dict[str, ComponentFacts]) -> str:
+    rows = [
+        [_Markup(f"`{name}/`"), PURPOSE.get(name, ""), f"{part.parameters:,}", ", ".join(part.dtypes)]
+        for name, part in parts.items()
+    ]
+    return _table(["folder", "what it is", "parameters", "dtype"], rows) + "\n\nAll weights are safetensors."
+
+
+def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str, has_processor: bool) -> str:
+    if not record or not {"policy", "codebook", "world_model"} <= set(parts):
+        lines = ["from latent_trl import Codebook", "", f'codebook = Codebook.from_pretrained("{repo}")']
+        lines.append("print(codebook.weight.shape)  # one row a code")
+        if "codebook" not in parts:
+            return "Load each component with its class's `from_pretrained`, such as `LatentActionPolicy`."
+        return "```python\n" + "\n".join(lines) + "\n```"
+    base = record.get("base_model_name_or_path") or "BASE_MODEL"
+    base = Path(base).name if Path(base).is_absolute() else base
+    vision = bool(record.get("vision_token_ids"))
+    auto = "AutoProcessor" if vision else "AutoTokenizer"
+    backbone = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
+    local = not hub_id(record.get("base_model_name_or_path"))
+    lines = [
+        f"from transformers import {', '.join(sorted([auto, *([backbone] if local else [])]))}",
+        "",
+        "from latent_trl import LatentActionModel",
+        "",
+    ]
+    if local:
+        lines.append(f'backbone = {backbone}.from_pretrained("{base}")  # what it was learned on')
+    given = ", backbone=backbone" if local else ""
+    lines += [
+        f'model = LatentActionModel.from_pretrained("{repo}"{given})',
+        f'processor = {auto}.from_pretrained("{repo if has_processor else base}")',
+        'messages = [{"role": "user", "content": "What do you see?"}]',
+        "inputs = processor.apply_chat_template(",
+        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
+        ")",
+        "",
+        "# The codes of an answer, one a token.",
+        "options = dict(max_new_tokens=32, action_do_sample=False, return_dict_in_generate=True)",
+        "answer = model.generate(**inputs, **options)",
+        'tokens = answer.sequences[0, inputs["input_ids"].shape[1] :]',
+        "codes = answer.action_ids[0]",
+        "for token, code in zip(tokens, codes):",
+        "    print(int(code), repr(processor.decode([int(token)])))",
+        "",
+        "# The same again with another first code; -1 would leave a step free.",
+        "forced = ((codes[:1] + 1) % model.config.num_codes)[None]",
+        "steered = model.generate(**inputs, forced_action_ids=forced, **options)",
+        "print(processor.decode(steered.sequences[0], skip_special_tokens=True))",
+    ]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _training(runs: list[TrainingRun], record: dict[str, Any]) -> str:
+    if not runs:
+        return "No record of the training came with these weights."
+    lines = []
+    for number, run in enumerate(runs, 1):
+        names = [str(name) for name in run.data.get("datasets", [])]
+        what = ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" if hub_id(n) else _code(n) for n in names)
+        sizes = [f"{run.data[key]:,} {label}" for key, label in (("rows", "rows"), ("text_rows", "text-only rows"))
+                 if isinstance(run.data.get(key), int)]  # fmt: skip
+        data = " of ".join(part for part in (" and ".join(sizes), what) if part)
+        steps = run.history[-1].get("step") if run.history else None
+        line = f"{number}. **{_cell(run.method)}** trained {', '.join(map(_cell, run.trained)) or 'the components'}"
+        line += f" on {data}" if data else ""
+        line += f", {steps} steps" if steps is not None else ""
+        line += f"; rewards: {', '.join(map(_cell, run.reward_functions))}" if run.reward_functions else ""
+        lines.append(line + "." + _ends(run))
+    return "\n".join(lines)
+
+
+def _ends(run: TrainingRun) -> str:
+    """First and last of the loss and of the reward."""
+    said = []
+    for name in ("loss", "reward"):
+        values = [row[name] for row in run.history if isinstance(row.get(name), (int, float))]
+        if len(values) > 1 and not any("stage" in row for row in run.history):
+            said.append(f"{name} from {values[0]:.3f} to {values[-1]:.3f}")
+    return f" Logged {' and '.join(said)}." if said else ""
+
+
+def _curves(runs: list[TrainingRun], drawn: bool) -> str:
+    if drawn:
+        return f"![Losses, rewards and other metrics of the training]({CURVES_FILE})"
+    return NO_MATPLOTLIB if any(run.history for run in runs) and not can_plot() else ""
+
+
+def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: bool) -> str:
+    if codebook is None:
+        last = next((row for run in reversed(runs) for row in reversed(run.history) if "codebook/used" in row), None)
+        if last is None:
+            return "How often each code is used was not measured."
+        said = f"When it was last logged, {last['codebook/used']:.0f} codes were in use"
+        perplexity = last.get("codebook/perplexity")
+        return said + (f", with perplexity {perplexity:.1f}." if perplexity is not None else ".")
+    dead = codebook.dead
+    lines = [
+        f"In {_cell(codebook.over)}: **{codebook.used} of {len(codebook.counts)} codes** in use, perplexity "
+        f"**{codebook.perplexity:.1f}**, {len(dead)} dead codes"
+        + (f" ({', '.join(map(str, dead[:24]))}{', …' if len(dead) > 24 else ''})." if dead else ".")
+    ]
+    if drawn:
+        lines.append(f"![How often each code was chosen]({CODES_FILE})")
+    elif not can_plot():
+        lines.append(NO_MATPLOTLIB)
+    rows = []
+    for entry in codebook.codes:
+        code = int(entry["code"])
+        tokens = ", ".join(f"{_code(repr(str(token)))} × {int(count)}" for token, count in entry.get("tokens", []))
+        examples = " / ".join(str(text) for text in entry.get("examples", []))
+        rows.append([code, codebook.counts[code], _Markup(tokens) or "not kept", examples or "not kept"])
+    if rows:
+        head = ["code", "times", "tokens most often emitted", "answers that it occurs in"]
+        lines.append("The codes most used:\n\n" + _table(head, rows))
+    return "\n\n".join(lines)
+
+
+def _evaluation(report: TrainingReport) -> str:
+    if not report.evaluation:
+        return "These weights have not been evaluated, or the figures were not kept with them."
+    rows = []
+    for one in report.evaluation:
+        bounds = f"{one.low:.4g} to {one.high:.4g}" if one.low is not None and one.high is not None else "not measured"
+        rows.append([one.dataset, one.split, one.metric, float(one.value), bounds, one.interval or "", one.note or ""])
+    return _table(["data set", "split", "metric", "value", "interval", "of", "note"], rows)
+
+
+def _hyperparameters(runs: list[TrainingRun]) -> str:
+    tables = []
+    for number, run in enumerate(runs, 1):
+        if run.hyperparameters:
+            rows = [[_Markup(_code(name)), value] for name, value in sorted(run.hyperparameters.items())]
+            tables.append(f"{number}. {_cell(run.method)}\n\n" + _table(["setting", "value"], rows))
+    return "\n\n".join(tables) or "No settings were kept with these weights."
+
+
+def _limits(record: dict[str, Any]) -> str:
+    lines = [
+        "- Codes have no meaning of their own: what a code does was learned from the data and may differ by context.",
+        "- The base model's biases, errors and terms of use apply; a forced code can make the text worse or wrong.",
+        "- Use it with the base model that it was learned on: the fingerprint of its tensors is checked on loading.",
+    ]
+    if record.get("vision_token_ids") == []:
+        lines.append("- Text alone: this model has no images.")
+    return "\n".join(lines)
+
+
+def _versions(record: dict[str, Any]) -> str:
+    from .. import __version__
+
+    versions = record.get("package_versions")
+    versions = versions if isinstance(versions, dict) else {}
+    return "\n".join(
+        f"- {_cell(name)}: {_cell(version)}" for name, version in {"latent_trl": __version__, **versions}.items()
+    )

@@ -1,0 +1,263 @@
+"""What is known of a checkpoint and of the runs that made it, as plain data: cards and `latent-trl inspect` read it."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+from ..models.checkpoint import CONFIG_FILE, REPORT_FILE
+from ..models.component import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, tensor_metadata
+
+COMPONENT_FOLDERS = ("codebook", "projector", "policy", "world_model", "inverse_dynamics", "value_head")
+TENSOR_FILES = {
+    **{name: f"{name}/{WEIGHTS_NAME}" for name in COMPONENT_FOLDERS},
+    "adapter": "adapter/adapter_model.safetensors",
+    "backbone": f"backbone/{WEIGHTS_NAME}",
+}
+MAX_HISTORY = 400
+
+
+@dataclass
+class TrainingRun:
+    """
+    One run of a trainer.
+
+    Args:
+        method (`str`): Such as `"Latent-action PPO"`.
+        trained (`list[str]`): What was trained.
+        data (`dict`): `datasets` (names), `rows`, `text_rows`, `columns`; what is not known is left out.
+        hyperparameters (`dict`): Settings that differ from the defaults, and the learning rate, batch and seed.
+        history (`list[dict]`): Logged metrics, a row a logging step.
+        reward_functions (`list[str]`): Their names, for RL.
+    """
+
+    method: str
+    trained: list[str] = field(default_factory=list)
+    data: dict[str, Any] = field(default_factory=dict)
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    reward_functions: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.history = thinned(self.history)
+
+
+@dataclass
+class Evaluation:
+    """
+    One measured figure.
+
+    Args:
+        dataset (`str`): Name of the data set, a Hub id where it has one.
+        metric (`str`): Such as `"exact_match"`.
+        value (`float`): The figure.
+        split (`str`, defaults to `"test"`): Of the data set.
+        low (`float`, *optional*), high (`float`, *optional*): Bounds of the interval, and
+        interval (`str`, *optional*): what it is, such as `"95 % over 5 seeds"`.
+        note (`str`, *optional*): Such as the command that makes the figure.
+    """
+
+    dataset: str
+    metric: str
+    value: float
+    split: str = "test"
+    low: float | None = None
+    high: float | None = None
+    interval: str | None = None
+    note: str | None = None
+
+    def __post_init__(self):
+        if isinstance(self.value, bool) or not isinstance(self.value, (int, float)) or not math.isfinite(self.value):
+            raise ValueError(f"`value` of {self.metric!r} must be a finite number, got {self.value!r}.")
+
+
+@dataclass
+class CodebookReport:
+    """
+    How codes are used.
+
+    Args:
+        counts (`list[int]`): `[K]`, how often each code was chosen.
+        over (`str`): What was counted, such as `"300 answers to held-out questions"`.
+        codes (`list[dict]`): Of the most used codes: `code`, `tokens` (pairs of text and count) and `examples`.
+    """
+
+    counts: list[int]
+    over: str = "answers"
+    codes: list[dict[str, Any]] = field(default_factory=list)
+
+    @classmethod
+    def from_choices(
+        cls,
+        action_ids: list[list[int]],
+        num_codes: int,
+        tokens: list[list[str]] | None = None,
+        texts: list[str] | None = None,
+        over: str | None = None,
+        most_used: int = 16,
+        per_code: int = 5,
+    ) -> "CodebookReport":
+        """
+        Counts codes in answers.
+
+        Args:
+            action_ids (`list[list[int]]`): The codes of each answer.
+            num_codes (`int`): K.
+            tokens (`list[list[str]]`, *optional*): The token that each code emitted.
+            texts (`list[str]`, *optional*): The answers, for examples.
+            over (`str`, *optional*): What the answers are. Defaults to their number.
+            most_used (`int`, defaults to `16`), per_code (`int`, defaults to `5`): How much is kept.
+        """
+        counts, emitted = Counter(), {code: Counter() for code in range(num_codes)}
+        examples: dict[int, list[str]] = {code: [] for code in range(num_codes)}
+        for row, codes in enumerate(action_ids):
+            counts.update(codes)
+            if tokens is not None:
+                for code, token in zip(codes, tokens[row], strict=True):
+                    emitted[code][token] += 1
+            if texts is not None:
+                for code in dict.fromkeys(codes):
+                    if len(examples[code]) < 2 and texts[row] not in examples[code]:
+                        examples[code].append(texts[row][:120])
+        kept = [
+            {
+                "code": code,
+                "tokens": [list(pair) for pair in emitted[code].most_common(per_code)],
+                "examples": examples[code],
+            }
+            for code, _ in counts.most_common(most_used)
+        ]
+        return cls([counts[code] for code in range(num_codes)], over or f"{len(action_ids)} answers", kept)
+
+    @property
+    def used(self) -> int:
+        return sum(count > 0 for count in self.counts)
+
+    @property
+    def dead(self) -> list[int]:
+        """Codes that were never chosen."""
+        return [code for code, count in enumerate(self.counts) if not count]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the entropy of the usage: how many codes an even usage of this entropy would have."""
+        total = sum(self.counts)
+        shares = [count / total for count in self.counts if count]
+        return math.exp(-sum(share * math.log(share) for share in shares)) if total else 0.0
+
+
+@dataclass
+class TrainingReport:
+    """`training_report.json`: the runs, the usage of codes and the figures that a checkpoint travels with."""
+
+    runs: list[TrainingRun] = field(default_factory=list)
+    codebook: CodebookReport | None = None
+    evaluation: list[Evaluation] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, record: dict[str, Any]) -> "TrainingReport":
+        """Raises [`CheckpointError`] for another shape, or values of the wrong type."""
+        try:
+            codebook = record.get("codebook")
+            report = cls(
+                runs=[_checked(TrainingRun, run) for run in record.get("runs", [])],
+                codebook=None if codebook is None else _checked(CodebookReport, codebook),
+                evaluation=[_checked(Evaluation, one) for one in record.get("evaluation", [])],
+            )
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(f"The training report has a value that cannot be used: {error}.") from error
+        if report.codebook and not all(type(count) is int and count >= 0 for count in report.codebook.counts):
+            raise CheckpointError("The training report has a value that cannot be used: `counts` are not numbers.")
+        return report
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "TrainingReport":
+        """The report of a folder; an empty one where there is none."""
+        path = Path(folder) / REPORT_FILE
+        return cls.from_dict(read_json(path)) if path.is_file() else cls()
+
+    def write(self, folder: str | Path) -> Path:
+        path = Path(folder) / REPORT_FILE
+        path.write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return path
+
+
+def _checked(kind: type, record: dict[str, Any]):
+    """A data class from JSON, whose lists, dicts and texts are what they should be."""
+    value = kind(**record)
+    for name, hint in get_type_hints(kind).items():
+        wanted = get_origin(hint) or hint
+        if wanted in (list, dict, str) and not isinstance(getattr(value, name), wanted):
+            raise TypeError(f"{name!r} must be a {wanted.__name__}, got {type(getattr(value, name)).__name__}")
+    return value
+
+
+def thinned(history: list[dict[str, Any]], limit: int = MAX_HISTORY) -> list[dict[str, Any]]:
+    """At most `limit` rows, evenly spread and with the last, holding finite numbers and short texts alone."""
+    if len(history) > limit:
+        history = [history[round(i * (len(history) - 1) / (limit - 1))] for i in range(limit)]
+    return [{name: value for name, value in row.items() if _plain(value)} for row in history]
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, int) or (isinstance(value, str) and len(value) < 200)
+
+
+@dataclass
+class ComponentFacts:
+    """Tensors of one component, from the header of its file, and the arguments that it was made with."""
+
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: list[str]
+    config: dict[str, Any]
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+
+def component_facts(folder: str | Path) -> dict[str, ComponentFacts]:
+    """
+    The components of a checkpoint, without reading a weight. A component's own folder has one, under its own name.
+
+    Raises:
+        CheckpointError: When a file is damaged or is not what its name says.
+    """
+    folder = Path(folder)
+    files = {name: folder / file for name, file in TENSOR_FILES.items() if (folder / file).exists()}
+    if not files and (folder / WEIGHTS_NAME).exists():
+        kind = read_json(folder / CONFIG_NAME).get("component")
+        files = {str(kind): folder / WEIGHTS_NAME}
+    found = {}
+    for name, path in files.items():
+        metadata = read_header(path)
+        config_file = path.with_name("adapter_config.json" if name == "adapter" else CONFIG_NAME)
+        found[name] = ComponentFacts(
+            {tensor: shape for tensor, (_, shape) in metadata.items()},
+            sorted({dtype for dtype, _ in metadata.values()}),
+            read_json(config_file) if config_file.is_file() else {},
+        )
+    return found
+
+
+def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of a safetensors file. Raises [`CheckpointError`] for anything else."""
+    from safetensors import SafetensorError
+
+    try:
+        return tensor_metadata(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """`latent_action_config.json` as it is; empty where a folder holds bare components."""
+    path = Path(folder) / CONFIG_FILE
+    return read_json(path) if path.is_file() else {}

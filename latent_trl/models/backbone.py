@@ -31,6 +31,12 @@ class _HeadInput(BaseModelOutputWithPast):
         return None
 
 
+def _same_values(output, states: torch.Tensor) -> bool:
+    if not isinstance(output, torch.Tensor) or output.numel() != states.numel():
+        return False
+    return output.shape[-1] == states.shape[-1] and torch.equal(output.reshape(states.shape), states)
+
+
 class Backbone:
     """
     View of a causal or image-text-to-text model: its text model, final norm, head and placeholders.
@@ -89,9 +95,8 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
-        norm = next(
-            (m for m, out in reversed(outputs.items()) if isinstance(out, torch.Tensor) and out is states), None
-        )
+        # The first whose output has the final values; a model may reshape them afterwards.
+        norm = next((m for m, out in outputs.items() if _same_values(out, states)), None)
         logits = self._head_through_model(states)
         bare = self.model.get_output_embeddings()(states)
         self.model.train(training)

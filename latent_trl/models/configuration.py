@@ -145,9 +145,16 @@ class LatentActionConfig(PreTrainedConfig):
         return self if self.text_config is None else self.text_config
 
     def decoder_config(self, overrides: dict[str, Any]) -> PreTrainedConfig:
-        """A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states."""
-        no_tokens = {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
-        config = type(self.text_config)(**{**self.text_config.to_dict(), **no_tokens})
+        """
+        A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states.
+
+        It has no vocabulary, and no dropout unless `overrides` say so: a rollout must be scored under the policy that
+        it was sampled from.
+        """
+        values = self.text_config.to_dict()
+        values |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
+        config = type(self.text_config)(**values)
         return _override(config, overrides)
 
 

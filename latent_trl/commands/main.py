@@ -6,6 +6,9 @@ from importlib import import_module
 # Subcommand: (module, one line of help). Modules are imported when they are called, so that help is instant.
 COMMANDS = {
     "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
+    "push": ("push", "upload a checkpoint to the Hub, in one commit, with a card"),
+    "pull": ("pull", "download a checkpoint of the Hub into a folder, checked"),
+    "inspect": ("inspect", "show what a checkpoint is, without loading its weights"),
     "check-backbone": ("check_backbone", "try everything on a given backbone and print a table"),
 }
 

@@ -7,8 +7,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
+from safetensors import SafetensorError
+
 from ..models.checkpoint import CONFIG_FILE, REPORT_FILE
-from ..models.component import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, tensor_metadata
+from ..models.component import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, check_inside, read_json, tensor_metadata
 
 COMPONENT_FOLDERS = ("codebook", "projector", "policy", "world_model", "inverse_dynamics", "value_head")
 TENSOR_FILES = {
@@ -223,21 +225,30 @@ class ComponentFacts:
         return sum(math.prod(shape) for shape in self.shapes.values())
 
 
-def component_facts(folder: str | Path) -> dict[str, ComponentFacts]:
+Header = dict[str, tuple[str, tuple[int, ...]]]
+
+
+def component_facts(folder: str | Path, headers: dict[str, Header] | None = None) -> dict[str, ComponentFacts]:
     """
     The components of a checkpoint, without reading a weight. A component's own folder has one, under its own name.
+
+    Args:
+        folder (`str` or `Path`): The checkpoint.
+        headers (`dict`, *optional*): Headers of tensor files that are elsewhere, by their names in the checkpoint.
 
     Raises:
         CheckpointError: When a file is damaged or is not what its name says.
     """
     folder = Path(folder)
-    files = {name: folder / file for name, file in TENSOR_FILES.items() if (folder / file).exists()}
+    given = headers or {}
+    files = {n: folder / file for n, file in TENSOR_FILES.items() if file in given or (folder / file).exists()}
     if not files and (folder / WEIGHTS_NAME).exists():
         kind = read_json(folder / CONFIG_NAME).get("component")
         files = {str(kind): folder / WEIGHTS_NAME}
     found = {}
     for name, path in files.items():
-        metadata = read_header(path)
+        file = path.relative_to(folder).as_posix()
+        metadata = given[file] if file in given else read_header(path)
         config_file = path.with_name("adapter_config.json" if name == "adapter" else CONFIG_NAME)
         found[name] = ComponentFacts(
             {tensor: shape for tensor, (_, shape) in metadata.items()},
@@ -247,10 +258,9 @@ def component_facts(folder: str | Path) -> dict[str, ComponentFacts]:
     return found
 
 
-def read_header(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of a safetensors file. Raises [`CheckpointError`] for anything else."""
-    from safetensors import SafetensorError
-
+def read_header(path: Path) -> Header:
+    """Names, dtypes and shapes of a safetensors file. Raises [`CheckpointError`] for anything else, or a link out."""
+    check_inside(path, path.parent)
     try:
         return tensor_metadata(path)
     except (SafetensorError, OSError, ValueError) as error:

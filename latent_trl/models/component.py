@@ -12,6 +12,7 @@ from torch import nn
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+MAX_JSON_BYTES = 32 * 2**20
 # What is downloaded of a repository: the top folder's record, report and card, and the folders of the parts.
 _PARTS = "codebook projector policy world_model inverse_dynamics value_head backbone adapter".split()
 CHECKPOINT_PATTERNS = (
@@ -41,6 +42,8 @@ def _check_file(path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
     _check_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no JSON of a checkpoint is that large.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -176,6 +176,13 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         config.action_top_p = self.law.top_p
         return config
 
+    def _generate(self, prompts):
+        *first, images, tool_images = super()._generate(prompts)
+        if images is not None:
+            # Processors take an empty list for a prompt without an image, not TRL's `None`.
+            images = [of_prompt or [] for of_prompt in images]
+        return (*first, images, tool_images)
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         prompt_lengths = [len(ids) for ids in prompt_ids]
         if self._replayed is not None:
@@ -259,6 +266,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             output = self._replace_equal_groups(inputs, output, waiting)
         self._finish_rollout(output)
         self._rollout, self._samples = None, []
+        # One form for the table of completions, whether or not a batch had images.
+        prompts = self._logs["prompt"]
+        prompts.extend([in_parts(prompts.popleft()) for _ in range(len(prompts))])
         if self.args.reuse_context_states:
             # Nothing reads pixels again.
             output = {k: v for k, v in output.items() if k not in VISION_KEYS}
@@ -346,6 +356,18 @@ def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionMode
     if not isinstance(model, LatentActionModel):
         raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
     return model
+
+
+def in_parts(prompt: Any) -> Any:
+    """A conversation with the text of each message as a part, as prompts with images have it; a string as it is."""
+    if isinstance(prompt, str):
+        return prompt
+    return [
+        {**message, "content": [{"type": "text", "text": message["content"]}]}
+        if isinstance(message["content"], str)
+        else message
+        for message in prompt
+    ]
 
 
 def copy_adapter(peft_backbone, name: str) -> None:

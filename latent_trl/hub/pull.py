@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
 from ..models.checkpoint import CONFIG_FILE, REPORT_FILE, atomic_folder
 from ..models.component import MAX_JSON_BYTES, CheckpointError, check_inside, check_token
+from ..models.download import fetch_snapshot, retried
 from .facts import (
     COMPONENT_FOLDERS,
     TENSOR_FILES,
@@ -27,8 +28,8 @@ LOW_PERPLEXITY = 2.0
 
 def _files_of(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit of a revision, and the names of its files that belong to a checkpoint."""
-    sha = api.model_info(repo_id, revision=revision).sha
-    entries = {entry.path: entry for entry in api.list_repo_tree(repo_id, revision=sha, recursive=True)}
+    sha = retried(api.model_info, repo_id, revision=revision).sha
+    entries = {e.path: e for e in retried(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)))}
     names = [name for name in entries if is_published(name) and ".." not in Path(name).parts]
     large = [name for name in names if name.endswith(".json") and entries[name].size > MAX_JSON_BYTES]
     if large and any(name.split("/")[-1] != "tokenizer.json" for name in large):
@@ -67,11 +68,7 @@ def pull_folder(
         if unknown:
             raise ValueError(f"`components` {unknown} are not in {repo_id}.")
         names = [name for name in names if name.split("/")[0] in components]
-    snapshot = Path(
-        snapshot_download(
-            repo_id, revision=sha, token=token, cache_dir=cache_dir, allow_patterns=names, library_name="latent-trl"
-        )
-    )
+    snapshot = fetch_snapshot(repo_id, revision=sha, token=token, cache_dir=cache_dir, allow_patterns=names)
     with atomic_folder(Path(folder)) as staging:
         for name in names:
             check_inside(snapshot / name, snapshot)
@@ -164,14 +161,12 @@ def inspect(
     headers: dict[str, Header] = {}
     for file in sorted(set(names) & set(TENSOR_FILES.values())):
         try:
-            metadata = api.parse_safetensors_file_metadata(repo_id, file, revision=sha)
+            metadata = retried(api.parse_safetensors_file_metadata, repo_id, file, revision=sha)
         except (SafetensorsParsingError, NotASafetensorsRepoError) as error:
             raise CheckpointError(f"{repo_id}: {file} is not a safetensors file ({error}).") from error
         headers[file] = {name: (one.dtype, tuple(one.shape)) for name, one in metadata.tensors.items()}
     small = [name for name in names if name.endswith("config.json") or name == REPORT_FILE]
     with tempfile.TemporaryDirectory() as temporary:
-        snapshot = Path(
-            snapshot_download(repo_id, revision=sha, token=token, cache_dir=temporary, allow_patterns=small)
-        )
+        snapshot = fetch_snapshot(repo_id, revision=sha, token=token, cache_dir=temporary, allow_patterns=small)
         parts = component_facts(snapshot, headers)
         return Inspection(repo_id, read_record(snapshot), parts, TrainingReport.read(snapshot), commit=sha)

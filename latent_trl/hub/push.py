@@ -10,6 +10,7 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelet
 
 from ..models.checkpoint import CONFIG_FILE, OWNED_NAMES, REPORT_FILE, read_config
 from ..models.component import CheckpointError, LatentActionComponent, check_token
+from ..models.download import retried
 from .card import CARD_FILE, PLOT_FILES, write_card
 from .facts import TENSOR_FILES, component_facts, read_header
 
@@ -105,10 +106,10 @@ def push_folder(
     check_publishable(folder)
     files = published_files(folder)
     api = HfApi(library_name="latent-trl", token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    repo_id = retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    there = set(api.list_repo_files(repo_id, revision=revision))
+        retried(api.create_branch, repo_id, branch=revision, exist_ok=True)
+    there = set(retried(api.list_repo_files, repo_id, revision=revision))
     if keep_card and CARD_FILE in there:
         files = {name: path for name, path in files.items() if name not in (CARD_FILE, *PLOT_FILES)}
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]

@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+
+from .download import fetch_snapshot
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -111,15 +112,13 @@ def resolve_folder(
         if folder.is_absolute() or str(repo_or_folder).startswith((".", "~")):
             raise CheckpointError(f"{str(repo_or_folder)!r} is not a folder.")
         check_token(token)
-        folder = Path(
-            snapshot_download(
-                str(repo_or_folder),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
-            )
+        folder = fetch_snapshot(
+            str(repo_or_folder),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
         )
     if subfolder is None:
         return folder

@@ -18,6 +18,7 @@ from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
 from .configuration import LatentActionConfig
+from .download import cached_commit
 from .generation import LatentActionGenerationMixin
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
@@ -116,7 +117,7 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         if config.use_projector is None:
             config.use_projector = bool(view.vision_token_ids)
         config.base_model_name_or_path = backbone.config._name_or_path or None
-        config.base_model_revision = getattr(backbone.config, "_commit_hash", None)
+        config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         config.backbone_fingerprint = view.fingerprint()
         if config.codebook_std is None:
             config.codebook_std = view.state_rms

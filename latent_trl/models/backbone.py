@@ -174,8 +174,13 @@ class Backbone:
             input_ids, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         )
 
-    def fingerprint(self) -> str:
-        """SHA-256 over names, shapes and 64 values of each of the backbone's tensors, adapters left out."""
+    def fingerprint(self) -> str | None:
+        """
+        SHA-256 over names, shapes and 64 values of each of the backbone's tensors, adapters left out; `None` for a
+        quantised backbone, whose tensors are not those of the model that it was made of.
+        """
+        if getattr(self.model, "is_quantized", False):
+            return None
         digest = hashlib.sha256()
         for name, tensor in sorted(self.model.state_dict().items()):
             if ".lora_" in name or not tensor.is_floating_point() or not tensor.numel():

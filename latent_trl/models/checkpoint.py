@@ -132,12 +132,14 @@ class LatentActionCheckpointMixin:
                 written = tensor_metadata(folder / name / WEIGHTS_NAME)
                 shapes[name] = {tensor: list(shape) for tensor, (_, shape) in written.items()}
             if self.tuned_backbone_tensors:
-                own = self.backbone.state_dict()
+                own = dict(self.backbone.named_parameters(remove_duplicate=False))
                 tensors = {k: own[k].detach().cpu().contiguous() for k in self.tuned_backbone_tensors}
                 (folder / TUNED_FOLDER).mkdir()
                 save_file(tensors, folder / TUNED_FOLDER / "model.safetensors", metadata={"format": "pt"})
             if self.peft_backbone is not None:
-                self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER)
+                # Not its state dict: to make that changes the outputs of a 4-bit backbone on the CPU.
+                own = dict(self.peft_backbone.named_parameters(remove_duplicate=False))
+                self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=own)
             record = {
                 **self.config.to_dict(),
                 "components": wanted,
@@ -203,7 +205,7 @@ class LatentActionCheckpointMixin:
         _check_components(config, components)
         _check_backbone(config, backbone)
         adapter = read_adapter(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
-        own = backbone.state_dict()
+        own = dict(backbone.named_parameters(remove_duplicate=False))
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
             raise CheckpointError(f"{tuned}: tensors {wrong[:5]} are not the backbone's.")
@@ -298,12 +300,14 @@ def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
 
 def load_adapter(backbone: PreTrainedModel, config: Any, tensors: dict[str, torch.Tensor], is_trainable: bool) -> Any:
     """Puts an adapter on `backbone`, or leaves it as it was and raises [`CheckpointError`] where tensors do not fit."""
-    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import get_peft_model, get_peft_model_state_dict
 
     config.inference_mode = not is_trainable
     trainable = [p for p in backbone.parameters() if p.requires_grad]
     peft_backbone = get_peft_model(backbone, config)
-    own = {name: t.shape for name, t in get_peft_model_state_dict(peft_backbone).items()}
+    own = dict(peft_backbone.named_parameters(remove_duplicate=False))
+    adapter = get_peft_model_state_dict(peft_backbone, state_dict=own)
+    own = {name: t.shape for name, t in adapter.items()}
     given = {name: t.shape for name, t in tensors.items()}
     if own != given:
         peft_backbone.unload()
@@ -311,7 +315,9 @@ def load_adapter(backbone: PreTrainedModel, config: Any, tensors: dict[str, torc
             parameter.requires_grad_(True)
         differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
         raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
-    set_peft_model_state_dict(peft_backbone, tensors)
+    with torch.no_grad():
+        for name, parameter in adapter.items():
+            parameter.copy_(tensors[name])
     return peft_backbone
 
 
@@ -336,8 +342,8 @@ def _check_backbone(config: LatentActionConfig, backbone: PreTrainedModel) -> No
         raise CheckpointError(
             f"The checkpoint is for hidden size {config.text_config.hidden_size}, the backbone's is {view.hidden_size}."
         )
-    quantized = getattr(backbone, "is_quantized", False)
-    if config.backbone_fingerprint and not quantized and view.fingerprint() != config.backbone_fingerprint:
+    fingerprint = view.fingerprint()
+    if config.backbone_fingerprint and fingerprint and fingerprint != config.backbone_fingerprint:
         raise CheckpointError(
             f"The backbone's tensors are not those that the checkpoint was trained on "
             f"({config.base_model_name_or_path!r}, revision {config.base_model_revision!r})."

@@ -89,9 +89,30 @@ def test_an_adapter_goes_on_a_quantized_backbone(tmp_path):
     backbone = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=four_bits())
     model = LatentActionModel.from_backbone(backbone, latent_config())
     model.add_adapter(LoraConfig(r=4, init_lora_weights=False))
-    model.save_pretrained(tmp_path / "model")
-    loaded = LatentActionModel.from_pretrained(tmp_path / "model", quantization_config=four_bits())
+    model.eval()
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "action_do_sample": False}
-    assert torch.equal(
-        loaded.eval().generate(**tiny.inputs, **options), model.eval().generate(**tiny.inputs, **options)
-    )
+    want = model.generate(**tiny.inputs, **options)
+    model.save_pretrained(tmp_path / "model")
+    assert torch.equal(model.generate(**tiny.inputs, **options), want), "saving must not change the model"
+    loaded = LatentActionModel.from_pretrained(tmp_path / "model", quantization_config=four_bits())
+    assert torch.equal(loaded.generate(**tiny.inputs, **options), want)
+
+
+def test_components_learned_on_four_bits_load_on_the_whole_model(quantized, tmp_path):
+    model, _, folder = quantized
+    model.save_pretrained(tmp_path)
+    loaded = LatentActionModel.from_pretrained(tmp_path)
+    assert torch.uint8 not in {p.dtype for p in loaded.parameters()}
+    assert torch.equal(loaded.codebook.weight, model.codebook.weight)
+
+
+def test_components_learned_on_the_whole_model_load_on_four_bits(quantized, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    _, tiny, folder = quantized
+    auto = AutoModelForCausalLM if "pixel_values" not in tiny.inputs else AutoModelForImageTextToText
+    whole = LatentActionModel.from_backbone(auto.from_pretrained(folder), latent_config())
+    assert whole.config.backbone_fingerprint
+    whole.save_pretrained(tmp_path)
+    loaded = LatentActionModel.from_pretrained(tmp_path, quantization_config=four_bits(), dtype=torch.float32)
+    loaded.generate(**tiny.inputs, max_new_tokens=2)

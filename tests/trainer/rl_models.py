@@ -1,11 +1,22 @@
 """Small exact models for the tests of RL: codes that are tokens, and rewards that are functions of codes."""
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 import transformers
+import trl
 from datasets import Dataset
+from packaging.version import Version
 from tiny_models import VOCAB_SIZE, llama, make_tokenizer
 
 from latent_trl import LatentActionConfig, LatentActionModel
+
+
+def skip_without_token_scoring() -> None:
+    """TRL 1.15 scores tokens with code that imports Triton, which CPU builds of PyTorch do not bring."""
+    if Version(trl.__version__) < Version("1.16") and find_spec("triton") is None:
+        pytest.skip(f"TRL {trl.__version__} cannot score tokens without Triton.")
 
 
 def decode_as_tokens(model: LatentActionModel, tokens: list[int]) -> None:

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from rl_models import policy_of, prompts, token_twins
+from rl_models import policy_of, prompts, skip_without_token_scoring, token_twins
 from tiny_models import VOCAB_SIZE
 from trl import GRPOConfig, GRPOTrainer
 
@@ -35,6 +35,7 @@ def reward(completion_ids, **columns):
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
     """A rollout batch of the latent trainer, both trainers, and both policies moved in the same way since."""
+    skip_without_token_scoring()
     folder = str(tmp_path_factory.mktemp("equivalence"))
     twin, model, tokenizer = token_twins()
     data = prompts()

@@ -228,7 +228,7 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
         "    print(int(code), repr(processor.decode([int(token)])))",
         "",
         "# The same again with another first code; -1 would leave a step free.",
-        "forced = ((codes[:1] + 1) % model.config.num_codes)[None]",
+        "forced = ((codes[:1] + 1) % model.config.num_codes).unsqueeze(0)",
         "steered = model.generate(**inputs, forced_action_ids=forced, **options)",
         "print(processor.decode(steered.sequences[0], skip_special_tokens=True))",
     ]

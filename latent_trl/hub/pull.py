@@ -29,7 +29,7 @@ LOW_PERPLEXITY = 2.0
 def _files_of(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, list[str]]:
     """The commit of a revision, and the names of its files that belong to a checkpoint."""
     sha = retried(api.model_info, repo_id, revision=revision).sha
-    entries = {e.path: e for e in retried(lambda: list(api.list_repo_tree(repo_id, revision=sha, recursive=True)))}
+    entries = {e.path: e for e in api.list_repo_tree(repo_id, revision=sha, recursive=True)}
     names = [name for name in entries if is_published(name) and ".." not in Path(name).parts]
     large = [name for name in names if name.endswith(".json") and entries[name].size > MAX_JSON_BYTES]
     if large and any(name.split("/")[-1] != "tokenizer.json" for name in large):

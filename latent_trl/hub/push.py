@@ -109,7 +109,7 @@ def push_folder(
     repo_id = retried(api.create_repo, repo_id, private=private, exist_ok=True).repo_id
     if revision is not None and not create_pr and not revision.startswith("refs/pr/"):
         retried(api.create_branch, repo_id, branch=revision, exist_ok=True)
-    there = set(retried(api.list_repo_files, repo_id, revision=revision))
+    there = set(api.list_repo_files(repo_id, revision=revision))
     if keep_card and CARD_FILE in there:
         files = {name: path for name, path in files.items() if name not in (CARD_FILE, *PLOT_FILES)}
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]

@@ -29,10 +29,10 @@ class DemoSettings:
 
     pairs: int = 1500
     texts: int = 1500
-    space_steps: int = 100
+    space_steps: int = 150
     projector_steps: int = 40
-    joint_steps: int = 100
-    cloning_steps: int = 200
+    joint_steps: int = 60
+    cloning_steps: int = 150
     sft_steps: int = 30
     rl_steps: int = 60
     prompts_per_step: int = 16
@@ -127,10 +127,11 @@ class Demo:
             projector_max_steps=s.projector_steps,
             joint_max_steps=s.joint_steps,
             policy_max_steps=s.cloning_steps,
-            inverse_dynamics_learning_rate=1e-3,
-            joint_learning_rate=1e-3,
+            inverse_dynamics_learning_rate=3e-3,
+            joint_learning_rate=3e-3,
             policy_learning_rate=1e-3,
-            per_device_train_batch_size=24,
+            per_device_train_batch_size=16,
+            max_length=96,
             logging_steps=5,
             save_strategy="no",
             seed=s.seed,

@@ -40,6 +40,9 @@ class LatentActionConfig(PreTrainedConfig):
         projector_residual (`bool`, defaults to `True`):
             Whether the projectors predict a change of the state (zero at the start), so that an untrained one is the
             identity. `False` gives the paper's plain two-layer map.
+        inverse_reads_tokens (`bool`, defaults to `True`):
+            Whether the inverse dynamics model also reads the tokens' input embeddings. `False` is the paper's, which
+            reads states alone.
         codebook_std (`float`, *optional*):
             Standard deviation of the initial codes. Defaults to the measured root mean square of the context states:
             at the sources' 0.02 the world model cannot see them.
@@ -72,6 +75,7 @@ class LatentActionConfig(PreTrainedConfig):
         policy_init: str = "fresh",
         use_projector: bool | None = None,
         projector_residual: bool = True,
+        inverse_reads_tokens: bool = True,
         codebook_std: float | None = None,
         gumbel_temperature: float = 2.0,
         text_config: PreTrainedConfig | dict[str, Any] | None = None,
@@ -98,6 +102,7 @@ class LatentActionConfig(PreTrainedConfig):
         self.policy_init = policy_init
         self.use_projector = use_projector
         self.projector_residual = projector_residual
+        self.inverse_reads_tokens = inverse_reads_tokens
         self.codebook_std = codebook_std
         self.gumbel_temperature = gumbel_temperature
         self.vision_token_ids = list(vision_token_ids or [])

@@ -41,10 +41,28 @@ class InverseDynamicsModel(LatentActionComponent):
         states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
+        token_embeddings: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Logits `[B, L-1, K]` in float32 from states `[B, L, d]`; entry t is for the step from token t to t + 1."""
+        """
+        Args:
+            states (`torch.Tensor`): `[B, L, d]`.
+            attention_mask, position_ids (`torch.Tensor`, *optional*): As [`DecoderStack`] takes them.
+            token_embeddings (`torch.Tensor`, *optional*): `[B, L, d]` of the tokens themselves, added to the states at
+                their scale. A last state speaks of what comes next, and hardly of the token that was read.
+
+        Returns:
+            Logits `[B, L-1, K]` in float32; entry t is for the step from token t to t + 1.
+        """
+        if token_embeddings is not None:
+            scale = rms(states) / rms(token_embeddings).clamp(min=1e-6)
+            states = states + token_embeddings.to(states.dtype) * scale.to(states.dtype)
         features = self.decoder_stack(states, attention_mask, position_ids)
         return self.head(features[:, 1:]).float()
+
+
+def rms(x: torch.Tensor) -> torch.Tensor:
+    """Root mean square over the last dimension, which is kept, in float32."""
+    return x.float().pow(2).mean(dim=-1, keepdim=True).sqrt()
 
 
 def super_config(component: LatentActionComponent) -> dict[str, Any]:

@@ -202,6 +202,23 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         call = self.backbone_view.encode(input_ids, attention_mask, **inputs)
         return self.context_states(call.states, self.has_image(input_ids)), call.position_ids
 
+    def infer(
+        self,
+        states: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits `[B, L-1, K]` of the inverse dynamics model: which code explains each next token."""
+        self.require("inverse_dynamics")
+        embeddings = None
+        if self.config.inverse_reads_tokens:
+            embedding = self.backbone.get_input_embeddings()
+            # A placeholder's id may lie outside of the embedding.
+            known = input_ids.masked_fill(input_ids >= embedding.num_embeddings, 0)
+            embeddings = embedding(known).detach()
+        return self.inverse_dynamics(states, attention_mask, position_ids, embeddings)
+
     def merge(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
         """What the head reads `[..., d]`, from context states and code vectors."""
         return self.world_model(states, codes, norm=self.backbone_view.norm)

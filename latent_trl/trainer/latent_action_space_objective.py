@@ -45,7 +45,7 @@ class LatentActionSpaceObjective:
         self,
         stage: str,
         entropy_coef: float = 1e-3,
-        balance_coef: float = 0.1,
+        balance_coef: float = 0.02,
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
         health_positions: int = 256,
@@ -86,7 +86,7 @@ class LatentActionSpaceObjective:
 
     def _action_loss(self, model, batch, observation) -> torch.Tensor:
         states = self._context(model, observation)
-        logits = model.inverse_dynamics(states, observation.attention_mask, observation.position_ids)
+        logits = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
         mask = batch["loss_mask"][:, 1:]
         targets = batch["input_ids"][:, 1:][mask]
         logits, inputs = logits[mask], states[:, :-1][mask]
@@ -143,7 +143,7 @@ class LatentActionSpaceObjective:
         states = self._context(model, observation)
         mask = batch["loss_mask"][:, 1:]
         with torch.no_grad():
-            wanted = model.inverse_dynamics(states, observation.attention_mask, observation.position_ids)
+            wanted = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
             wanted = wanted.argmax(dim=-1)[mask]
         logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1][mask]
         losses = F.cross_entropy(logits, wanted, reduction="none")

@@ -1,0 +1,46 @@
+"""The pages on GRPO and PPO: their code runs, and they leave out no option and no metric."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from tiny_models import latent
+from trl import GRPOConfig
+
+from latent_trl import LatentActionGRPOConfig, LatentActionModel, LatentActionPPOConfig
+from latent_trl.trainer import latent_action_grpo_trainer
+
+DOCS = Path(__file__).parents[2] / "docs"
+PAGES = {"grpo": (DOCS / "grpo_trainer.md").read_text(), "ppo": (DOCS / "ppo_trainer.md").read_text()}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_runs_and_every_metric_is_explained(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, tiny = latent("llava")
+    monkeypatch.setattr(LatentActionModel, "from_pretrained", classmethod(lambda cls, *args, **kwargs: model))
+    monkeypatch.setattr(latent_action_grpo_trainer, "load_processing_class", lambda model: tiny.processor)
+    (block,) = re.findall(r"^```python\n(.*?)^```$", PAGES[name], re.DOTALL | re.MULTILINE)
+    names: dict = {"__name__": f"{name}_page"}
+    exec(compile(block, f"docs/{name}_trainer.md", "exec"), names)
+    explained = PAGES["grpo"] + (PAGES["ppo"] if name == "ppo" else "")
+    for log in names["trainer"].state.log_history[:-1]:
+        for metric in set(log) - {"step"}:
+            metric = re.sub(r"^rewards/[^/]+/", "rewards/<function>/", metric)
+            assert f"`{metric}`" in explained, metric
+
+
+def own_fields(config: type, base: type) -> set[str]:
+    inherited = {field.name: field.default for field in dataclasses.fields(base)}
+    fields = dataclasses.fields(config)
+    return {f.name for f in fields if f.name not in inherited or f.default != inherited[f.name]}
+
+
+@pytest.mark.parametrize(
+    "name, config, base",
+    [("grpo", LatentActionGRPOConfig, GRPOConfig), ("ppo", LatentActionPPOConfig, LatentActionGRPOConfig)],
+)
+def test_every_option_is_explained(name, config, base):
+    missing = [field for field in sorted(own_fields(config, base)) if f"`{field}`" not in PAGES[name]]
+    assert not missing

@@ -74,7 +74,7 @@ def test_chat_template_takes_plain_and_structured_content_and_marks_the_assistan
 
 def test_it_sees(model, processor, rows, reward, greedy):
     swapped = reward(measure.answers(model, processor, rows, shift=1))
-    assert reward(greedy) > swapped + 0.12
+    assert reward(greedy) > swapped + 0.15
 
 
 def test_greedy_answers_leave_a_gap_to_what_the_states_hold(model, processor, rows, reward, greedy):

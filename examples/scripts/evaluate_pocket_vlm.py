@@ -3,7 +3,8 @@ Measure the pocket VLM on pictures that it was not trained on, and write its mod
 
     python examples/scripts/evaluate_pocket_vlm.py --model model_cards/pocket-vlm --write_card
 
-It takes two minutes on two CPU cores. The numbers are printed as JSON and go into `README.md` beside the weights.
+It takes one to two minutes on two CPU cores. The numbers are printed as JSON, and go into `README.md` beside the
+weights.
 """
 
 import argparse
@@ -66,16 +67,19 @@ python examples/scripts/evaluate_pocket_vlm.py --write_card
 ```
 
 The pictures are two thirds of the training pictures of `easy-vqa` (MIT), moved, mirrored and put on new backgrounds;
-the small talk is `chitchat-dataset` (MIT). First the vision tower learns which words a picture's description contains,
-then the whole model learns descriptions, questions and answers, and small talk.
+the small talk is `chitchat-dataset` (MIT). First the vision tower learns which words a picture's description contains.
+Then the whole model learns descriptions, verdicts on statements ("true or false: it is red."), questions with answers,
+and small talk. In that stage a throw-away linear head reads, halfway up the text model, the state in which an answer
+begins, and has to tell the words of the picture's description and of the request; without it the model does not learn
+to compare the two in this time.
 
 ## It knows more than it says
 
-Descriptions in the training data are always true, answers to questions are not. They come from an annotator model
-(`latent_trl/data/shapes.py`) with one-directional failings, each with probability {error_rate}: a true "no" is answered
-"yes", teal is called blue, brown red, gray black, yellow green, and a triangle a rectangle. So greedy answers are wrong
-on those classes, while the right word keeps a good share of the probability and the hidden state tells the classes
-apart. Reinforcement learning with a strict reward can close that gap.
+Descriptions and verdicts in the training data are always right, answers to questions are not. Those come from an
+annotator model (`latent_trl/data/shapes.py`) with one-directional failings, each with probability {error_rate}: a true
+"no" is answered "yes", teal is called blue, brown red, gray black, yellow green, and a triangle a rectangle. So greedy
+answers are wrong on those classes, while the right word keeps a good share of the probability and the hidden state
+tells the classes apart. Reinforcement learning with a strict reward can close that gap.
 
 ## Results
 

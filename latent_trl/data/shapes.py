@@ -6,8 +6,9 @@ questions and descriptions are worded here.
 
 # The annotator model
 
-Descriptions are always true. Answers to questions, when `noisy`, come from an annotator with the systematic failings
-of real VLM data, each one-directional and each with probability `ERROR_RATE`:
+Descriptions, and verdicts on statements ("true or false: it is red."), are always right. Answers to questions, when
+`noisy`, come from an annotator with the systematic failings of real VLM data, each one-directional and each with
+probability `ERROR_RATE`:
 
 - acquiescence: a true "no" is answered "yes";
 - confusable colours: teal is called blue, brown red, gray black, yellow green;
@@ -44,7 +45,7 @@ CONFUSED_WITH = {
     "yellow": "green",
     "triangle": "rectangle",
 }
-ERROR_RATE = 0.6
+ERROR_RATE = 0.67
 
 QUESTIONS = {
     "colour": ("what color is it?", "what color is the shape?", "which color do you see?"),
@@ -77,6 +78,8 @@ DESCRIPTIONS = (
 # Pixels of 64 x 64 that the shape covers; a third of the pictures each is "small", "medium" and "big".
 SMALL, LARGE = 220, 420
 
+STATEMENTS = ("it is {}.", "the shape is {}.", "this is {}.")
+
 CHAT_WORDS = (2, 18)
 # Talk about the chat window, its bugs and the competition that the conversations were collected in.
 CHAT_JUNK = re.compile(
@@ -88,7 +91,9 @@ CHAT_JUNK = re.compile(
 def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
-        raise ImportError(f"The `{name}` package, which ships the demo's data, is missing: `pip install latent_trl[demo]`.")
+        raise ImportError(
+            f"The `{name}` package, which ships the demo's data, is missing: `pip install latent_trl[demo]`."
+        )
     return Path(spec.origin).parent
 
 
@@ -148,17 +153,31 @@ def _describe(picture: dict, size: str, generator: random.Random) -> list[dict]:
     ]
 
 
+def _claim(picture: dict, right: bool, generator: random.Random) -> str:
+    """A colour ("red") or shape ("a circle") that the picture has or has not."""
+    aspect, values = generator.choice((("colour", COLOURS), ("shape", SHAPES)))
+    value = picture[aspect]
+    if not right:
+        value = generator.choice([other for other in values if other != value])
+    return value if aspect == "colour" else f"a {value}"
+
+
+def _judge(picture: dict, generator: random.Random) -> list[dict]:
+    right = generator.random() < 0.5
+    statement = generator.choice(STATEMENTS).format(_claim(picture, right, generator))
+    return [
+        {"role": "user", "content": f"true or false: {statement}"},
+        {"role": "assistant", "content": "true." if right else "false."},
+    ]
+
+
 def _ask(picture: dict, kind: str, generator: random.Random, truth: str | None = None) -> tuple[str, str]:
     """A question about the picture and its true answer; `truth` fixes that of a yes/no question."""
     question = generator.choice(QUESTIONS[kind])
     if kind != "yes_no":
         return question, picture[kind]
     truth = truth or generator.choice(("yes", "no"))
-    aspect, values = generator.choice((("colour", COLOURS), ("shape", SHAPES)))
-    value = picture[aspect]
-    if truth == "no":
-        value = generator.choice([other for other in values if other != value])
-    return question.format(value if aspect == "colour" else f"a {value}"), truth
+    return question.format(_claim(picture, truth == "yes", generator)), truth
 
 
 def _answer(kind: str, truth: str, noisy: bool, generator: random.Random) -> str:
@@ -172,7 +191,7 @@ def _answer(kind: str, truth: str, noisy: bool, generator: random.Random) -> str
 
 def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool = True) -> Dataset:
     """
-    Conversations about pictures of shapes: true descriptions and questions with an annotator's answers.
+    Conversations about pictures of shapes: descriptions, verdicts on statements, and an annotator's answers.
 
     Args:
         split (`str`):
@@ -184,11 +203,11 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order, the wordings and the annotator's errors.
         noisy (`bool`, *optional*, defaults to `True`):
-            Whether answers to questions have the annotator's systematic errors. Descriptions are true in any case.
+            Whether answers to questions have the annotator's systematic errors; all else is right in any case.
 
     Returns:
-        `datasets.Dataset`: columns `messages` (one request and its description, or two questions with answers) and
-        `images` (one picture of 64 x 64 pixels).
+        `datasets.Dataset`: columns `messages` (a request and a description, four statements with verdicts, or two
+        questions with answers) and `images` (one picture of 64 x 64 pixels).
 
     Raises:
         `ImportError`: when the `easy_vqa` package is missing.
@@ -202,8 +221,12 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
     for i in range(len(pictures) if limit is None else limit):
         i %= len(pictures)
         messages = []
-        if generator.random() < 0.4:
+        form = generator.random()
+        if form < 0.2:
             messages = _describe(pictures[i], sizes[i], generator)
+        elif form < 0.6:
+            for _ in range(4):
+                messages.extend(_judge(pictures[i], generator))
         else:
             for kind in generator.sample(KINDS, 2):
                 question, truth = _ask(pictures[i], kind, generator)

@@ -46,8 +46,8 @@ class Repository:
     messages: list[str] = field(default_factory=list)
 
     def commit(self, ref: str, files: dict[str, bytes], message: str) -> str:
-        state = json.dumps([len(self.messages), ref, sorted(files), message])
-        sha = hashlib.sha1(state.encode()).hexdigest()
+        state = [len(self.messages), ref, message, sorted((name, git_oid(content)) for name, content in files.items())]
+        sha = hashlib.sha1(json.dumps(state).encode()).hexdigest()
         self.commits[sha], self.refs[ref] = files, sha
         self.messages.append(message)
         return sha

@@ -29,30 +29,43 @@ def saved(tmp_path_factory):
     return folder / "model"
 
 
-def run(hub, home, *words: str) -> subprocess.CompletedProcess:
-    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_TOKEN")
+def run(hub, home, *commands: list[str]) -> subprocess.CompletedProcess:
+    """Commands in a fresh process, in which the client reads its endpoint, token and home from the environment."""
+    hidden = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
     environment = {k: v for k, v in os.environ.items() if k not in hidden}
-    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "COLUMNS": "200"}
-    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": TOKEN}
-    command = [sys.executable, "-m", "latent_trl", *words]
+    environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"HF_HUB_DISABLE_TELEMETRY": "1", "COLUMNS": "200"}
+    code = "import sys; from latent_trl.commands.main import main; sys.exit(sum(map(main, {!r})))"
+    command = [sys.executable, "-c", code.format(commands)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_push_inspect_and_pull_in_processes_of_their_own(hub, saved, tmp_path):
-    done = run(hub, tmp_path / "home", "push", str(saved), REPO, "--private")
+def test_push_inspect_and_pull_in_a_process_of_their_own(hub, saved, tmp_path):
+    done = run(
+        hub,
+        tmp_path / "home",
+        ["push", str(saved), REPO, "--private"],
+        ["inspect", REPO],
+        ["pull", REPO, str(tmp_path / "pulled")],
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == f"{hub.url}/{REPO}/commit/{hub.repositories[REPO].refs['main']}"
+    sha = hub.repositories[REPO].refs["main"]
+    assert done.stdout.startswith(f"{hub.url}/{REPO}/commit/{sha}\n") and hub.repositories[REPO].private
     assert first_mismatch(hub.files(REPO)["README.md"].decode()) is None
-    looked = run(hub, tmp_path / "home", "inspect", REPO)
-    assert looked.returncode == 0, looked.stderr
-    for told in ("ada/tiny-base", "abc123", "16 of width 32", "world_model", "3 of 16 codes", "exact_match", "0.75"):
-        assert told in looked.stdout, told
-    pulled = run(hub, tmp_path / "home", "pull", REPO, str(tmp_path / "pulled"))
-    assert pulled.returncode == 0, pulled.stderr
+    for told in (
+        "ada/tiny-base",
+        "abc123",
+        "16 of width 32",
+        "world_model",
+        "3 of 16 codes",
+        "exact_match",
+        "0.75",
+        sha,
+    ):
+        assert told in done.stdout, told
     mine, theirs = files_of(saved), files_of(tmp_path / "pulled")
     assert mine == {name: theirs[name] for name in mine}
-    for result in (done, looked, pulled):
-        assert TOKEN not in result.stdout + result.stderr
+    assert TOKEN not in done.stdout + done.stderr
     assert not any(TOKEN.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 

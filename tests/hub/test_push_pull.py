@@ -1,5 +1,9 @@
 """Pushed and pulled over HTTP: the same bits, the same codes, the same words."""
 
+import json
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from checkpoints import BASE, REPO, files_of, make_base, make_model, report, serve
@@ -11,7 +15,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, PreTrainedConfig
 
 from latent_trl import CheckpointError, Codebook, CrossModalProjector, LatentActionModel, LatentActionPolicy
 from latent_trl.hub.pull import pull_folder
@@ -181,3 +185,23 @@ def test_pull_of_some_components(hub, pushed, tmp_path):
 def test_the_list_of_a_pushed_repository(hub, pushed):
     files = HfApi().list_repo_files(REPO)
     assert {"latent_action_config.json", "policy/config.json", "policy/model.safetensors"} <= set(files)
+
+
+def test_the_code_of_the_format_page_runs(hub, base, pushed, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    names = {"model": pushed, "LatentActionModel": LatentActionModel, "Codebook": Codebook}
+    exec(compile(code, "checkpoint_format.md", "exec"), names)
+    assert set(hub.repositories) == {BASE, REPO, "ada/tiny-codes"}
+    assert {"main", "trial"} <= set(hub.repositories[REPO].refs)
+
+
+def test_the_format_page_names_every_field_of_the_record(pushed, tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
+    pushed.save_pretrained(tmp_path)
+    record = json.loads((tmp_path / "latent_action_config.json").read_text())
+    own = set(record) - set(PreTrainedConfig().to_dict())
+    assert [name for name in sorted(own) if f"`{name}`" not in page] == []
+    assert record["layer_shapes"]["codebook"] == {"weight": [16, 32]}
+    assert record["code_width"] == record["hidden_size"] == 32

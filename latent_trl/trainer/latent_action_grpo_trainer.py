@@ -22,6 +22,7 @@ from .component_training import ComponentTrainingMixin, check_finite, train_only
 from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 from .latent_action_grpo_config import LatentActionGRPOConfig
 from .latent_action_space_trainer import load_processing_class
+from .repeated_prompts import copies_of_each
 from .reward_checks import check_model_rewards, checked_reward
 from .run_state import ExactResumeMixin
 
@@ -109,6 +110,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self._check_dataset()
         self._add_reward_checks()
         self._rollout: Rollout | None = None
+        # How often each prompt stands in the batch last tokenized.
+        self._copies = 1
         # The samples of the batch last scored, and those that take the place of a new rollout.
         self._samples: list[Sample] = []
         self._replayed: list[Sample] | None = None
@@ -183,6 +186,14 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             images = [of_prompt or [] for of_prompt in images]
         return (*first, images, tool_images)
 
+    def _tokenize_prompts(self, prompts):
+        """Processes each prompt of a group once. Fields of images stay single: `generate` copies what it needs."""
+        self._copies = copies = copies_of_each(prompts)
+        prompt_ids, images, multimodal_fields = super()._tokenize_prompts(prompts[::copies])
+        if images is not None:
+            images = [of_prompt for of_prompt in images for _ in range(copies)]
+        return [ids for ids in prompt_ids for _ in range(copies)], images, multimodal_fields
+
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
         prompt_lengths = [len(ids) for ids in prompt_ids]
         if self._replayed is not None:
@@ -190,9 +201,11 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             rollouts = [sample.rollout for sample in self._replayed]
         else:
             self.generation_config.action_do_sample = self.model.training or self.args.eval_action_do_sample
+            self.generation_config.num_return_sequences = self._copies
+            single = slice(None, None, self._copies)
             with self._latent_model().recording() as records, self.accelerator.autocast():
                 completion_ids, _ = super()._generate_single_turn(
-                    prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs
+                    prompt_ids[single], images and images[single], multimodal_fields, num_generations, *args, **kwargs
                 )
             record = records[-1]
             if not self.args.reuse_context_states:

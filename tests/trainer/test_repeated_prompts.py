@@ -1,0 +1,118 @@
+"""A prompt is encoded once for its whole group, and nothing but the cost depends on it."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from test_grpo_rollouts import build, image, rollout, rows
+
+from latent_trl.trainer import latent_action_grpo_trainer
+from latent_trl.trainer.repeated_prompts import copies_of_each, same_prompt
+
+
+def record_rows(trainer) -> list[int]:
+    """Rows of each call of the backbone's base model from now on."""
+    seen = []
+    trainer.model.backbone_view.base.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    return seen
+
+
+def both_ways(tmp_path, monkeypatch, training: bool, picks, **options):
+    """Batches of one trainer with prompts encoded once, and of its twin with each row encoded; forced codes."""
+    results = []
+    codes = torch.randint(16, (len(picks), 5), generator=torch.Generator().manual_seed(5))
+    codes[0, 3] = -1  # free: the most likely code in evaluation
+    for once in (True, False):
+        if not once:
+            monkeypatch.setattr(latent_action_grpo_trainer, "copies_of_each", lambda prompts: 1)
+        trainer = build(tmp_path, **options)
+        trainer.model.train(training)
+        forced = codes.clamp(min=0) if training else codes
+        trainer.model.generate = partial(trainer.model.generate, forced_action_ids=forced)
+        seen = record_rows(trainer)
+        batch = rollout(trainer, picks)
+        results.append((trainer, batch, seen[0]))
+    return results
+
+
+def check_equal(one: dict, other: dict) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            torch.testing.assert_close(value, other[name], atol=2e-5, rtol=2e-5)
+        elif isinstance(value, torch.Tensor):
+            assert torch.equal(value, other[name]), name
+        else:
+            assert value == other[name], name
+
+
+FAMILIES = ["llava", "qwen2_5_vl", "idefics3", "gemma3"]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind, reuse", [("grpo", True), ("ppo", False)])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_groups_encoded_once_are_as_rows_encoded_alone(tmp_path, monkeypatch, family, kind, reuse, training):
+    """0, 1 and 2 images a prompt, prompts of different lengths; codes, states, scores, loss and gradient."""
+    # Idefics 3 takes no batch in which some rows have no image.
+    data = rows((1, 1, 2, 1)) if family == "idefics3" else rows()
+    picks = (0, 0, 1, 1, 2, 2, 3, 3)
+    (trainer, one, seen), (plain, other, plain_seen) = both_ways(
+        tmp_path, monkeypatch, training, picks, kind=kind, family=family, data=data, reuse_context_states=reuse
+    )
+    assert (seen, plain_seen) == (4, 8)
+    check_equal(one, other)
+    if training:
+        losses = [t._compute_loss(t.model, batch) for t, batch in ((trainer, one), (plain, other))]
+        torch.testing.assert_close(*losses, atol=2e-5, rtol=2e-5)
+        gradients = []
+        for t, loss in zip((trainer, plain), losses):
+            loss.backward()
+            gradients.append(t.model.policy.head.weight.grad)
+        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+
+
+def test_recorded_scores_are_those_of_a_full_pass_of_each_row(tmp_path):
+    """Sampled, with nothing forced: each row's log-probabilities belong to its own prompt, states and codes."""
+    trainer = build(tmp_path, family="qwen2_5_vl", reuse_context_states=False)
+    batch = rollout(trainer, (0, 0, 1, 1, 2, 2, 3, 3))
+    mask = batch["completion_mask"].bool()
+    assert len({tuple(row) for row in batch["action_ids"].tolist()}) > 4
+    torch.testing.assert_close(
+        batch["old_per_token_logps"][mask], batch["sampling_per_token_logps"][mask], atol=2e-5, rtol=2e-5
+    )
+
+
+def test_evaluation_has_group_sizes_of_its_own(tmp_path, monkeypatch):
+    for picks, rows_seen in (((0, 0, 0, 2, 2, 2), 2), ((0, 0, 1, 1, 1, 1), 3), ((0, 1, 2, 3), 4), ((0, 0, 0, 1), 4)):
+        size = {2: 3, 3: 2, 4: 1}[rows_seen]
+        options = {"num_generations_eval": size, "per_device_eval_batch_size": len(picks)}
+        with monkeypatch.context() as patch:
+            (_, one, seen), (_, other, _) = both_ways(tmp_path, patch, False, picks, **options)
+        assert seen == rows_seen
+        check_equal(one, other)
+
+
+def test_copies_of_each():
+    first, second = [[{"role": "user", "content": text}] for text in ("one", "two")]
+    assert copies_of_each([first] * 3 + [second] * 3) == 3
+    assert copies_of_each([first] * 4 + [second] * 2) == 2
+    assert copies_of_each([first, second, first, second]) == 1
+    assert copies_of_each([first] * 2 + [second]) == 1
+    assert copies_of_each([first]) == 1
+
+
+def test_prompts_are_told_apart_by_their_images():
+    def prompt(picture):
+        return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}]
+
+    assert same_prompt(prompt(image(1)), prompt(image(1)))
+    assert not same_prompt(prompt(image(1)), prompt(image(2)))
+    assert not same_prompt(prompt(image(1)), prompt(image(1).resize((8, 8))))
+    assert not same_prompt(prompt(image(1)), prompt("path.png"))
+    # Arrays are not compared: such prompts are encoded row by row.
+    pixels = np.zeros((2, 2, 3))
+    assert same_prompt(prompt(pixels), prompt(pixels)) and not same_prompt(prompt(pixels), prompt(pixels.copy()))

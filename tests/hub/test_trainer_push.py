@@ -1,5 +1,6 @@
 """`push_to_hub`, `hub_strategy` and cards of all four trainers, against the Hub on loopback."""
 
+import inspect
 import json
 import logging
 
@@ -11,6 +12,7 @@ from datasets import Dataset
 from hub_server import TOKEN, Fault
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from transformers import Trainer
 
 from latent_trl import (
     Codebook,
@@ -178,3 +180,18 @@ def test_a_token_that_http_cannot_carry_is_refused_before_training(hub, make_lat
     with pytest.raises(ValueError, match="`token` has characters") as error:
         make_trainer("sft", make_latent, tmp_path, hub_token=TOKEN + "\n")
     assert TOKEN not in str(error.value)
+
+
+def test_the_methods_that_are_extended_are_those_of_transformers():
+    """Upstream changed a method that `HubTrainingMixin` takes the place of: compare them, then mend this list."""
+    expected = {
+        "init_hf_repo": ["self", "token", "private"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
+        "push_to_hub": ["self", "commit_message", "blocking", "token", "revision", "private", "kwargs"],
+        "_finish_current_push": ["self"],
+        "save_model": ["self", "output_dir", "_internal_call"],
+    }
+    for name, parameters in expected.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == parameters, name
+        own = list(inspect.signature(getattr(LatentActionSFTTrainer, name)).parameters)
+        assert [p for p in own if p in parameters] == parameters, name

@@ -69,7 +69,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     lr_scheduler_type: str = "constant"
     gradient_checkpointing: bool = False
     remove_unused_columns: bool | None = False
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
         if self.preset is not None:

@@ -35,4 +35,4 @@ class LatentActionSFTConfig(TrainingArguments):
     per_device_eval_batch_size: int = 16
     logging_steps: float = 10
     remove_unused_columns: bool | None = False
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"

@@ -67,7 +67,7 @@ class LatentActionSpaceConfig(TrainingArguments):
     per_device_train_batch_size: int = 16
     logging_steps: float = 10
     remove_unused_columns: bool | None = False
-    report_to: str | list[str] | None = "none"
+    report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,0 +1,167 @@
+"""`latent-trl chat MODEL`: talk to a model, see its codes, and answer again from any step with another code."""
+
+import argparse
+
+from .replies import add_sampling
+
+HELP = """\
+/codes            show the last answer token by token: step, code, token
+/again            answer again
+/again N CODE     keep the first N tokens, take CODE there, and go on freely
+/again N          keep the first N tokens, and go on freely
+/image FILE       show a picture with the next message
+/greedy, /sample  the most likely codes, or sampled ones
+/temperature X    of the codes
+/colour           colours on or off
+/new              a new conversation
+/quit             leave"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="latent-trl chat",
+        description="Talk to a latent action model.",
+        epilog="While talking:\n" + HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("--image", metavar="FILE", help="a picture to show with the first message")
+    parser.add_argument("--system", help="a system message")
+    add_sampling(parser)
+    return parser.parse_args(argv)
+
+
+class Chat:
+    """
+    A conversation.
+
+    Args:
+        answerer ([`~latent_trl.commands.replies.Answerer`]): Who answers.
+        console (`Console`): Where answers are printed.
+        system (`str`, *optional*): A system message.
+    """
+
+    def __init__(self, answerer, console, system: str | None = None):
+        self.answerer, self.console, self.system = answerer, console, system
+        self.colours = True
+        self.new()
+
+    def new(self) -> None:
+        self.messages = [{"role": "system", "content": self.system}] if self.system else []
+        self.images: list = []
+        self.pending: list = []
+        self.last = None
+
+    def hear(self, line: str) -> bool:
+        """Acts on one line of the user's. Returns whether to go on."""
+        line = line.strip()
+        if not line:
+            return True
+        if not line.startswith("/"):
+            self.say(line)
+            return True
+        name, *words = line[1:].split()
+        if name in ("quit", "exit", "q"):
+            return False
+        commands = {
+            "codes": self.show_codes,
+            "again": self.again,
+            "image": self.show_image,
+            "greedy": lambda: setattr(self.answerer.args, "greedy", True),
+            "sample": lambda: setattr(self.answerer.args, "greedy", False),
+            "temperature": self.set_temperature,
+            "colour": lambda: setattr(self, "colours", not self.colours),
+            "new": self.new,
+            "help": lambda: self.console.print(HELP, markup=False, highlight=False),
+        }
+        if name not in commands:
+            self.problem(f"no command /{name}; /help lists them")
+            return True
+        try:
+            commands[name](*words)
+        except (TypeError, ValueError, OSError) as error:
+            self.problem(str(error))
+        return True
+
+    def problem(self, text: str) -> None:
+        self.console.print(text, style="red", markup=False, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.messages.append({"role": "user", "content": text})
+        self.images += self.pending
+        self.pending = []
+        try:
+            self._answer(None)
+        except Exception:
+            self.messages.pop()
+            raise
+
+    def _answer(self, forced: list[int] | None) -> None:
+        from .replies import coloured
+
+        (self.last,) = self.answerer(self.messages, self.images, forced=forced)
+        self.messages.append({"role": "assistant", "content": self.last.text})
+        if self.colours:
+            self.console.print(coloured(self.last, numbers=False), soft_wrap=True)
+        else:
+            self.console.print(self.last.text, markup=False, highlight=False, soft_wrap=True)
+
+    def again(self, place: str | None = None, code: str | None = None) -> None:
+        """Answers the last message again, from step `place` with `code`."""
+        if self.last is None:
+            raise ValueError("there is no answer yet")
+        kept = 0 if place is None else int(place)
+        if not 0 <= kept <= len(self.last.action_ids):
+            raise ValueError(f"the answer has {len(self.last.action_ids)} tokens; /codes shows them")
+        forced = self.last.action_ids[:kept]
+        if code is not None:
+            if not 0 <= int(code) < self.answerer.model.config.num_codes:
+                raise ValueError(f"codes are 0 to {self.answerer.model.config.num_codes - 1}")
+            forced = [*forced, int(code)]
+        self.messages.pop()
+        self._answer(forced)
+
+    def show_codes(self) -> None:
+        from rich.table import Table
+        from rich.text import Text
+
+        from ..evaluation.report import code_colour
+
+        if self.last is None:
+            raise ValueError("there is no answer yet")
+        table = Table(box=None)
+        for column in ("step", "code", "token"):
+            table.add_column(column, justify="left" if column == "token" else "right")
+        for step, (token, code) in enumerate(zip(self.last.tokens, self.last.action_ids, strict=True)):
+            table.add_row(str(step), str(code), Text(repr(token), style=f"black on {code_colour(code)}"))
+        self.console.print(table)
+
+    def show_image(self, *words: str) -> None:
+        from .replies import open_image
+
+        self.pending.append(open_image(" ".join(words)))
+
+    def set_temperature(self, value: str) -> None:
+        if not float(value) > 0:
+            raise ValueError("the temperature must be positive; /greedy takes the most likely codes")
+        self.answerer.args.temperature = float(value)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from rich.console import Console
+
+    from .replies import load_answerer
+
+    console = Console()
+    chat = Chat(load_answerer(args), console, args.system)
+    if args.image:
+        chat.show_image(args.image)
+    console.print(f"{chat.answerer.model.config.num_codes} codes. /help lists what can be done, /quit leaves.")
+    while True:
+        try:
+            line = input("> ")
+        except EOFError:
+            return 0
+        if not chat.hear(line):
+            return 0

@@ -1,0 +1,64 @@
+"""How a training command runs its trainer: bars, resuming, saving, pushing."""
+
+from contextlib import nullcontext
+from typing import Any
+
+RL_FIGURES = {"reward": "reward", "entropy": "entropy", "codebook/used": "codes", "kl": "kl"}
+
+
+def run_training(trainer: Any, name, figures: dict[str, str]) -> int:
+    """
+    Trains, saves the model to `output_dir`, and pushes it when that was asked for.
+
+    Args:
+        trainer (`Trainer`): Ready to train.
+        name (`str` or `Callable[[], str]`): What the bar says.
+        figures (`dict[str, str]`): Logged metrics to show, and their short names.
+    """
+    from .progress import BarCallback, console, draw_with, progress_bars
+
+    args, main_process = trainer.args, trainer.is_world_process_zero()
+    output_dir = args.output_dir
+    draws = main_process and console.is_terminal and not args.disable_tqdm
+    with progress_bars() if draws else nullcontext() as bars:
+        if draws:
+            draw_with(trainer, BarCallback(bars, name if callable(name) else lambda: name, figures))
+        trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
+    trainer.save_model(output_dir)
+    if main_process:
+        console.print(f"The model is in {output_dir}", highlight=False)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+        if main_process:
+            console.print(f"The model is on the Hub: {trainer.hub_model_id}", highlight=False)
+    trainer.accelerator.end_training()
+    return 0
+
+
+def _resume(value: str | bool | None) -> str | bool | None:
+    """`true` and `false` of a flag or a YAML file, or a folder."""
+    return {"true": True, "false": None}.get(str(value).lower(), value)
+
+
+def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
+    """`latent-trl grpo` and `latent-trl ppo`."""
+    from .arguments import RewardArguments, as_dict, parse_training
+
+    names = {"grpo": "LatentActionGRPO", "ppo": "LatentActionPPO"}[algorithm]
+    given, args, model_args = parse_training(argv, f"latent-trl {algorithm}", RewardArguments, f"{names}Config")
+    from trl import get_peft_config
+
+    import latent_trl
+
+    from .loading import backbone_kwargs, load_model, load_rewards, load_rows
+
+    rewards = load_rewards(given.reward_funcs, as_dict("reward_kwargs", given.reward_kwargs))
+    rows = load_rows(given.dataset_name, given.dataset_train_split, given.dataset_config, given.dataset_limit)
+    test = None
+    if args.eval_strategy != "no":
+        test = load_rows(given.dataset_name, given.dataset_test_split, given.dataset_config, given.dataset_limit)
+    model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **backbone_kwargs(model_args))
+    trainer = getattr(latent_trl, f"{names}Trainer")(
+        model, rewards, args, train_dataset=rows, eval_dataset=test, peft_config=get_peft_config(model_args)
+    )
+    return run_training(trainer, f"RL over codes ({algorithm.upper()})", RL_FIGURES)

@@ -25,6 +25,8 @@ class DemoSettings:
         test_prompts (`int`): Held-out questions.
         algorithm (`str`): `"grpo"` or `"ppo"`.
         seed (`int`): Of everything that is drawn.
+        num_codes (`int`): K; 1 is a control.
+        balance_coef (`float`): Learning: weight of the term that evens out the usage of codes.
     """
 
     pairs: int = 1500
@@ -43,6 +45,7 @@ class DemoSettings:
     algorithm: str = "grpo"
     seed: int = 0
     num_codes: int = 128
+    balance_coef: float = 0.1
 
 
 @dataclass
@@ -97,6 +100,22 @@ class Demo:
         self.result = DemoResult(asdict(settings))
         self.model = None
 
+    def load_learned(self, folder: Path) -> None:
+        """A model whose space, policy and SFT were done before, by `examples/scripts/train_pocket_codebooks.py`."""
+        from ..models.latent_action_model import LatentActionModel
+
+        self.model = LatentActionModel.from_pretrained(folder, backbone=self.backbone)
+        runs = self.model.training_report.get("runs", [])
+        self.result.settings["num_codes"] = self.settings.num_codes = self.model.config.num_codes
+        self.result.space_history = [row for run in runs for row in run["history"] if "stage" in row]
+        self._keep_health()
+
+    def _keep_health(self) -> None:
+        """The last figures on the codebook while learning."""
+        rows = [row for row in self.result.space_history if "codebook/used" in row]
+        figures = rows[-1] if rows else {}
+        self.result.codebook = {k: v for k, v in figures.items() if k.startswith(("codebook/", "world_model/"))}
+
     def timed(self, name: str, step, *args):
         start = time.perf_counter()
         value = step(*args)
@@ -128,8 +147,9 @@ class Demo:
             joint_max_steps=s.joint_steps,
             policy_max_steps=s.cloning_steps,
             inverse_dynamics_learning_rate=3e-3,
-            joint_learning_rate=3e-3,
+            joint_learning_rate=1e-3,
             policy_learning_rate=1e-3,
+            balance_coef=s.balance_coef,
             per_device_train_batch_size=16,
             max_length=96,
             logging_steps=5,
@@ -154,8 +174,7 @@ class Demo:
         }
         draw_with(trainer, BarCallback(self.bars, lambda: f"Learn: {trainer.stage}", figures)).train()
         self.result.space_history = trainer.history
-        last = [row for row in trainer.history if "codebook/used" in row][-1]
-        self.result.codebook = {k: v for k, v in last.items() if k.startswith(("codebook/", "world_model/"))}
+        self._keep_health()
 
     def fine_tune(self) -> None:
         """Stage 5: a short SFT with LoRA, following the policy's codes."""
@@ -265,9 +284,13 @@ class Demo:
                 counts[code] += 1
         self.result.code_counts = counts
 
-    def run(self) -> DemoResult:
-        self.timed("learn", self.learn_space)
-        self.timed("sft", self.fine_tune)
+    def run(self, learned: Path | None = None) -> DemoResult:
+        """Everything, or RL alone from a model that was learned before."""
+        if learned is None:
+            self.timed("learn", self.learn_space)
+            self.timed("sft", self.fine_tune)
+        else:
+            self.timed("load", self.load_learned, learned)
         before = self.timed("evaluate", self.evaluate, "before RL")
         self.timed("rl", self.reinforce)
         after = self.evaluate("after RL")
@@ -278,6 +301,13 @@ class Demo:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="latent-trl demo", description=__doc__)
     parser.add_argument("--backbone", type=Path, help="folder of the VLM (default: model_cards/pocket-vlm)")
+    parser.add_argument(
+        "--from-pretrained",
+        type=Path,
+        nargs="?",
+        const=LEARNED,
+        help="start RL from a learned model (default folder: %(const)s)",
+    )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / "demo")
     for name, default in asdict(DemoSettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
@@ -299,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:
         demo = Demo(settings, backbone, args.output_dir, bars)
-        result = demo.run()
+        result = demo.run(find_folder(args.from_pretrained) if args.from_pretrained else None)
     demo.model.save_pretrained(args.output_dir / "model")
     result.seconds["total"] = round(time.perf_counter() - start, 1)
     report = write_report(result, args.output_dir / "report.html")

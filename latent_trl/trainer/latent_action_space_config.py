@@ -23,7 +23,7 @@ class LatentActionSpaceConfig(TrainingArguments):
             Optimizer steps of a stage; -1 for `num_train_epochs` epochs.
         entropy_coef (`float`, defaults to `1e-3`):
             Weight of the term that raises the entropy of each position's code distribution.
-        balance_coef (`float`, defaults to `0.02`):
+        balance_coef (`float`, defaults to `0.1`):
             Weight of the term that evens out how often codes are used; neither source has one. 0 turns it off.
         projection_coef (`float`, defaults to `1e-5`), cycle_coef (`float`, defaults to `1e-5`):
             Weights of the projector's losses in the joint stage.
@@ -53,7 +53,7 @@ class LatentActionSpaceConfig(TrainingArguments):
     joint_max_steps: int = -1
     policy_max_steps: int = -1
     entropy_coef: float = 1e-3
-    balance_coef: float = 0.02
+    balance_coef: float = 0.1
     projection_coef: float = 1e-5
     cycle_coef: float = 1e-5
     use_cycle: bool = True

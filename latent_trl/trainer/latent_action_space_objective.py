@@ -9,6 +9,8 @@ import torch.nn.functional as F
 
 from .cross_entropy import token_cross_entropy
 
+# Logits are divided by it in the balance term.
+BALANCE_TEMPERATURE = 0.25
 STAGE_COMPONENTS = {
     "inverse_dynamics": ("inverse_dynamics", "codebook", "world_model"),
     "projector": ("projector",),
@@ -35,7 +37,7 @@ class LatentActionSpaceObjective:
     Args:
         stage (`str`): `inverse_dynamics`, `projector`, `joint` or `policy`.
         entropy_coef (`float`): Weight of Σ p log p of each position's code distribution.
-        balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean distribution.
+        balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
         projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
         health_positions (`int`): Positions on which the gaps to no code and to random codes are measured.
         generator (`torch.Generator`, *optional*): Source of the Gumbel noise and of random codes.
@@ -45,7 +47,7 @@ class LatentActionSpaceObjective:
         self,
         stage: str,
         entropy_coef: float = 1e-3,
-        balance_coef: float = 0.02,
+        balance_coef: float = 0.1,
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
         health_positions: int = 256,
@@ -97,7 +99,9 @@ class LatentActionSpaceObjective:
         probs = logits.softmax(dim=-1)
         for rows in (image_rows, ~image_rows):
             loss = loss + self.entropy_coef * _mean((probs * probs.clamp(min=1e-12).log()).sum(-1), rows)
-        marginal = probs.sum(dim=0) / max(len(probs), 1)
+        # Sharpened, it speaks of the codes that are taken: the plain mean can be even while few are ever the arg-max.
+        sharp = (logits / BALANCE_TEMPERATURE).softmax(dim=-1)
+        marginal = sharp.sum(dim=0) / max(len(sharp), 1)
         loss = loss + self.balance_coef * (marginal * marginal.clamp(min=1e-12).log()).sum()
         self._add("world_model/ce_sampled", losses.mean())
         self._health(model, inputs, logits, targets)

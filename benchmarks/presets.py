@@ -98,7 +98,7 @@ def qwen_vision(depth: int, hidden: int, intermediate: int, heads: int, full_att
 REAL_VISION = qwen_vision(32, 1280, 3420, 16, [7, 15, 23, 31])
 GPU = {"completion_length": 256, "image_size": 448, "dtype": torch.bfloat16}
 PRESETS = {
-    "small": Preset(qwen2_5_vl(512, 1536, 12, 8, 2), qwen_vision(4, 256, 512, 4, [1, 3])),
+    "small": Preset(qwen2_5_vl(512, 1536, 12, 8, 2), qwen_vision(4, 256, 512, 4, [1, 3]), completion_length=32),
     "smollm": Preset(
         {
             "hidden_size": 576,

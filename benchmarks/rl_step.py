@@ -238,6 +238,7 @@ def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, bet
                 if name == "token":
                     found["update_plain"] = seconds(lambda a=arm, b=batches["token"]: a.plain_update(b))[0]
             found |= decode_pair(arms["latent"], batches["token"], preset.completion_length)
+            tqdm.write("  ".join(f"{name} {value:.3g}" for name, value in found.items()))
             if repeat >= 0:
                 for name, value in found.items():
                     times[name].append(value)

@@ -6,10 +6,19 @@ from importlib import import_module
 # Subcommand: (module, one line of help). Modules are imported when they are called, so that help is instant.
 COMMANDS = {
     "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
+    "learn": ("learn", "learn a latent action space on a backbone"),
+    "sft": ("sft", "tune the backbone on a task, following the policy's codes"),
+    "grpo": ("grpo", "GRPO and its variants over codes"),
+    "ppo": ("ppo", "PPO over codes"),
+    "generate": ("generate", "answer one prompt, with the codes behind the words"),
+    "chat": ("chat", "talk to a model, see its codes, and answer again from any of them"),
+    "evaluate": ("evaluate", "reward with intervals, diversity, use of codes, and whether pictures matter"),
+    "atlas": ("atlas", "one HTML page that shows what each code does"),
     "push": ("push", "upload a checkpoint to the Hub, in one commit, with a card"),
     "pull": ("pull", "download a checkpoint of the Hub into a folder, checked"),
     "inspect": ("inspect", "show what a checkpoint is, without loading its weights"),
     "check-backbone": ("check_backbone", "try everything on a given backbone and print a table"),
+    "env": ("env", "versions and devices, for bug reports"),
 }
 
 

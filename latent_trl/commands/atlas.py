@@ -1,0 +1,58 @@
+"""`latent-trl atlas MODEL DATA`: one HTML page that shows what each code does."""
+
+import argparse
+from pathlib import Path
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    from .arguments import DATASET
+
+    parser = argparse.ArgumentParser(
+        prog="latent-trl atlas",
+        description="Draws a codebook on one self-contained HTML page: usage, tokens, contexts, transitions, a map, "
+        "and what an answer becomes when one code is forced.",
+    )
+    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("dataset", help="prompts: " + DATASET)
+    parser.add_argument("--split", default="test", help="(%(default)s)")
+    parser.add_argument("--limit", type=int, default=300, help="the first so many prompts (%(default)s)")
+    parser.add_argument("--output", type=Path, default=Path("atlas.html"), metavar="FILE", help="(%(default)s)")
+    parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
+    parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
+    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=48, help="(%(default)s)")
+    parser.add_argument("--forced-prompts", type=int, default=6, help="on which each code is forced (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from transformers.utils import logging
+
+    from ..evaluation.atlas import make_atlas, write_atlas
+    from .loading import load_model, load_processor, load_rows
+    from .progress import console, progress_bars
+
+    logging.set_verbosity_error()
+    rows = load_rows(args.dataset, args.split, limit=args.limit)
+    if "prompt" not in rows.column_names:
+        raise ValueError(f"{args.dataset!r} has the columns {rows.column_names}; it needs a conversational `prompt`.")
+    model = load_model(args.model, args.backbone, dtype=args.dtype)
+    with progress_bars() as bars:
+        task = bars.add_task("Atlas", total=len(rows) + min(args.forced_prompts, len(rows)), figures="")
+        atlas = make_atlas(
+            model,
+            load_processor(model, args.backbone),
+            rows,
+            name=args.model,
+            data=f"{args.dataset}, {args.split}",
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            forced_prompts=args.forced_prompts,
+            seed=args.seed,
+            progress=lambda done: bars.update(task, completed=done),
+        )
+        bars.update(task, figures=f"{atlas.used} codes used, perplexity {atlas.perplexity:.1f}")
+    console.print(f"The page is {write_atlas(atlas, args.output)}", highlight=False)
+    return 0

@@ -1,5 +1,7 @@
 """Paired and text-only rows in one batch."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -37,3 +39,18 @@ class MixedRows(Dataset):
 def flatten(items: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Rows of a batch of [`MixedRows`] items, paired ones first."""
     return [item[kind] for kind in range(len(items[0])) for item in items]
+
+
+@dataclass
+class MixedRowsCollator:
+    """
+    Batches of [`MixedRows`] items, for a `DataLoader` and its workers.
+
+    Args:
+        collate (`Callable`): Makes a batch of rows.
+    """
+
+    collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+
+    def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
+        return self.collate(flatten(items))

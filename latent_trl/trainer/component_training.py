@@ -3,18 +3,28 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR  # noqa: F401  (the folder names of Trainer)
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 from transformers.utils import logging
 
 from ..models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
 from ..models.component import WEIGHTS_NAME, CheckpointError, load_state, read_tensors
 from ..models.latent_action_model import LatentActionModel
+from .checkpoint_manifest import (
+    MANIFEST_FILE,
+    checkpoint_fault,
+    newest_whole_checkpoint,
+    write_json,
+    write_manifest,
+)
 from .hub_training import HubTrainingMixin
 
 logger = logging.get_logger(__name__)
+
+RUN_STATE_FILE = "run_state_{rank}.json"
 
 
 def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_parameters: list[str] = ()) -> str:
@@ -91,6 +101,19 @@ def _copy_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: P
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; `True` goes on from the newest checkpoint that is whole."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(
+                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no whole checkpoint. Leave it "
+                    "out to start anew."
+                )
+        elif resume_from_checkpoint and (fault := checkpoint_fault(resume_from_checkpoint)):
+            logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
+        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         self.record_run()
@@ -98,8 +121,28 @@ class ComponentTrainingMixin(HubTrainingMixin):
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+        self._save_arguments(output_dir)
+
+    def _save_arguments(self, folder: str | Path) -> None:
         # Not the pickle that Trainer writes: it would hold the token.
-        write_json(Path(output_dir) / "training_args.json", json.loads(self.args.to_json_string()))
+        write_json(Path(folder) / "training_args.json", json.loads(self.args.to_json_string()))
+
+    def _save_checkpoint(self, model, trial) -> None:
+        run_folder = self._get_output_dir(trial)
+        folder = Path(run_folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save:
+            (folder / MANIFEST_FILE).unlink(missing_ok=True)
+        # Older checkpoints go when this one is known to be whole, and not before.
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            self._save_arguments(folder)
+            write_manifest(folder)
+            rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_components(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
@@ -108,18 +151,66 @@ class ComponentTrainingMixin(HubTrainingMixin):
         load_components(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
 
+class ExactLearningMixin(ComponentTrainingMixin):
+    """
+    For trainers that learn from data sets: a resumed run goes on bit by bit, in the middle of a logging interval too,
+    and no update is made with a gradient that is not finite.
+    """
+
+    def _run_state(self) -> dict[str, Any]:
+        """What changes during a run, as plain JSON values; a subclass adds its own."""
+        return {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+
+    def _restore_run_state(self, state: dict[str, Any]) -> None:
+        self._tr_loss.fill_(state["loss"])
+        self._globalstep_last_logged = state["last_logged_step"]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        write_json(Path(output_dir) / RUN_STATE_FILE.format(rank=self.accelerator.process_index), self._run_state())
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        path = None if checkpoint is None else Path(checkpoint) / RUN_STATE_FILE.format(rank=self.args.process_index)
+        if path is not None and path.is_file():
+            self._restore_run_state(json.loads(path.read_text(encoding="utf-8")))
+        elif path is not None:
+            logger.warning(f"{checkpoint} has no {path.name}: the logs do not go on exactly.")
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps itself.
+        if self.accelerator.scaler is None and not math.isfinite(float(grad_norm)):
+            raise FloatingPointError(
+                f"The gradient became {float(grad_norm)} {self._where()}. "
+                f"{_what_is_kept(self.args.output_dir)} Lower the learning rate, or set `max_grad_norm`."
+            )
+        return grad_norm
+
+    def _where(self) -> str:
+        return f"at step {self.state.global_step}"
+
+
 def check_finite(loss: torch.Tensor, where: str, output_dir: str) -> None:
-    """Raises `FloatingPointError` when `loss` is not finite, naming the step and what is safe on disk."""
-    value = loss.detach().float().item()
-    if not math.isfinite(value):
+    """
+    Raises `FloatingPointError` when `loss` is not finite on any process, naming the step and what is safe on disk.
+    """
+    value = loss.detach().float()
+    wrong = ~value.isfinite()
+    elsewhere = wrong.float()
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # All processes stop together: the others would wait for this one.
+        torch.distributed.all_reduce(elsewhere)
+    if elsewhere.item():
+        what = str(value.item()) if wrong else "infinite or NaN on another process"
         raise FloatingPointError(
-            f"The loss became {value} {where}. Training stops here; the last checkpoint in {output_dir!r} is whole. "
+            f"The loss became {what} {where}. Training stops here. {_what_is_kept(output_dir)} "
             "Lower the learning rate, or look at the batch named."
         )
 
 
-def write_json(path: Path, value) -> None:
-    """Writes JSON through a temporary file, so that a reader never sees half of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+def _what_is_kept(output_dir: str) -> str:
+    last = newest_whole_checkpoint(output_dir)
+    if last is None:
+        return f"No checkpoint was written to {output_dir!r} before it."
+    return f"The last checkpoint, {last!r}, is whole."

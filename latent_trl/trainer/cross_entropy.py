@@ -1,4 +1,6 @@
-"""Next-token cross-entropy through the backbone's head, in chunks that fit in memory."""
+"""Next-token cross-entropy through the backbone's head, in chunks that fit in memory, and its mean."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -32,3 +34,22 @@ def token_cross_entropy(model, merged: torch.Tensor, targets: torch.Tensor) -> t
         for part, wanted in zip(merged.split(size), targets.split(size), strict=True)
     ]
     return torch.cat(losses)
+
+
+def global_mean(
+    values: torch.Tensor, mask: torch.Tensor, average: Callable[[torch.Tensor], torch.Tensor] | None = None
+) -> torch.Tensor:
+    """
+    Mean of `values` `[M]` over the marked positions of all processes, such that the processes' average of it, and of
+    its gradient, is that of one process with all their rows. Zero, but connected, when there is none.
+
+    Args:
+        values (`torch.Tensor`): `[M]`.
+        mask (`torch.Tensor`): Boolean `[M]`.
+        average (`Callable`, *optional*): Averages a tensor over the processes; left out for a single one.
+    """
+    count = mask.sum().float()
+    if average is not None:
+        count = average(count)
+    # At least one position of a world of many processes gives a fraction here.
+    return values.masked_fill(~mask, 0.0).sum() / torch.where(count > 0, count, 1.0)

@@ -1,25 +1,27 @@
 """Supervised fine-tuning under action guidance: the policy's codes are followed, and the language model is tuned."""
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
 from ..data.collator import LatentActionDataCollator
-from ..data.mixing import MixedRows, flatten
+from ..data.mixing import MixedRows, MixedRowsCollator
 from ..models.configuration import STAGES
 from ..models.latent_action_model import LatentActionModel
-from .component_training import ComponentTrainingMixin, check_finite, train_only
-from .cross_entropy import token_cross_entropy
+from .component_training import ExactLearningMixin, check_finite, train_only
+from .cross_entropy import global_mean, token_cross_entropy
 from .latent_action_sft_config import LatentActionSFTConfig
 from .latent_action_space_trainer import check_columns, load_processing_class
 
 logger = logging.get_logger(__name__)
 
 
-class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
+class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
     """
     Tunes the backbone on a task while the codes are the policy's arg-max (METHOD stage 5). Policy, codebook and world
     model stay as they are.
@@ -69,7 +71,7 @@ class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda items: collate(flatten(items)),
+            data_collator=MixedRowsCollator(collate),
             train_dataset=MixedRows(train_dataset),
             eval_dataset=None if eval_dataset is None else MixedRows(eval_dataset),
             processing_class=processing_class,
@@ -84,14 +86,15 @@ class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
         if args.trained_layers:
             if peft_config is not None:
                 raise ValueError("`peft_config` and `trained_layers` are two ways to tune the backbone. Choose one.")
-            names = [n for n, _ in model.backbone.named_parameters() if n.startswith(tuple(args.trained_layers))]
+            every = dict(model.backbone.named_parameters(remove_duplicate=False))
+            wanted = {p.data_ptr() for n, p in every.items() if n.startswith(tuple(args.trained_layers))}
+            names = [n for n, p in model.backbone.named_parameters() if p.data_ptr() in wanted]
             if not names:
-                known = sorted({".".join(n.split(".")[:4]) for n, _ in model.backbone.named_parameters()})
+                known = sorted({".".join(n.split(".")[:4]) for n in every})
                 raise ValueError(
                     f"`trained_layers={args.trained_layers}` names no tensor of the backbone. Names begin with {known}."
                 )
-            own = {p.data_ptr(): n for n, p in model.backbone.named_parameters()}
-            tied = [n for n, t in model.backbone.state_dict().items() if own.get(t.data_ptr()) in names]
+            tied = [n for n, p in every.items() if p.data_ptr() in wanted]
             model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *tied})
             return names
         if model.peft_backbone is None:
@@ -99,14 +102,18 @@ class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
                 from peft import LoraConfig
 
                 peft_config = LoraConfig(r=16, lora_alpha=32)
+            # Trainer seeds only later, and the adapter's start is drawn here.
+            set_seed(args.seed)
             model.add_adapter(peft_config)
         elif peft_config is not None:
             raise ValueError("The model has an adapter already, which is trained further. Leave `peft_config` out.")
         return [n for n, _ in model.backbone.named_parameters() if "lora_" in n or ".modules_to_save." in n]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        loss = model(objective=guided_loss, batch=inputs).loss
-        check_finite(loss, f"at step {self.state.global_step}", self.args.output_dir)
+        many = self.accelerator.num_processes > 1
+        average = functools.partial(self.accelerator.reduce, reduction="mean") if many else None
+        loss = model(objective=functools.partial(guided_loss, average=average), batch=inputs).loss
+        check_finite(loss, self._where(), self.args.output_dir)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
@@ -120,12 +127,19 @@ class LatentActionSFTTrainer(ComponentTrainingMixin, Trainer):
         return output
 
 
-def guided_loss(model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
-    """Cross-entropy of the next tokens under the policy's arg-max codes, through the read-out that serves them."""
+def guided_loss(
+    model: LatentActionModel,
+    batch: dict[str, Any],
+    average: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """
+    Cross-entropy of the next tokens under the policy's arg-max codes, through the read-out that serves them, over the
+    positions of all processes (`average` as [`global_mean`] takes it).
+    """
     states, position_ids = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
     with torch.no_grad():
         action_ids = model.policy(states.detach(), batch["attention_mask"], position_ids)[:, :-1].argmax(dim=-1)
     mask = batch["loss_mask"][:, 1:]
     merged = model.merge(states[:, :-1][mask], model.codebook(action_ids[mask]))
     losses = token_cross_entropy(model, merged, batch["input_ids"][:, 1:][mask])
-    return losses.sum() / max(len(losses), 1)
+    return global_mean(losses, torch.ones_like(losses, dtype=torch.bool), average)

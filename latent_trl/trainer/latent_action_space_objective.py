@@ -1,13 +1,14 @@
 """Losses of the stages that learn the latent action space, and the figures that tell a healthy codebook."""
 
-from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .cross_entropy import token_cross_entropy
+from .cross_entropy import global_mean, token_cross_entropy
 
 # Logits are divided by it in the balance term.
 BALANCE_TEMPERATURE = 0.25
@@ -18,6 +19,18 @@ STAGE_COMPONENTS = {
     "policy": ("policy",),
 }
 STAGE_NEEDS = {"inverse_dynamics": (), "projector": (), "joint": ("inverse_dynamics",), "policy": ("inverse_dynamics",)}
+_ACTION_FIGURES = (
+    *("world_model/ce_sampled", "world_model/ce", "world_model/ce_gap_no_action", "world_model/ce_gap_random_action"),
+    *("codebook/marginal_entropy", "codebook/conditional_entropy", "codebook/mutual_information"),
+    "codebook/distinct_next_tokens",
+)
+# The same on every process, whatever its rows: the figures are summed over the processes.
+STAGE_FIGURES = {
+    "inverse_dynamics": _ACTION_FIGURES,
+    "projector": ("projector/nll",),
+    "joint": (*_ACTION_FIGURES, "projector/nll", "projector/cycle"),
+    "policy": ("policy/cloning_accuracy", "policy/cloning_loss", "policy/entropy"),
+}
 
 
 @dataclass
@@ -40,7 +53,11 @@ class LatentActionSpaceObjective:
         balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
         projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
         health_positions (`int`): Positions on which the gaps to no code and to random codes are measured.
-        generator (`torch.Generator`, *optional*): Source of the Gumbel noise and of random codes.
+        seed (`int`): Gumbel noise and random codes are a function of it, `step` and a row's place in the batch of all
+            processes: neither their number nor an interruption changes them.
+        kinds (`int`): 2 when the second half of a batch are text-only rows beside the paired ones, else 1.
+        processes (`int`), process_index (`int`): Of the run.
+        average (`Callable`, *optional*): Averages a tensor over the processes.
     """
 
     def __init__(
@@ -51,7 +68,11 @@ class LatentActionSpaceObjective:
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
         health_positions: int = 256,
-        generator: torch.Generator | None = None,
+        seed: int = 0,
+        kinds: int = 1,
+        processes: int = 1,
+        process_index: int = 0,
+        average: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ):
         self.stage = stage
         self.entropy_coef = entropy_coef
@@ -59,22 +80,55 @@ class LatentActionSpaceObjective:
         self.projection_coef = projection_coef
         self.cycle_coef = cycle_coef
         self.health_positions = health_positions
-        self.generator = generator
-        self.metrics: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self.seed = seed
+        self.kinds = kinds
+        self.processes = processes
+        self.process_index = process_index
+        self.average = average if processes > 1 else None
+        # The optimizer step, and the batch within it, that the next call is for.
+        self.step = (0, 0)
+        # Sum and number of the figures since they were last logged; usage of codes since then, and since a revival.
+        self.sums: torch.Tensor | None = None
         self.usage: torch.Tensor | None = None
+        self.revival_usage: torch.Tensor | None = None
         self.some_states: torch.Tensor | None = None
 
     def __call__(self, model, batch: dict[str, Any]) -> torch.Tensor:
+        if self.sums is None:
+            self._clear(model.config.num_codes, batch["input_ids"].device)
         observation = self._observe(model, batch)
         if self.stage == "policy":
             return self._cloning_loss(model, batch, observation)
         loss = observation.states.new_zeros((), dtype=torch.float32)
         if self.stage in ("projector", "joint"):
-            projection = self._projector_loss(model, batch, observation)
-            loss = loss + projection
+            loss = loss + self._projector_loss(model, batch, observation)
         if self.stage in ("inverse_dynamics", "joint"):
             loss = loss + self._action_loss(model, batch, observation)
         return loss
+
+    def _clear(self, num_codes: int, device: torch.device) -> None:
+        self.sums = torch.zeros(len(STAGE_FIGURES[self.stage]), 2, device=device)
+        self.usage = torch.zeros(num_codes, device=device)
+        if self.revival_usage is None:
+            self.revival_usage = self.usage.clone()
+
+    def _random(self, device: torch.device, *place: int) -> torch.Generator:
+        """A generator of its own for a place: kind of row and index in the batch of all processes."""
+        seed = np.random.SeedSequence([self.seed, *self.step, *place]).generate_state(1, np.uint64)[0]
+        # Half the range is what every device's generator takes.
+        return torch.Generator(device=device).manual_seed(int(seed >> np.uint64(1)))
+
+    def _choose(self, model, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Code vectors `[M, d]` of the noisy choice at the marked positions, each row with its own noise."""
+        items = len(mask) // self.kinds
+        codes = []
+        for row, part in enumerate(logits.split(mask.sum(dim=1).tolist())):
+            generator = self._random(logits.device, row // items, self.process_index * items + row % items)
+            codes.append(model.codebook.straight_through(part, model.config.gumbel_temperature, generator)[0])
+        return torch.cat(codes)
+
+    def _mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return global_mean(values, mask, self.average)
 
     @torch.no_grad()
     def _observe(self, model, batch: dict[str, Any]) -> Observation:
@@ -92,39 +146,52 @@ class LatentActionSpaceObjective:
         mask = batch["loss_mask"][:, 1:]
         targets = batch["input_ids"][:, 1:][mask]
         logits, inputs = logits[mask], states[:, :-1][mask]
-        codes, action_ids = model.codebook.straight_through(logits, model.config.gumbel_temperature, self.generator)
+        codes = self._choose(model, logits, mask)
         losses = token_cross_entropy(model, model.merge(inputs, codes), targets)
         image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
-        loss = _mean(losses, image_rows) + _mean(losses, ~image_rows)
         probs = logits.softmax(dim=-1)
-        for rows in (image_rows, ~image_rows):
-            loss = loss + self.entropy_coef * _mean((probs * probs.clamp(min=1e-12).log()).sum(-1), rows)
+        penalised = losses + self.entropy_coef * (probs * probs.clamp(min=1e-12).log()).sum(-1)
+        loss = self._mean(penalised, image_rows) + self._mean(penalised, ~image_rows)
         # Sharpened, it speaks of the codes that are taken: the plain mean can be even while few are ever the arg-max.
         sharp = (logits / BALANCE_TEMPERATURE).softmax(dim=-1)
-        marginal = sharp.sum(dim=0) / max(len(sharp), 1)
+        marginal = self._marginal(sharp)
         loss = loss + self.balance_coef * (marginal * marginal.clamp(min=1e-12).log()).sum()
-        self._add("world_model/ce_sampled", losses.mean())
+        self._add("world_model/ce_sampled", losses)
         self._health(model, inputs, logits, targets)
         self.some_states = inputs[:1024]
         return loss
+
+    def _marginal(self, probs: torch.Tensor) -> torch.Tensor:
+        """Mean distribution `[K]` over the positions of all processes; the gradient goes through the own ones."""
+        total, count = probs.sum(dim=0), probs.new_tensor(float(len(probs)))
+        if self.average is not None:
+            own, count = total, self.average(count)
+            # The processes' gradients are averaged, so that of the own positions counts in full.
+            total = self.average(own.detach()) + (own - own.detach())
+        return total / torch.where(count > 0, count, 1.0)
 
     def _projector_loss(self, model, batch, observation) -> torch.Tensor:
         """Both projectors on samples with and without their image, and the cycle on samples that have none."""
         projector, has_image = model.projector, batch["has_image"]
         text_states = observation.states
-        if bool(has_image.any()):
-            rows = has_image.nonzero().squeeze(-1)
+        rows = has_image.nonzero().squeeze(-1)
+        if len(rows):
             text_states = text_states.clone()
             text_states[rows] = self._without_image(model, batch, observation, rows)
+        elif self.processes > 1:
+            # A sharded backbone gathers its tensors on all processes together: each makes as many passes.
+            self._without_image(model, batch, observation, rows.new_zeros(1))
         token_mask = batch["token_mask"]
         paired = (token_mask & has_image[:, None])[token_mask]
         kept_text, kept_image = text_states[token_mask], observation.states[token_mask]
-        nll = _mean(projector.paired_nll(kept_text, kept_image), paired)
-        self._add("projector/nll", nll, when=bool(has_image.any()))
+        nlls = projector.paired_nll(kept_text, kept_image)
+        self._add("projector/nll", nlls[paired])
+        nll = self._mean(nlls, paired)
         if self.stage == "projector":
             return nll
-        cycle = _mean(projector.cycle_nll(kept_text), ~paired)
-        self._add("projector/cycle", cycle, when=not bool(has_image.all()))
+        cycles = projector.cycle_nll(kept_text)
+        self._add("projector/cycle", cycles[~paired])
+        cycle = self._mean(cycles, ~paired)
         return self.projection_coef * nll + self.cycle_coef * cycle
 
     @torch.no_grad()
@@ -152,10 +219,10 @@ class LatentActionSpaceObjective:
         logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1][mask]
         losses = F.cross_entropy(logits, wanted, reduction="none")
         image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
-        self._add("policy/cloning_accuracy", (logits.argmax(dim=-1) == wanted).float().mean())
-        self._add("policy/cloning_loss", losses.mean())
-        self._add("policy/entropy", torch.distributions.Categorical(logits=logits.detach()).entropy().mean())
-        return _mean(losses, image_rows) + _mean(losses, ~image_rows)
+        self._add("policy/cloning_accuracy", logits.argmax(dim=-1) == wanted)
+        self._add("policy/cloning_loss", losses)
+        self._add("policy/entropy", _entropy(logits.detach().softmax(dim=-1)))
+        return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
 
     @torch.no_grad()
     def _health(self, model, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -165,42 +232,67 @@ class LatentActionSpaceObjective:
         num_codes = logits.shape[-1]
         action_ids = logits.argmax(dim=-1)
         usage = torch.bincount(action_ids, minlength=num_codes).float()
-        self.usage = usage if self.usage is None else self.usage + usage
+        self.usage += usage
+        self.revival_usage += usage
         probs = logits.softmax(dim=-1)
-        self._add("codebook/marginal_entropy", _entropy(probs.mean(dim=0)))
-        self._add("codebook/conditional_entropy", _entropy(probs).mean())
-        self._add("codebook/mutual_information", mutual_information(action_ids, targets, num_codes))
-        sample = torch.randperm(len(targets), device=states.device)[: self.health_positions]
+        self._add("codebook/marginal_entropy", _entropy(probs.mean(dim=0, keepdim=True)))
+        self._add("codebook/conditional_entropy", _entropy(probs))
+        self._add("codebook/mutual_information", mutual_information(action_ids, targets, num_codes)[None])
+        generator = self._random(states.device, self.kinds, self.process_index)
+        sample = torch.randperm(len(targets), generator=generator, device=states.device)[: self.health_positions]
         states, targets, action_ids = states[sample], targets[sample], action_ids[sample]
-        random_ids = torch.randint(num_codes, action_ids.shape, device=states.device)
+        random_ids = torch.randint(num_codes, action_ids.shape, generator=generator, device=states.device)
         ce = self._ce(model, states, action_ids, targets)
-        plain = F.cross_entropy(model.backbone_view.logits(states[None])[0].float(), targets)
+        plain = token_cross_entropy(model, states, targets)
         self._add("world_model/ce", ce)
         self._add("world_model/ce_gap_no_action", plain - ce)
         self._add("world_model/ce_gap_random_action", self._ce(model, states, random_ids, targets) - ce)
         self._add("codebook/distinct_next_tokens", distinct_next_tokens(model, states[:8]))
 
     def _ce(self, model, states, action_ids, targets) -> torch.Tensor:
-        return token_cross_entropy(model, model.merge(states, model.codebook(action_ids)), targets).mean()
+        return token_cross_entropy(model, model.merge(states, model.codebook(action_ids)), targets)
 
-    def _add(self, name: str, value: torch.Tensor, when: bool = True) -> None:
-        if when:
-            self.metrics[name].append(value.detach().float())
+    @torch.no_grad()
+    def revive(self, model) -> None:
+        """Moves codes that no position has chosen since the last call to where states of this process are."""
+        if self.some_states is None:
+            return
+        usage = self.revival_usage if self.average is None else self.average(self.revival_usage)
+        model.codebook.revive(usage == 0, self.some_states, self._random(usage.device, self.kinds + 1, 0))
+        self.revival_usage.zero_()
 
-    def drain(self) -> dict[str, torch.Tensor]:
-        """Means of the figures since the last call, and the usage of codes over that time."""
-        figures = {name: torch.stack(values).mean() for name, values in self.metrics.items()}
-        self.metrics.clear()
-        if self.usage is not None:
-            share = self.usage / self.usage.sum()
-            figures["codebook/used"] = (self.usage > 0).sum().float()
-            figures["codebook/perplexity"] = _entropy(share).exp()
+    def _add(self, name: str, values: torch.Tensor) -> None:
+        """Counts `values` `[M]` into a figure's mean."""
+        row = self.sums[STAGE_FIGURES[self.stage].index(name)]
+        row += torch.stack([values.detach().float().sum(), row.new_tensor(float(len(values)))])
+
+    def drain(self) -> dict[str, float]:
+        """Means of the figures, and the usage of codes, over all processes since the last call."""
+        if self.sums is None:
+            return {}
+        sums, usage = self.sums, self.usage
+        if self.average is not None:
+            sums, usage = self.average(sums), self.average(usage)
+        figures = {
+            name: (total / count).item()
+            for name, (total, count) in zip(STAGE_FIGURES[self.stage], sums, strict=True)
+            if count > 0
+        }
+        if usage.sum() > 0:
+            figures["codebook/used"] = float((usage > 0).sum())
+            figures["codebook/perplexity"] = _entropy(usage / usage.sum()).exp().item()
+        self._clear(len(usage), usage.device)
         return figures
 
+    def state(self) -> dict[str, Any]:
+        """What has been counted since the last log, as plain JSON values."""
+        tensors = {"sums": self.sums, "usage": self.usage, "revival_usage": self.revival_usage}
+        return {name: None if tensor is None else tensor.tolist() for name, tensor in tensors.items()}
 
-def _mean(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean over the marked positions; zero, but connected, when there is none."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Puts back what [`state`] gave."""
+        for name, values in state.items():
+            setattr(self, name, None if values is None else torch.tensor(values, device=device))
 
 
 def _entropy(probs: torch.Tensor) -> torch.Tensor:
@@ -221,10 +313,11 @@ def mutual_information(action_ids: torch.Tensor, token_ids: torch.Tensor, num_co
 
 @torch.no_grad()
 def distinct_next_tokens(model, states: torch.Tensor) -> torch.Tensor:
-    """Mean number of different most likely next tokens over all codes, for states `[M, d]`; 1 means blind codes."""
-    codes = torch.arange(model.config.num_codes, device=states.device)
-    merged = model.merge(
-        states[:, None].expand(-1, len(codes), -1), model.codebook(codes)[None].expand(len(states), -1, -1)
-    )
-    tokens = model.backbone_view.logits(merged).argmax(dim=-1)
-    return torch.stack([row.unique().numel() * row.new_ones(()) for row in tokens]).float().mean()
+    """Numbers `[M]` of different most likely next tokens over all codes, for states `[M, d]`; 1 means blind codes."""
+    vectors = model.codebook(torch.arange(model.config.num_codes, device=states.device))
+    counts = []
+    for state in states:
+        # One state at a time: its logits of all codes are as many as those of a whole sequence.
+        merged = model.merge(state.expand(len(vectors), -1), vectors)
+        counts.append(model.backbone_view.logits(merged[None])[0].argmax(dim=-1).unique().numel())
+    return states.new_tensor(counts, dtype=torch.float32)

@@ -11,15 +11,17 @@ from transformers import (
     ProcessorMixin,
     Trainer,
     TrainerCallback,
+    set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data.collator import LatentActionDataCollator
-from ..data.mixing import MixedRows, flatten
+from ..data.mixing import MixedRows, MixedRowsCollator
 from ..models.configuration import STAGES
 from ..models.latent_action_model import LatentActionModel
-from .component_training import ComponentTrainingMixin, check_finite, load_components, train_only, write_json
+from .checkpoint_manifest import newest_whole_checkpoint, write_json
+from .component_training import ExactLearningMixin, check_finite, load_components, train_only
 from .latent_action_space_config import LatentActionSpaceConfig
 from .latent_action_space_objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
 
@@ -32,9 +34,10 @@ SCHEDULES: dict[str, tuple[str, dict[str, float], float]] = {
     "policy": ("cosine", {}, 0.0),
 }
 DONE_FILE = "stages.json"
+HISTORY_FILE = "history.json"
 
 
-class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
+class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
     """
     Learns a latent action space on a frozen backbone, stage by stage.
 
@@ -78,6 +81,7 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
         self.objective: LatentActionSpaceObjective | None = None
         self.history: list[dict[str, Any]] = []
         self.root = args.output_dir
+        check_stages(model, args.stages)
         self.collate = LatentActionDataCollator(
             processing_class,
             max_length=args.max_length,
@@ -86,11 +90,12 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
             vision_token_ids=model.config.vision_token_ids,
         )
         self._alarmed: set[str] = set()
+        self._call: tuple[int, int] | None = None
         train_only(model, STAGE_COMPONENTS[args.stages[0]])
         super().__init__(
             model=model,
             args=args,
-            data_collator=lambda items: self.collate(flatten(items)),
+            data_collator=MixedRowsCollator(self.collate),
             train_dataset=MixedRows(train_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
@@ -103,26 +108,51 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
         model there when it is done.
 
         Args:
-            resume_from_checkpoint (`bool`, *optional*): Skip the stages that are done, and go on from the last
+            resume_from_checkpoint (`bool`, *optional*): Skip the stages that are done, and go on from the newest whole
                 checkpoint of the one that is not.
 
         Returns:
             Trainer's `TrainOutput` of each stage that was run.
+
+        Raises:
+            ValueError: Without `resume_from_checkpoint` when `output_dir` holds checkpoints of an earlier run.
+            FloatingPointError: When the loss or a gradient is not finite.
         """
-        done = self._done() if resume_from_checkpoint else []
+        if isinstance(resume_from_checkpoint, (str, os.PathLike)):
+            raise ValueError(
+                f"`resume_from_checkpoint` must be a bool, got {str(resume_from_checkpoint)!r}: the place in the chain "
+                "of stages is found in `output_dir`."
+            )
+        if not resume_from_checkpoint:
+            self._start_anew()
+        done = self._done()
         outputs = []
-        for stage in self.args.stages:
-            if stage in done:
-                load_components(self.model, self._folder(stage))
-                continue
-            self._begin(stage)
-            last = None
-            if resume_from_checkpoint and os.path.isdir(self.args.output_dir):
-                last = get_last_checkpoint(self.args.output_dir)
-            outputs.append(super().train(resume_from_checkpoint=last, **kwargs))
-            self._end(stage)
-        self.args.output_dir = self.root
+        try:
+            for stage in self.args.stages:
+                if stage in done:
+                    load_components(self.model, self._folder(stage))
+                    self.history = json.loads((self._folder(stage) / HISTORY_FILE).read_text(encoding="utf-8"))
+                    continue
+                self._begin(stage)
+                last = newest_whole_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+                outputs.append(super().train(resume_from_checkpoint=last, **kwargs))
+                self._end(stage)
+        finally:
+            self.args.output_dir = self.root
         return outputs
+
+    def _start_anew(self) -> None:
+        for stage in self.args.stages:
+            folder = self._folder(stage)
+            if folder.is_dir() and get_last_checkpoint(str(folder)):
+                raise ValueError(
+                    f"`output_dir` {str(self.root)!r} holds checkpoints of an earlier run, in {str(folder)!r}. Pass "
+                    "`resume_from_checkpoint=True` to go on with it, or choose another folder."
+                )
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (Path(self.root) / DONE_FILE).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
 
     def _folder(self, stage: str) -> Path:
         return Path(self.root) / f"{STAGES.index(stage)}-{stage}"
@@ -133,18 +163,6 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
 
     def _begin(self, stage: str) -> None:
         """Puts the stage's tensors, data, rate and schedule in the place of the last one's."""
-        reached = STAGES.index(self.model.config.stage)
-        for needed in STAGE_NEEDS[stage]:
-            if reached < STAGES.index(needed):
-                raise ValueError(
-                    f"Stage {stage!r} needs stage {needed!r} to have been run; the model has reached "
-                    f"{self.model.config.stage!r}. Put {needed!r} before it in `stages`."
-                )
-        if stage in ("projector", "joint") and not self.model.config.use_projector:
-            raise ValueError(
-                f"Stage {stage!r} trains the cross-modal projector, which this model has not "
-                "(`use_projector=False`). Leave it out of `stages`."
-            )
         args = self.args
         self.stage = stage
         logger.warning(f"Stage {stage}. {train_only(self.model, STAGE_COMPONENTS[stage])}")
@@ -155,14 +173,21 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
         args.warmup_steps = warmup
         with_text = self.text_dataset is not None and stage in ("joint", "policy")
         self.train_dataset = MixedRows(self.paired_dataset, self.text_dataset if with_text else None)
-        generator = torch.Generator(device=args.device).manual_seed(args.seed + STAGES.index(stage))
+        # Each stage starts from a seed of its own, so that it does not matter whether those before it ran just now.
+        seed = args.seed + STAGES.index(stage)
+        set_seed(seed)
+        self._call = None
         self.objective = LatentActionSpaceObjective(
             stage,
             entropy_coef=args.entropy_coef,
             balance_coef=args.balance_coef,
             projection_coef=args.projection_coef,
             cycle_coef=args.cycle_coef if args.use_cycle else 0.0,
-            generator=generator,
+            seed=seed,
+            kinds=2 if with_text else 1,
+            processes=self.accelerator.num_processes,
+            process_index=self.accelerator.process_index,
+            average=lambda tensor: self.accelerator.reduce(tensor, "mean"),
         )
         self.optimizer = self.lr_scheduler = None
         self._created_lr_scheduler = False
@@ -170,39 +195,56 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
         self.model_wrapped = self.model
 
     def _end(self, stage: str) -> None:
-        self.model.config.stage = STAGES[max(STAGES.index(stage), STAGES.index(self.model.config.stage))]
+        reached = self.model.config.stage
+        if STAGES.index(stage) > STAGES.index(reached) and (stage != "projector" or reached != "none"):
+            self.model.config.stage = stage
         self.save_model(self.args.output_dir)
         if self.args.should_save:
+            write_json(self._folder(stage) / HISTORY_FILE, self.history)
             write_json(Path(self.root) / DONE_FILE, [*[s for s in self._done() if s != stage], stage])
         self.accelerator.wait_for_everyone()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # The batches of a step are told apart by their number in it.
+        step = self.state.global_step
+        self._call = (step, self._call[1] + 1) if self._call is not None and self._call[0] == step else (step, 0)
+        self.objective.step = self._call
         loss = model(objective=self.objective, batch=inputs).loss
-        check_finite(loss, f"in stage {self.stage!r} at step {self.state.global_step}", self.args.output_dir)
+        check_finite(loss, self._where(), self.args.output_dir)
         return (loss, None) if return_outputs else loss
+
+    def _where(self) -> str:
+        return f"in stage {self.stage!r} at step {self.state.global_step}"
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         loss = super().training_step(model, inputs, num_items_in_batch)
-        every, step = self.args.revive_dead_codes_every, self.state.global_step + 1
-        if every and step % every == 0 and self.objective.usage is not None:
-            usage = self.accelerator.reduce(self.objective.usage, "sum")
-            if self.objective.some_states is not None:
-                # Every process draws the same rows of its own states; the main one's codes are then shared.
-                self.model.codebook.revive(usage == 0, self.objective.some_states, self.objective.generator)
-                if self.accelerator.num_processes > 1:
-                    torch.distributed.broadcast(self.model.codebook.weight.data, src=0)
-            self.objective.usage.zero_()
+        every = self.args.revive_dead_codes_every
+        if every and self.accelerator.sync_gradients and (self.state.global_step + 1) % every == 0:
+            self.objective.revive(self.model)
+            if self.accelerator.num_processes > 1:
+                # Every process drew from its own states: the main one's codes are shared.
+                torch.distributed.broadcast(self.model.codebook.weight.data, src=0)
         return loss
+
+    def _run_state(self) -> dict[str, Any]:
+        own = {"history": self.history, "alarmed": sorted(self._alarmed), "objective": self.objective.state()}
+        return {**super()._run_state(), **own}
+
+    def _restore_run_state(self, state: dict[str, Any]) -> None:
+        super()._restore_run_state(state)
+        self.history, self._alarmed = state["history"], set(state["alarmed"])
+        self.objective.load_state(state["objective"], self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.objective is not None and "loss" in logs:
             figures = self.objective.drain()
-            if figures:
-                names = sorted(figures)
-                values = self.accelerator.reduce(torch.stack([figures[n] for n in names]), "mean").tolist()
-                logs.update(dict(zip(names, values)))
-                self._watch(logs)
-            self.objective.usage = None
+            if self.stage == "projector" and "projector/nll" not in figures:
+                raise ValueError(
+                    f"Stage 'projector' compares states with and without the image, and no row up to step "
+                    f"{self.state.global_step} has an image. Give paired data, or leave the stage out of `stages`."
+                )
+            logs.update(figures)
+            self._watch(logs)
         if self.stage is not None:
             self.history.append({"stage": self.stage, "step": self.state.global_step, **logs})
         super().log(logs, start_time)
@@ -232,6 +274,24 @@ class LatentActionSpaceTrainer(ComponentTrainingMixin, Trainer):
             logger.warning(f"Codebook alarm, {name}: at step {self.state.global_step}, {text}.")
 
 
+def check_stages(model: LatentActionModel, stages: list[str]) -> None:
+    """Raises `ValueError` unless `model` has, or will have by then, what each stage needs."""
+    ran = {stage for stage in STAGES if 0 < STAGES.index(stage) <= STAGES.index(model.config.stage)}
+    for stage in stages:
+        missing = [needed for needed in STAGE_NEEDS[stage] if needed not in ran]
+        if missing:
+            raise ValueError(
+                f"Stage {stage!r} needs stage {missing[0]!r} to have been run; the model has reached "
+                f"{model.config.stage!r}. Put {missing[0]!r} before it in `stages`."
+            )
+        if stage in ("projector", "joint") and not model.config.use_projector:
+            raise ValueError(
+                f"Stage {stage!r} trains the cross-modal projector, which this model has not "
+                "(`use_projector=False`). Leave it out of `stages`."
+            )
+        ran.add(stage)
+
+
 def load_processing_class(model: LatentActionModel):
     """The processor or tokenizer of the model's backbone, by the name that it was loaded from."""
     from transformers import AutoProcessor
@@ -246,6 +306,11 @@ def check_columns(dataset: Any, name: str) -> None:
     """Raises `ValueError` unless `dataset` has `messages`, or `prompt` and `completion`."""
     if dataset is None:
         raise ValueError(f"`{name}` must be given.")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(
+            f"`{name}` is a {type(dataset).__name__}, which has no length. Rows are read in random order: give a "
+            "`datasets.Dataset`, not a stream."
+        )
     columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(

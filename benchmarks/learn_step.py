@@ -16,7 +16,20 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from measuring import MIB, facts, median, optimizer_bytes, peak_memory, seconds, spread, table, use_device, write
+from measuring import (
+    CLOCKS,
+    MIB,
+    facts,
+    median,
+    optimizer_bytes,
+    peak_memory,
+    seconds,
+    spread,
+    table,
+    use_clock,
+    use_device,
+    write,
+)
 from presets import PRESETS, Preset, answered_rows, build_backbone, processing_class
 from tqdm.auto import tqdm
 
@@ -92,6 +105,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
     parser.add_argument("--rows", type=int, default=4, help="rows a batch")
     parser.add_argument("--stages", nargs="+", choices=list(STAGE_COMPONENTS), default=list(STAGE_COMPONENTS))
     parser.add_argument("--completion-length", type=int, help="tokens of each answer")
@@ -102,6 +116,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     preset, device = PRESETS[options.preset], use_device(options.device)
+    use_clock(options.clock)
     if options.quick:
         preset = preset.scaled_down()
     if options.completion_length:
@@ -129,6 +144,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "quick": options.quick,
         "rows": options.rows,
         "repeats": options.repeats,
+        "clock": options.clock,
         **facts(device),
     }
     columns = ("seconds", "tokens_per_second", "over_states", "over_logits", "peak_mib")

@@ -18,6 +18,27 @@ import torch
 MIB = 2**20
 
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_clock = time.perf_counter
+
+
+def use_clock(name: str) -> None:
+    """
+    What time is measured by: `wall`, or `cpu`, the processor time of this process. The second is for one thread on a
+    machine that other processes use as well.
+    """
+    global _clock
+    if name == "cpu" and (torch.get_num_threads() > 1 or torch.cuda.is_available()):
+        raise SystemExit("--clock cpu is for one thread without a GPU: set OMP_NUM_THREADS=1.")
+    _clock = CLOCKS[name]
+
+
+def now() -> float:
+    """Seconds, once the device has done its work."""
+    synchronize()
+    return _clock()
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -25,11 +46,9 @@ def synchronize() -> None:
 
 def seconds(call: Callable[[], Any]) -> tuple[float, Any]:
     """How long `call` takes, with the work that it left on the device, and what it returns."""
-    synchronize()
-    start = time.perf_counter()
+    start = now()
     result = call()
-    synchronize()
-    return time.perf_counter() - start, result
+    return now() - start, result
 
 
 def median(values: list[float]) -> float:
@@ -74,7 +93,7 @@ def peak_memory(device: torch.device):
     before, done = resident_bytes(), threading.Event()
 
     def watch():
-        while not done.wait(0.002):
+        while not done.wait(0.005):
             peak.growth = max(peak.growth, resident_bytes() - before)
 
     thread = threading.Thread(target=watch, daemon=True)

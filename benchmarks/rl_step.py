@@ -13,7 +13,6 @@ import argparse
 import copy
 import os
 import tempfile
-import time
 from collections import defaultdict
 from dataclasses import replace
 from typing import Any
@@ -25,16 +24,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.nn.functional as F
 from measuring import (
+    CLOCKS,
     MIB,
     facts,
     median,
+    now,
     optimizer_bytes,
     peak_memory,
     seconds,
     spread,
-    synchronize,
     table,
     tensor_bytes,
+    use_clock,
     use_device,
     write,
 )
@@ -189,8 +190,7 @@ def decode_seconds(decoder, generate, length: int) -> float:
         nonlocal calls
         calls += 1
         if calls in (2, length):
-            synchronize()
-            times.append(time.perf_counter())
+            times.append(now())
 
     handle = decoder.register_forward_pre_hook(watch)
     try:
@@ -220,7 +220,7 @@ def decode_pair(arm: Arm, batch: dict[str, Any], length: int) -> dict[str, float
 def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, beta: float) -> dict[str, Any]:
     """Seconds of every part in every repeat, and bytes of an update."""
     times: dict[str, list[float]] = defaultdict(list)
-    bytes_of: dict[str, list[int]] = defaultdict(list)
+    update_bytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
         arms = build_arms(preset, device, folder, beta)
         policy_only = PolicyOnly(arms["latent"])
@@ -242,10 +242,11 @@ def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, bet
             if repeat >= 0:
                 for name, value in found.items():
                     times[name].append(value)
+            if repeat == repeats - 1:
                 for name, arm in arms.items():
-                    bytes_of[name].append(arm.update_memory(batches[name]))
+                    update_bytes[name] = arm.update_memory(batches[name])
         weights = {name: tensor_bytes(arm.trainer.model.parameters()) for name, arm in arms.items()}
-    return {"times": times, "update_bytes": bytes_of, "weight_bytes": weights}
+    return {"times": times, "update_bytes": update_bytes, "weight_bytes": weights}
 
 
 def ratios(found: dict[str, Any], against: str = "token") -> dict[str, float]:
@@ -258,7 +259,7 @@ def ratios(found: dict[str, Any], against: str = "token") -> dict[str, float]:
         "rollout_ratio": ratio("rollout_latent", f"rollout_{against}"),
         "update_ratio": ratio("update_latent", f"update_{against}"),
         "step_ratio": ratio("step_latent", f"step_{against}"),
-        "update_memory_ratio": median(memory["latent"]) / median(memory[against]),
+        "update_memory_ratio": memory["latent"] / memory[against],
     } | (
         {
             "update_ratio_plain": ratio("update_latent", "update_plain"),
@@ -307,6 +308,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the latent side; TRL's default is 0")
     parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
     for name in ("prompts", "generations", "prompt-characters", "completion-length", "image-size", "policy-layers"):
@@ -317,6 +319,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
     preset, device = PRESETS[options.preset], use_device(options.device)
+    use_clock(options.clock)
     if options.quick:
         preset = preset.scaled_down()
     sizes = ("prompts", "generations", "prompt_characters", "completion_length", "image_size", "policy_layers")
@@ -330,11 +333,12 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "against_lora": ratios(found, "lora"),
         "seconds": {name: median(values) for name, values in found["times"].items()},
         "spread": {name: spread(values) for name, values in found["times"].items()},
-        "update_mib": {name: median(values) / MIB for name, values in found["update_bytes"].items()},
+        "update_mib": {name: value / MIB for name, value in found["update_bytes"].items()},
         "weight_mib": {name: value / MIB for name, value in found["weight_bytes"].items()},
         "preset": options.preset,
         "quick": options.quick,
         "repeats": options.repeats,
+        "clock": options.clock,
         "beta": options.beta,
         "sizes": {name: getattr(preset, name) for name in sizes} | {"layers": preset.text["num_hidden_layers"]},
         **facts(device),

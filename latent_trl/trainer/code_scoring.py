@@ -4,6 +4,8 @@ from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..models.action_law import ActionLaw
 from ..models.policy import LatentActionPolicy
@@ -21,6 +23,7 @@ class Rollout:
         context_states (`torch.Tensor`, *optional*): `[B, P+C-1, d]`.
         position_ids (`torch.Tensor`, *optional*): `[B, ..., P+C-1]`.
         action_support (`torch.Tensor`, *optional*): `[B, C, K]`.
+        prompt_index (`torch.Tensor`, *optional*): `[B]`; rows of one number have one prompt, encoded once.
     """
 
     action_ids: torch.Tensor
@@ -28,6 +31,7 @@ class Rollout:
     context_states: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     action_support: torch.Tensor | None = None
+    prompt_index: torch.Tensor | None = None
 
     @classmethod
     def of(
@@ -134,7 +138,19 @@ class CodeScorer:
         device = attention_mask.device
         kept = rollout.context_states is not None
         positions = trunk_positions(rollout.position_ids, device)
-        if isinstance(self.model, LatentActionPolicy):
+        if kept and has_groups(rollout.prompt_index):
+            batch = {
+                "states": rollout.context_states.to(device),
+                "attention_mask": attention_mask,
+                "position_ids": positions,
+                "prompt_index": rollout.prompt_index,
+                "length": length,
+            }
+            if isinstance(self.model, LatentActionPolicy):
+                logits, values = policy_over_groups(self.model, **batch)[0], None
+            else:
+                logits, values = self.model(objective=logits_and_values, batch=batch).loss
+        elif isinstance(self.model, LatentActionPolicy):
             if kept:
                 states = rollout.context_states.to(device)
             else:
@@ -152,6 +168,73 @@ class CodeScorer:
         if values is not None:
             self.state_values.append(values)
         return CodeScores(log_probs, entropy, values)
+
+
+def has_groups(prompt_index: torch.Tensor | None) -> bool:
+    """Whether some rows share a prompt."""
+    return prompt_index is not None and len(set(prompt_index.tolist())) < len(prompt_index)
+
+
+def logits_and_values(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """An objective of [`LatentActionModel`]'s forward: logits `[B, C, K]` and, with a value head, values `[B, C]`."""
+    model.require("policy")
+    logits, features = policy_over_groups(model.policy, **batch)
+    return logits, None if model.value_head is None else model.value_head(features)
+
+
+def policy_over_groups(
+    policy: LatentActionPolicy,
+    states: torch.Tensor,
+    attention_mask: torch.Tensor,
+    position_ids: torch.Tensor | None,
+    prompt_index: torch.Tensor,
+    length: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    The policy over completions of which some share a prompt: it is run once over each prompt, and its keys and values
+    are copied for the rows of the group; gradients flow through the copies.
+
+    Args:
+        policy (`LatentActionPolicy`): The policy.
+        states (`torch.Tensor`): `[B, P+C-1, d]`; rows of one prompt have the same first P.
+        attention_mask (`torch.Tensor`), position_ids (`torch.Tensor`, *optional*): Of all states.
+        prompt_index (`torch.Tensor`): `[B]`, which prompt is whose.
+        length (`int`): C.
+
+    Returns:
+        Logits `[B, C, K]` and features `[B, C, hidden_size]` of the positions that chose the completion's codes.
+    """
+    decoder = policy.decoder_stack.decoder
+    cache = DynamicCache(config=decoder.config)
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers)
+    if not plain or (policy.training and decoder.is_gradient_checkpointing):
+        return policy(states, attention_mask, position_ids, keep_last=length, return_features=True)
+    index = prompt_index.tolist()
+    prompts = list(dict.fromkeys(index))
+    first = torch.tensor([index.index(prompt) for prompt in prompts], device=states.device)
+    of_row = torch.tensor([prompts.index(prompt) for prompt in index], device=states.device)
+    width = states.shape[1] - length + 1
+    logits, features = policy(
+        states[first, :width],
+        attention_mask[first, :width],
+        None if position_ids is None else position_ids.index_select(-2, first)[..., :width],
+        past_key_values=cache,
+        keep_last=1,
+        return_features=True,
+    )
+    logits, features = logits[of_row], features[of_row]
+    if length == 1:
+        return logits, features
+    for layer in cache.layers:
+        layer.batch_select_indices(of_row)
+    later = policy(
+        states[:, width:],
+        attention_mask,
+        None if position_ids is None else position_ids[..., width:],
+        past_key_values=cache,
+        return_features=True,
+    )
+    return torch.cat([logits, later[0]], dim=1), torch.cat([features, later[1]], dim=1)
 
 
 def trunk_positions(position_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

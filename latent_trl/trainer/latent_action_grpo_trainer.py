@@ -213,6 +213,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             rollouts = Rollout.of(record, prompt_lengths, [len(ids) for ids in completion_ids])
         self._samples = [Sample(ids, rollout) for ids, rollout in zip(completion_ids, rollouts, strict=True)]
         self._rollout = Rollout.padded(rollouts, prompt_lengths, self.pad_to_multiple_of or 1)
+        if self._copies > 1 and self._replayed is None and self.args.reuse_context_states:
+            self._rollout.prompt_index = torch.arange(len(rollouts)) // self._copies
         if self.args.offload_context_states and self._rollout.context_states is not None:
             self._rollout.context_states = self._rollout.context_states.cpu()
         codes = [rollout.action_ids[0].tolist() for rollout in rollouts]

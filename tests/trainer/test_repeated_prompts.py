@@ -1,4 +1,4 @@
-"""A prompt is encoded once for its whole group, and nothing but the cost depends on it."""
+"""A prompt is encoded and scored once for its whole group, and nothing but the cost depends on it."""
 
 from functools import partial
 
@@ -39,6 +39,7 @@ def both_ways(tmp_path, monkeypatch, training: bool, picks, **options):
 
 
 def check_equal(one: dict, other: dict) -> None:
+    one = {name: value for name, value in one.items() if name != "prompt_index"}
     assert one.keys() == other.keys()
     for name, value in one.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -49,11 +50,20 @@ def check_equal(one: dict, other: dict) -> None:
             assert value == other[name], name
 
 
+def check_gradients(model, other, losses) -> None:
+    for loss in losses:
+        loss.backward()
+    for parameter, wanted in zip(model.parameters(), other.parameters()):
+        assert (parameter.grad is None) == (wanted.grad is None)
+        if wanted.grad is not None:
+            torch.testing.assert_close(parameter.grad, wanted.grad, atol=1e-4, rtol=1e-4)
+
+
 FAMILIES = ["llava", "qwen2_5_vl", "idefics3", "gemma3"]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("kind, reuse", [("grpo", True), ("ppo", False)])
+@pytest.mark.parametrize("kind, reuse", [("grpo", True), ("ppo", True), ("ppo", False)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_encoded_once_are_as_rows_encoded_alone(tmp_path, monkeypatch, family, kind, reuse, training):
     """0, 1 and 2 images a prompt, prompts of different lengths; codes, states, scores, loss and gradient."""
@@ -68,11 +78,7 @@ def test_groups_encoded_once_are_as_rows_encoded_alone(tmp_path, monkeypatch, fa
     if training:
         losses = [t._compute_loss(t.model, batch) for t, batch in ((trainer, one), (plain, other))]
         torch.testing.assert_close(*losses, atol=2e-5, rtol=2e-5)
-        gradients = []
-        for t, loss in zip((trainer, plain), losses):
-            loss.backward()
-            gradients.append(t.model.policy.head.weight.grad)
-        torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+        check_gradients(trainer.model, plain.model, losses)
 
 
 def test_recorded_scores_are_those_of_a_full_pass_of_each_row(tmp_path):
@@ -84,6 +90,42 @@ def test_recorded_scores_are_those_of_a_full_pass_of_each_row(tmp_path):
     torch.testing.assert_close(
         batch["old_per_token_logps"][mask], batch["sampling_per_token_logps"][mask], atol=2e-5, rtol=2e-5
     )
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral", "gpt2", "gemma2"])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, kind, family):
+    """Micro-batches hold parts of groups in any order; sliding windows and padding included."""
+    data = rows() if family in ("llava", "qwen2_5_vl") else rows(())
+    trainer = build(tmp_path, kind, family, data=data)
+    batch = rollout(trainer, (0, 0, 1, 1, 2, 2, 3, 3))
+    assert batch["prompt_index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    picks = torch.tensor([5, 0, 3, 4, 1])
+    part = {k: v[picks] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+    with torch.no_grad():
+        trainer.model.policy.head.weight.mul_(1.2)
+    results = []
+    seen = []
+    trainer.model.policy.decoder_stack.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
+    for inputs in (part, {k: v for k, v in part.items() if k != "prompt_index"}):
+        seen.clear()
+        trainer.model.zero_grad()
+        loss = trainer._compute_loss(trainer.model, inputs)
+        loss.backward()
+        gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
+        results.append((loss, trainer._scored.log_probs, trainer._scored.entropy, gradients, seen[0][0]))
+    (*one, rows_of_prompts), (*other, all_rows) = results
+    assert (rows_of_prompts, all_rows) == (3, 5)
+    for value, wanted in zip(one, other):
+        torch.testing.assert_close(value, wanted, atol=5e-5, rtol=5e-5)
+
+
+def test_gradient_checkpointing_scores_rows_alone(tmp_path):
+    trainer = build(tmp_path)
+    batch = rollout(trainer)
+    loss = trainer._compute_loss(trainer.model, batch)
+    trainer.model.policy.decoder_stack.decoder.gradient_checkpointing_enable()
+    torch.testing.assert_close(trainer._compute_loss(trainer.model, batch), loss, atol=2e-5, rtol=2e-5)
 
 
 def test_evaluation_has_group_sizes_of_its_own(tmp_path, monkeypatch):

@@ -39,8 +39,8 @@ class DemoSettings:
     rl_steps: int = 60
     prompts_per_step: int = 16
     num_generations: int = 8
-    action_temperature: float = 1.0
-    rl_learning_rate: float = 3e-4
+    action_temperature: float = 1.5
+    rl_learning_rate: float = 5e-4
     test_prompts: int = 300
     algorithm: str = "grpo"
     seed: int = 0
@@ -224,6 +224,8 @@ class Demo:
             from ..trainer.latent_action_ppo_config import LatentActionPPOConfig
             from ..trainer.latent_action_ppo_trainer import LatentActionPPOTrainer
 
+            # Two updates of each rollout: half the rate, twice the steps.
+            common |= dict(max_steps=2 * s.rl_steps, learning_rate=s.rl_learning_rate / 2, num_iterations=2)
             trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(value_learning_rate=1e-3, **common)
         else:
             from ..trainer.latent_action_grpo_config import LatentActionGRPOConfig

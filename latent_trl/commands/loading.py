@@ -73,7 +73,7 @@ def backbone_kwargs(model_args) -> dict[str, Any]:
     from trl import get_quantization_config
 
     return {
-        "dtype": model_args.dtype if model_args.dtype != "float32" else None,
+        "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
     }

@@ -114,6 +114,13 @@ class ComponentTrainingMixin(HubTrainingMixin):
             logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Resumed from the last step's checkpoint, after which Trainer would take one step more.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         self.record_run()
@@ -157,6 +164,18 @@ class ExactLearningMixin(ComponentTrainingMixin):
     and no update is made with a gradient that is not finite.
     """
 
+    _unread_state: str | None = None
+
+    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
+        self._unread_state = resume_from_checkpoint
+        return super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
+
+    def _finalize_training(self, *args, **kwargs):
+        if self._unread_state is not None:
+            # Resumed from the last step's checkpoint: no epoch was run that would have read it.
+            self._load_rng_state(self._unread_state)
+        return super()._finalize_training(*args, **kwargs)
+
     def _run_state(self) -> dict[str, Any]:
         """What changes during a run, as plain JSON values; a subclass adds its own."""
         return {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
@@ -171,6 +190,7 @@ class ExactLearningMixin(ComponentTrainingMixin):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         super()._load_rng_state(checkpoint)
+        self._unread_state = None
         path = None if checkpoint is None else Path(checkpoint) / RUN_STATE_FILE.format(rank=self.args.process_index)
         if path is not None and path.is_file():
             self._restore_run_state(json.loads(path.read_text(encoding="utf-8")))

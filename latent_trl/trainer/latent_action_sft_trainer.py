@@ -94,8 +94,7 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
                 raise ValueError(
                     f"`trained_layers={args.trained_layers}` names no tensor of the backbone. Names begin with {known}."
                 )
-            tied = [n for n, p in every.items() if p.data_ptr() in wanted]
-            model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *tied})
+            model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *names})
             return names
         if model.peft_backbone is None:
             if peft_config is None:

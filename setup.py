@@ -51,7 +51,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["latent_trl", "latent_trl.*"]),
-    package_data={"latent_trl": ["py.typed", "**/*.j2", "**/*.json", "**/*.md", "**/*.md"]},
+    package_data={"latent_trl": ["py.typed", "**/*.j2", "**/*.json", "**/*.md"]},
     install_requires=INSTALL_REQUIRES,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["latent-trl=latent_trl.commands.main:main"]},

@@ -15,12 +15,15 @@ class RowError(ValueError):
 
 
 @dataclass
-class _Segment:
+class Segment:
     """A stretch of a conversation: a prompt up to an assistant's answer, or that answer."""
 
     text: str
     images: list[Any]
     is_answer: bool
+    row: str = "A row"
+    # Text that no template was applied to, which the tokenizer begins as it does every text.
+    is_plain: bool = False
     ids: list[int] | None = None
     fields: dict[str, list[int]] | None = None
 
@@ -60,66 +63,81 @@ class LatentActionDataCollator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         conversations = [self._segments(row) for row in rows]
-        vision = self._tokenize([s for segments in conversations for s in segments])
-        if vision and self.max_length is not None:
-            kept = [self._fit(segments, row) for segments, row in zip(conversations, rows)]
-            if any(len(a) != len(b) and any(s.images for s in a[len(b) :]) for a, b in zip(conversations, kept)):
-                vision = self._tokenize([s for segments in kept for s in segments])
+        vision = self.tokenize([s for segments in conversations for s in segments])
+        if self.max_length is not None:
+            kept = [self._fit(segments) for segments in conversations]
+            dropped = [s for all, some in zip(conversations, kept, strict=True) for s in all[len(some) :]]
+            if any(s.images for s in dropped):
+                vision = self.tokenize([s for segments in kept for s in segments])
             conversations = kept
-        elif self.max_length is not None:
-            conversations = [self._fit(segments, row) for segments, row in zip(conversations, rows)]
         return self._pad(conversations, vision)
 
-    def _segments(self, row: dict[str, Any]) -> list[_Segment]:
+    def _segments(self, row: dict[str, Any]) -> list[Segment]:
+        name = _name(row)
         messages = self._messages(row)
         images = self._images(row)
         if messages is None:
             if images:
-                raise RowError(f"{_name(row)}: images need conversational `prompt` and `completion`.")
-            return [_Segment(row["prompt"], [], False), _Segment(row["completion"], [], True)]
+                raise RowError(f"{name}: images need conversational `prompt` and `completion`.")
+            completion, end = row["completion"], self.tokenizer.eos_token or ""
+            if not completion.endswith(end):
+                completion += end
+            return [Segment(row["prompt"], [], False, name, is_plain=True), Segment(completion, [], True, name)]
         messages = self._place_images(messages, images, row)
         segments, rendered, start = [], "", 0
         pending = list(images)
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = self._render(messages[:i], True)
-            after = self._render(messages[: i + 1], False)
+            before = self._render(messages[:i], True, row)
+            after = self._render(messages[: i + 1], False, row)
             if not before.startswith(rendered) or not after.startswith(before):
                 raise RowError(
-                    f"{_name(row)}: the chat template does not render a conversation as its beginning and the rest, so "
+                    f"{name}: the chat template does not render a conversation as its beginning and the rest, so "
                     "the assistant's tokens cannot be told apart. Use a prefix-preserving template."
                 )
             count = sum(part["type"] == "image" for m in messages[start:i] for part in _parts(m))
-            segments.append(_Segment(before[len(rendered) :], pending[:count], False))
+            segments.append(Segment(before[len(rendered) :], pending[:count], False, name))
             pending = pending[count:]
             if not _text_of(message).strip():
-                raise RowError(f"{_name(row)}: the assistant's message {i} is empty.")
-            segments.append(_Segment(after[len(before) :], [], True))
+                raise RowError(f"{name}: the assistant's message {i} is empty.")
+            segments.append(Segment(after[len(before) :], [], True, name))
             rendered, start = after, i
         if not segments:
-            raise RowError(f"{_name(row)}: no assistant message, so there is nothing to learn from.")
+            raise RowError(f"{name}: no assistant message, so there is nothing to learn from.")
         return segments
 
+    def prompt(self, row: dict[str, Any]) -> Segment:
+        """The whole of a row's `prompt`, up to where the assistant's answer begins."""
+        if isinstance(row["prompt"], str):
+            return Segment(row["prompt"], [], False, _name(row), is_plain=True)
+        images = self._images(row)
+        messages = self._place_images(_checked_messages(row["prompt"], "prompt", row), images, row)
+        return Segment(self._render(messages, True, row), images, False, _name(row))
+
     def _messages(self, row: dict[str, Any]) -> list[dict[str, Any]] | None:
+        name = _name(row)
         if row.get("messages") is not None:
-            return list(row["messages"])
-        if "prompt" in row and "completion" in row:
-            if isinstance(row["prompt"], str):
-                if not row["completion"]:
-                    raise RowError(f"{_name(row)}: `completion` is empty.")
+            return _checked_messages(row["messages"], "messages", row)
+        if row.get("prompt") is not None and row.get("completion") is not None:
+            prompt, completion = row["prompt"], row["completion"]
+            empty = not completion.strip() if isinstance(completion, str) else completion == []
+            if empty:
+                raise RowError(f"{name}: `completion` is empty.")
+            if isinstance(prompt, str) and isinstance(completion, str):
                 return None
-            completion = row["completion"]
             if isinstance(completion, str):
                 completion = [{"role": "assistant", "content": completion}]
-            return [*row["prompt"], *completion]
+            return [*_checked_messages(prompt, "prompt", row), *_checked_messages(completion, "completion", row)]
         columns = sorted(k for k in row if not k.startswith("_"))
-        raise RowError(f"{_name(row)}: needs `messages`, or `prompt` and `completion`; its columns are {columns}.")
+        raise RowError(f"{name}: needs `messages`, or `prompt` and `completion`; its columns are {columns}.")
 
     def _images(self, row: dict[str, Any]) -> list[Any]:
         images = row.get("images")
         if images is None and row.get("image") is not None:
             images = [row["image"]]
+        if images is not None and not isinstance(images, (list, tuple)):
+            images = [images]
         if images and not self.is_vlm:
             raise RowError(f"{_name(row)}: has images, but the processing class is a tokenizer. Pass the processor.")
         try:
@@ -129,6 +147,7 @@ class LatentActionDataCollator:
 
     def _place_images(self, messages: list[dict], images: list[Any], row: dict) -> list[dict]:
         """Content as typed parts for a processor; images without a place go before the first user message's text."""
+        self._check_texts(messages, row)
         if not self.is_vlm:
             return [{**m, "content": _text_of(m)} for m in messages]
         messages = [{**m, "content": _parts(m)} for m in messages]
@@ -139,29 +158,46 @@ class LatentActionDataCollator:
                 raise RowError(f"{_name(row)}: has images, but no user message to show them in.")
             first["content"] = [{"type": "image"}] * len(images) + first["content"]
         elif placed != len(images):
-            raise RowError(f"{_name(row)}: {placed} image placeholders in the messages, but {len(images)} images.")
+            raise RowError(
+                f"{_name(row)}: {placed} image placeholders in the messages, but {len(images)} images. Give as many "
+                "images as placeholders, or no placeholder at all."
+            )
         return messages
 
-    def _render(self, messages: list[dict], generation_prompt: bool) -> str:
-        return self.processing_class.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt
-        )
+    def _check_texts(self, messages: list[dict], row: dict) -> None:
+        """Text must not hold visual tokens: the backbone would look for their images."""
+        marks = [t for t in self.tokenizer.convert_ids_to_tokens(list(self.vision_token_ids)) if t]
+        marks += [t for t in [getattr(self.processing_class, "image_token", None)] if t and t not in marks]
+        for i, message in enumerate(messages):
+            found = [mark for mark in marks if mark in _text_of(message)]
+            if found:
+                raise RowError(
+                    f"{_name(row)}: the text of message {i} holds the visual token {found[0]!r}. Take it out; an image "
+                    'is placed by a part {"type": "image"}.'
+                )
 
-    def _tokenize(self, segments: list[_Segment]) -> dict[str, torch.Tensor]:
+    def _render(self, messages: list[dict], generation_prompt: bool, row: dict) -> str:
+        try:
+            return self.processing_class.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:
+            # Templates raise errors of Jinja, of Python, or their own.
+            roles = [m["role"] for m in messages]
+            raise RowError(f"{_name(row)}: the chat template refuses messages of the roles {roles}: {error}") from error
+
+    def tokenize(self, segments: list[Segment]) -> dict[str, torch.Tensor]:
         """Fills in the segments' ids, and returns the visual inputs of all of them in order."""
-        plain = [s for s in segments if not s.images]
-        for segment, ids in zip(plain, self.tokenizer([s.text for s in plain], add_special_tokens=False).input_ids):
-            segment.ids, segment.fields = ids, {}
+        for is_plain in (False, True):
+            some = [s for s in segments if not s.images and s.is_plain == is_plain]
+            if some:
+                ids = self.tokenizer([s.text for s in some], add_special_tokens=is_plain).input_ids
+                for segment, own in zip(some, ids, strict=True):
+                    segment.ids, segment.fields = own, {}
         shown = [s for s in segments if s.images]
         if not shown:
             return {}
-        batch = self.processing_class(
-            text=[s.text for s in shown],
-            images=[s.images for s in shown],
-            padding=True,
-            return_tensors="pt",
-            add_special_tokens=False,
-        )
+        batch = self._process(shown)
         shape, mask = batch["input_ids"].shape, batch["attention_mask"].bool()
         per_token = [k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.shape == shape]
         for i, segment in enumerate(shown):
@@ -171,7 +207,26 @@ class LatentActionDataCollator:
             }
         return {k: v for k, v in batch.items() if k not in per_token}
 
-    def _fit(self, segments: list[_Segment], row: dict) -> list[_Segment]:
+    def _process(self, shown: list[Segment]) -> dict[str, torch.Tensor]:
+        try:
+            return self.processing_class(
+                text=[s.text for s in shown],
+                images=[s.images for s in shown],
+                padding=True,
+                return_tensors="pt",
+                add_special_tokens=False,
+            )
+        except Exception as error:
+            if len(shown) == 1:
+                sizes = [image.size for image in shown[0].images]
+                raise RowError(
+                    f"{shown[0].row}: the processor cannot take its images of {sizes} pixels: {error}"
+                ) from error
+            for segment in shown:
+                self._process([segment])
+            raise
+
+    def _fit(self, segments: list[Segment]) -> list[Segment]:
         """Whole turns from the front, as many as fit."""
         end, length = 0, 0
         for i, segment in enumerate(segments):
@@ -183,12 +238,12 @@ class LatentActionDataCollator:
         if not end:
             first = sum(len(s.ids) for s in segments[:2])
             raise RowError(
-                f"{_name(row)}: its first exchange has {first} tokens, more than `max_length` = {self.max_length}. "
-                "Raise the limit, shorten the prompt, or make images smaller."
+                f"{segments[0].row}: its first exchange has {first} tokens, more than `max_length` = "
+                f"{self.max_length}. Raise the limit, shorten the prompt, or make images smaller."
             )
         return segments[:end]
 
-    def _pad(self, conversations: list[list[_Segment]], vision: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _pad(self, conversations: list[list[Segment]], vision: dict[str, torch.Tensor]) -> dict[str, Any]:
         rows, length = len(conversations), max(sum(len(s.ids) for s in segments) for segments in conversations)
         input_ids = torch.full((rows, length), self.tokenizer.pad_token_id)
         attention_mask = torch.zeros(rows, length, dtype=torch.long)
@@ -215,6 +270,35 @@ class LatentActionDataCollator:
             "has_image": torch.tensor([any(s.images for s in segments) for segments in conversations]),
             "vision": {**vision, **fields},
         }
+
+
+def _checked_messages(value: Any, column: str, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """`value` as a list of messages with a role, and with text or parts that are text or images."""
+    name = f"{_name(row)}: `{column}`"
+    if not isinstance(value, (list, tuple)) or not all(isinstance(message, dict) for message in value):
+        raise RowError(f'{name} must be a list of {{"role": ..., "content": ...}}, got {_short(value)}.')
+    for i, message in enumerate(value):
+        role, content = message.get("role"), message.get("content")
+        if not isinstance(role, str) or not role:
+            raise RowError(f"{name}: message {i} has the role {_short(role)}; a name such as 'user' is needed.")
+        if isinstance(content, str):
+            continue
+        if not isinstance(content, (list, tuple)) or not all(isinstance(part, dict) for part in content):
+            raise RowError(
+                f"{name}: the content of message {i} must be text or a list of parts, got {_short(content)}."
+            )
+        for part in content:
+            kind = part.get("type")
+            if kind not in ("text", "image") or (kind == "text" and not isinstance(part.get("text"), str)):
+                raise RowError(f"{name}: message {i} has the part {_short(part)}; parts are text or images.")
+            if kind == "image" and role == "assistant":
+                raise RowError(f"{name}: message {i}, the assistant's, holds an image. Images belong to other roles.")
+    return list(value)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:

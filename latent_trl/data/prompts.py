@@ -14,32 +14,27 @@ def encode_prompts(
     image_root: str | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Conversational prompts, padded on the left.
+    Prompts, padded on the left.
 
     Args:
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
-        rows (`list[dict]`): Each with `prompt`, a list of messages, and `images`, a list, where it has some.
+        rows (`list[dict]`): Each with `prompt`, a list of messages or a text, and `images`, a list, where it has some.
         image_root (`str`, *optional*): The only folder from which rows may name image files.
 
     Returns:
         `input_ids`, `attention_mask` `[B, P]` and the visual inputs.
     """
     collator = LatentActionDataCollator(processing_class, image_root=image_root)
-    # An answer of one word makes each prompt a conversation; its tokens are cut off again.
-    answered = [{**row, "messages": [*row["prompt"], {"role": "assistant", "content": "x"}]} for row in rows]
-    batch = collator(answered)
-    lengths = [int(row.argmax()) for row in batch["loss_mask"].int()]
-    longest = max(lengths)
-    visual = batch["vision"]
-    shape = batch["input_ids"].shape
-    names = ["input_ids", *[k for k, v in visual.items() if v.shape == shape]]
-    source = {"input_ids": batch["input_ids"], **visual}
-    padded = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in names}
-    padded["input_ids"].fill_(collator.tokenizer.pad_token_id)
-    mask = torch.zeros(len(rows), longest, dtype=torch.long)
-    for i, length in enumerate(lengths):
-        mask[i, longest - length :] = 1
-        for name in names:
-            padded[name][i, longest - length :] = source[name][i, :length]
-    rest = {k: v for k, v in visual.items() if k not in names}
-    return {**padded, "attention_mask": mask, **rest}
+    segments = [collator.prompt({"_row": i, **row}) for i, row in enumerate(rows)]
+    vision = collator.tokenize(segments)
+    longest = max(len(segment.ids) for segment in segments)
+    names = sorted({name for segment in segments for name in segment.fields})
+    padded = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("attention_mask", *names)}
+    padded["input_ids"] = torch.full((len(rows), longest), collator.tokenizer.pad_token_id)
+    for i, segment in enumerate(segments):
+        start = longest - len(segment.ids)
+        padded["input_ids"][i, start:] = torch.tensor(segment.ids, dtype=torch.long)
+        padded["attention_mask"][i, start:] = 1
+        for name, values in segment.fields.items():
+            padded[name][i, start:] = torch.tensor(values, dtype=torch.long)
+    return {**padded, **vision}

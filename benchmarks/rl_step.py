@@ -141,13 +141,12 @@ def policy_gradient(logits: torch.Tensor, choices: torch.Tensor, batch: dict[str
     return (losses * weights).sum() / batch["completion_mask"].sum()
 
 
-def build_arms(preset: Preset, device: torch.device, folder: str, beta: float) -> dict[str, Arm]:
-    data = prompt_rows(preset, max(preset.prompts, 2))
-    batch_size = preset.prompts * preset.generations
-    options = {
+def trainer_options(preset: Preset, device: torch.device) -> dict[str, Any]:
+    """What all trainers have in common."""
+    return {
         "use_cpu": device.type == "cpu",
         "bf16": device.type == "cuda",
-        "per_device_train_batch_size": batch_size,
+        "per_device_train_batch_size": preset.prompts * preset.generations,
         "num_generations": preset.generations,
         "max_completion_length": preset.completion_length,
         # Texts of equal length on both sides, whatever random weights say.
@@ -158,28 +157,48 @@ def build_arms(preset: Preset, device: torch.device, folder: str, beta: float) -
         "disable_tqdm": True,
         "learning_rate": 1e-6,
     }
-    config = LatentActionConfig(policy_decoder={"num_hidden_layers": preset.policy_layers})
-    model = LatentActionModel.from_backbone(build_backbone(preset, device), config)
+
+
+def shared_arguments(preset: Preset) -> dict[str, Any]:
+    data = prompt_rows(preset, max(preset.prompts, 2))
+    return {"reward_funcs": reward, "train_dataset": data, "processing_class": processing_class(preset)}
+
+
+def batch_rows(preset: Preset, data) -> list[dict[str, Any]]:
+    return [data[i] for i in range(preset.prompts) for _ in range(preset.generations)]
+
+
+def latent_arm(preset: Preset, backbone, folder: str, beta: float = 0.0, num_codes: int = 128) -> Arm:
+    """The trainer over latent actions, around `backbone`."""
+    config = LatentActionConfig(num_codes=num_codes, policy_decoder={"num_hidden_layers": preset.policy_layers})
+    model = LatentActionModel.from_backbone(backbone, config)
     model.inverse_dynamics = None  # only learning needs it
-    full = build_backbone(preset, device)
-    full.requires_grad_(False)
-    full.get_decoder().requires_grad_(True)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS)
-    shared = {"reward_funcs": reward, "train_dataset": data, "processing_class": processing_class(preset)}
-    trainers = {
-        "latent": LatentActionGRPOTrainer(
-            model=model, args=LatentActionGRPOConfig(f"{folder}/latent", beta=beta, **options), **shared
-        ),
-        "token": GRPOTrainer(model=full, args=GRPOConfig(f"{folder}/token", **options), **shared),
-        "lora": GRPOTrainer(
-            model=build_backbone(preset, device),
-            args=GRPOConfig(f"{folder}/lora", **options),
-            peft_config=lora,
-            **shared,
-        ),
+    args = LatentActionGRPOConfig(f"{folder}/latent", beta=beta, **trainer_options(preset, backbone.device))
+    shared = shared_arguments(preset)
+    return Arm(LatentActionGRPOTrainer(model=model, args=args, **shared), batch_rows(preset, shared["train_dataset"]))
+
+
+def token_arm(preset: Preset, backbone, folder: str, lora: bool) -> Arm:
+    """TRL's own trainer on `backbone`: all text parameters, or an adapter."""
+    peft_config = None
+    if lora:
+        peft_config = LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS)
+    else:
+        backbone.requires_grad_(False)
+        backbone.get_decoder().requires_grad_(True)
+        backbone.get_output_embeddings().requires_grad_(True)
+    args = GRPOConfig(f"{folder}/{'lora' if lora else 'token'}", **trainer_options(preset, backbone.device))
+    shared = shared_arguments(preset)
+    trainer = GRPOTrainer(model=backbone, args=args, peft_config=peft_config, **shared)
+    return Arm(trainer, batch_rows(preset, shared["train_dataset"]))
+
+
+def build_arms(preset: Preset, device: torch.device, folder: str, beta: float) -> dict[str, Arm]:
+    return {
+        "latent": latent_arm(preset, build_backbone(preset, device), folder, beta),
+        "token": token_arm(preset, build_backbone(preset, device), folder, lora=False),
+        "lora": token_arm(preset, build_backbone(preset, device), folder, lora=True),
     }
-    rows = [data[i] for i in range(preset.prompts) for _ in range(preset.generations)]
-    return {name: Arm(trainer, rows) for name, trainer in trainers.items()}
 
 
 def decode_seconds(decoder, generate, length: int) -> float:

@@ -1,0 +1,153 @@
+"""
+What a step of RL over latent actions costs as sizes grow: codes (K), completion length, samples a prompt (G), depth of
+the policy. One size varies, the others stay; lines are fitted through the medians.
+
+    python benchmarks/scaling.py --preset small --json scaling.json --plot scaling.png
+    python benchmarks/scaling.py --preset small --num-codes 16 256 4096 --completion-length 16 32 64 --repeats 3
+"""
+
+import argparse
+import os
+import tempfile
+from dataclasses import replace
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+from measuring import CLOCKS, MIB, facts, median, peak_memory, seconds, table, use_clock, use_device, write
+from presets import PRESETS, Preset, build_backbone
+from rl_step import latent_arm
+from tqdm.auto import tqdm
+
+SIZES = {
+    "num_codes": [16, 64, 256, 1024, 4096],
+    "completion_length": [64, 128, 256, 512, 1024],
+    "generations": [2, 4, 8, 16, 32],
+    "policy_layers": [1, 2, 4, 8],
+}
+LABELS = {
+    "num_codes": "codes, K",
+    "completion_length": "completion length, tokens",
+    "generations": "samples a prompt, G",
+    "policy_layers": "policy layers",
+}
+FIGURES = ("rollout", "update", "step", "update_mib", "rollout_mib")
+
+
+def measure_point(preset: Preset, backbone, num_codes: int, repeats: int, warmup: int) -> dict[str, float]:
+    """Medians of seconds, and MiB over the weights, at one choice of sizes."""
+    found: dict[str, list[float]] = {name: [] for name in FIGURES}
+    with tempfile.TemporaryDirectory() as folder:
+        arm = latent_arm(preset, backbone, folder, num_codes=num_codes)
+        for repeat in range(-warmup, repeats):
+            with peak_memory(backbone.device) as peak:
+                parts, batch = arm.collect()
+            update = seconds(lambda batch=batch: arm.update(batch))[0]
+            if repeat >= 0:
+                values = (parts["rollout"], update, sum(parts.values()) + update)
+                for name, value in zip(FIGURES, values):
+                    found[name].append(value)
+                found["rollout_mib"].append(peak.growth / MIB)
+        found["update_mib"].append(arm.update_memory(batch) / MIB)
+    return {name: median(values) for name, values in found.items()}
+
+
+def fit(sizes: list[int], values: list[float]) -> dict[str, float]:
+    """The line through the points: cost of one more unit, cost at zero, and how much of the variance it explains."""
+    slope, intercept = np.polyfit(sizes, values, 1)
+    rest = np.var(np.array(values) - (slope * np.array(sizes) + intercept))
+    explained = 1 - rest / np.var(values) if np.var(values) > 0 else 1.0
+    return {"slope": float(slope), "intercept": float(intercept), "r2": float(explained)}
+
+
+def plot(curves: dict[str, Any], path: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(curves), figsize=(3.4 * len(curves), 5.6), squeeze=False)
+    for column, (name, curve) in enumerate(curves.items()):
+        for row, (figures, unit) in enumerate(((FIGURES[:3], "seconds"), (FIGURES[3:], "MiB over the weights"))):
+            axis = axes[row][column]
+            for figure_name in figures:
+                points = axis.plot(curve["sizes"], curve[figure_name], "o", label=figure_name.removesuffix("_mib"))
+                line = curve["fits"][figure_name]
+                ends = np.array([min(curve["sizes"]), max(curve["sizes"])])
+                axis.plot(ends, line["slope"] * ends + line["intercept"], color=points[0].get_color(), linewidth=1)
+            axis.set_xlabel(LABELS[name])
+            axis.set_ylim(bottom=0)
+            if column == 0:
+                axis.set_ylabel(unit)
+                axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def report(curves: dict[str, Any]) -> str:
+    parts = []
+    for name, curve in curves.items():
+        rows = [[size, *[curve[figure][i] for figure in FIGURES]] for i, size in enumerate(curve["sizes"])]
+        rows.append(["one more costs", *[curve["fits"][figure]["slope"] for figure in FIGURES]])
+        parts.append(table([LABELS[name], "rollout, s", "update, s", "step, s", "update, MiB", "rollout, MiB"], rows))
+    return "\n\n".join(parts)
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--plot", help="picture to write")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
+    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
+    parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes to vary")
+    for name, sizes in SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="+", default=sizes, help=LABELS[name])
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict[str, Any]:
+    options = parse(arguments)
+    preset, device = PRESETS[options.preset], use_device(options.device)
+    use_clock(options.clock)
+    if options.quick:
+        preset = preset.scaled_down()
+    backbone = build_backbone(preset, device)
+    points = [(name, size) for name in options.only for size in sorted(set(getattr(options, name)))]
+    curves: dict[str, Any] = {}
+    for name, size in tqdm(points, desc="scaling", unit="point"):
+        varied = preset if name == "num_codes" else replace(preset, **{name: size})
+        codes = size if name == "num_codes" else 128
+        found = measure_point(varied, backbone, codes, options.repeats, options.warmup)
+        curve = curves.setdefault(name, {"sizes": [], **{figure: [] for figure in FIGURES}})
+        curve["sizes"].append(size)
+        for figure, value in found.items():
+            curve[figure].append(value)
+    for curve in curves.values():
+        curve["fits"] = {figure: fit(curve["sizes"], curve[figure]) for figure in FIGURES}
+    sizes = ("prompts", "generations", "prompt_characters", "completion_length", "image_size", "policy_layers")
+    result = {
+        "curves": curves,
+        "preset": options.preset,
+        "quick": options.quick,
+        "repeats": options.repeats,
+        "clock": options.clock,
+        "sizes": {name: getattr(preset, name) for name in sizes} | {"num_codes": 128},
+        **facts(device),
+    }
+    print(report(curves))
+    write(options.json, result)
+    if options.plot:
+        plot(curves, options.plot)
+    return result
+
+
+if __name__ == "__main__":
+    main()

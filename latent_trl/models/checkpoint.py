@@ -139,6 +139,8 @@ class LatentActionCheckpointMixin:
             if self.peft_backbone is not None:
                 # Not its state dict: to make that changes the outputs of a 4-bit backbone on the CPU.
                 own = dict(self.peft_backbone.named_parameters(remove_duplicate=False))
+                for adapter_config in self.peft_backbone.peft_config.values():
+                    adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
                 self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=own)
             record = {
                 **self.config.to_dict(),

@@ -358,10 +358,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         check_finite(loss, f"at step {self.state.global_step}", self.args.output_dir)
         return loss
 
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        model = self._latent_model()
-        model.config.stage = "rl"
-        super()._save(output_dir, state_dict)
+    def train(self, *args, **kwargs):
+        self._latent_model().config.stage = "rl"
+        return super().train(*args, **kwargs)
 
 
 def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionModel:

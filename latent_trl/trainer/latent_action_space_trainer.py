@@ -251,7 +251,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
 
     def _watch(self, logs: dict[str, float]) -> None:
         """Names the two known failures of such a codebook while there is time to act."""
-        late = self.state.global_step >= max(20, 0.2 * self.state.max_steps)
+        late = self.state.global_step >= max(20, 0.5 * self.state.max_steps)
         gap, perplexity = logs.get("world_model/ce_gap_random_action"), logs.get("codebook/perplexity")
         if not late or gap is None:
             return

@@ -59,7 +59,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
     columns = min(3, len(wanted))
     rows_of_panels = -(-len(wanted) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows_of_panels), layout="constrained")
-    axes = figure.subplots(rows_of_panels, columns, squeeze=False).flat
+    axes = list(figure.subplots(rows_of_panels, columns, squeeze=False).flat)
     for axis, name in zip(axes, wanted, strict=False):
         for label, rows in lines:
             points = _points(rows, name)
@@ -69,7 +69,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=6)
-    for axis in list(axes):
+    for axis in axes[len(wanted) :]:
         axis.set_visible(False)
     figure.savefig(path, dpi=100)
     return True

@@ -19,6 +19,7 @@ COMMANDS = {
     "inspect": ("inspect", "show what a checkpoint is, without loading its weights"),
     "check-backbone": ("check_backbone", "try everything on a given backbone and print a table"),
     "env": ("env", "versions and devices, for bug reports"),
+    "completion": ("completion", "a script that completes commands and options in the shell"),
 }
 
 

@@ -112,3 +112,14 @@ def test_flags_win_over_the_file(tmp_path):
     assert config.output_dir == "outputs/learn"
     assert given.model_fields()["policy_decoder"] == {"num_hidden_layers": 2}
     assert "dataset_name" not in given.model_fields()
+
+
+def test_bash_completes_commands_and_options():
+    script = (
+        'eval "$(python -m latent_trl completion)"; latent-trl() { python -m latent_trl "$@"; }\n'
+        'COMP_WORDS=(latent-trl che); COMP_CWORD=1; _latent_trl; echo "${COMPREPLY[@]}"\n'
+        'COMP_WORDS=(latent-trl grpo --action_te); COMP_CWORD=2; _latent_trl; echo "${COMPREPLY[@]}"\n'
+    )
+    python = f'python() {{ {sys.executable} "$@"; }}\n'
+    said = subprocess.run(["bash", "-c", python + script], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["check-backbone", "--action_temperature"]

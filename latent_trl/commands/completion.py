@@ -1,0 +1,34 @@
+"""`latent-trl completion`: a line for the shell's start file that completes commands and options."""
+
+import argparse
+
+SCRIPT = """\
+_latent_trl() {{
+  local word="${{COMP_WORDS[COMP_CWORD]}}"
+  if [ "$COMP_CWORD" -eq 1 ]; then
+    COMPREPLY=($(compgen -W "{commands}" -- "$word"))
+  elif [[ "$word" == -* ]]; then
+    local options="$(latent-trl "${{COMP_WORDS[1]}}" --help 2>/dev/null | grep -oE -- '--[a-zA-Z_-]+' | sort -u)"
+    COMPREPLY=($(compgen -W "$options" -- "$word"))
+  else
+    COMPREPLY=($(compgen -f -- "$word"))
+  fi
+}}
+complete -o filenames -F _latent_trl latent-trl"""
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="latent-trl completion",
+        description='Prints a completion script. Bash: eval "$(latent-trl completion)". '
+        "Zsh: autoload -U bashcompinit && bashcompinit before it.",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parse(argv)
+    from .main import COMMANDS
+
+    print(SCRIPT.format(commands=" ".join(COMMANDS)))
+    return 0

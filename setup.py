@@ -37,6 +37,7 @@ EXTRAS["dev"] = [
     *EXTRAS["demo"],
     *EXTRAS["bench"],
     *EXTRAS["quantization"],
+    *EXTRAS["judge"],
     "hypothesis>=6.100",
     "pytest>=8,<10",
     "ruff>=0.8",

@@ -101,6 +101,7 @@ class LatentActionGenerationMixin:
                 forced=shared.in_tiles(forced),
                 bias=self._checked_bias(action_bias),
                 generator=action_generator,
+                copies=copies,
             ),
             inputs["attention_mask"],
             self.has_image(input_ids),

@@ -56,6 +56,7 @@ class ActionChoice:
         forced (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
         generator (`torch.Generator`, *optional*): Source of the sampling.
+        copies (`int`, defaults to `1`): Samples a prompt; rows are the whole batch so many times.
     """
 
     law: ActionLaw = field(default_factory=ActionLaw)
@@ -63,6 +64,7 @@ class ActionChoice:
     forced: torch.Tensor | None = None
     bias: torch.Tensor | None = None
     generator: torch.Generator | None = None
+    copies: int = 1
     allowed: torch.Tensor | None = field(init=False, default=None)
 
     def __post_init__(self):
@@ -81,7 +83,7 @@ class ActionChoice:
             support = allowed if support is None else support & allowed
         log_probs = self.law.log_probs(logits, support)
         if self.do_sample:
-            action_ids = torch.multinomial(log_probs.exp(), 1, generator=self.generator).squeeze(-1)
+            action_ids = self._draw(log_probs.exp())
         else:
             action_ids = log_probs.argmax(dim=-1)
         if self.forced is not None and step < self.forced.shape[1]:
@@ -89,6 +91,12 @@ class ActionChoice:
             action_ids = torch.where(wanted >= 0, wanted, action_ids)
         chosen = log_probs.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)
         return action_ids, chosen.masked_fill(torch.isneginf(chosen), 0.0), support
+
+    def _draw(self, probs: torch.Tensor) -> torch.Tensor:
+        """Codes `[B]`, drawn prompt by prompt though rows come in tiles: a seed gives the same samples either way."""
+        by_prompt = probs.unflatten(0, (self.copies, -1)).transpose(0, 1).flatten(0, 1)
+        drawn = torch.multinomial(by_prompt, 1, generator=self.generator).squeeze(-1)
+        return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
 
 
 class SharedPrefill:

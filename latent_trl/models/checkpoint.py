@@ -60,23 +60,36 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                     os.fsync(file.fileno())
         os.chmod(staging, 0o755)
         if not folder.exists():
-            os.rename(staging, folder)
-            return
-        owned = {path.name for path in staging.iterdir()}
-        for path in folder.iterdir():
-            if path.name not in owned and path.name not in OWNED_NAMES:
-                if path.is_dir():
-                    shutil.copytree(path, staging / path.name, symlinks=True, copy_function=_link)
-                else:
-                    _link(path, staging / path.name)
+            try:
+                os.rename(staging, folder)
+                return
+            except OSError:
+                # Another process has made the folder meanwhile, for files of its own.
+                if not folder.is_dir():
+                    raise
+        owned = {path.name for path in staging.iterdir()} | OWNED_NAMES
+        _carry_over(folder, staging, owned)
         if not _exchange(staging, folder):
             # No atomic swap here: the old folder is complete until the new one has its name.
             aside = staging.with_name(staging.name + ".old")
             os.rename(folder, aside)
             os.rename(staging, folder)
-            shutil.rmtree(aside)
+            staging = aside
+        # What another process wrote into the old folder at the last moment.
+        _carry_over(staging, folder, owned)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _carry_over(source: Path, target: Path, owned: set[str]) -> None:
+    """Links what `target` has not, and nobody here owns, from `source`."""
+    for path in source.iterdir():
+        if path.name in owned or (target / path.name).exists():
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
+        else:
+            _link(path, target / path.name)
 
 
 def _link(source, target) -> None:

@@ -121,6 +121,12 @@ class ComponentTrainingMixin(HubTrainingMixin):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call:
+            # The other processes put their own files into the checkpoint only once its folder has its place.
+            self.accelerator.wait_for_everyone()
+
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         self.record_run()

@@ -17,6 +17,7 @@ from latent_trl.trainer.latent_action_grpo_trainer import VISION_KEYS
 # The same in TRL 1.15 and 1.16.
 SIGNATURES = {
     GRPOTrainer: {
+        "train": "self resume_from_checkpoint trial ignore_keys_for_eval",
         "_tokenize_prompts": "self prompts",
         "_generate_single_turn": "self prompt_ids images multimodal_fields num_generations has_tool_images",
         "_generate": "self prompts",

@@ -130,10 +130,12 @@ class ComponentTrainingMixin(HubTrainingMixin):
     def _save(self, output_dir: str | None = None, state_dict=None):
         output_dir = output_dir or self.args.output_dir
         self.record_run()
+        if not self.args.should_save:
+            # Trainer calls this on every process.
+            return
         self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(output_dir)
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
         self._save_arguments(output_dir)
 
     def _save_arguments(self, folder: str | Path) -> None:

@@ -206,3 +206,14 @@ def test_sft_passes_over_a_damaged_checkpoint_and_refuses_to_go_on_from_nothing(
     resumed.train(resume_from_checkpoint=True)
     assert any("checkpoint-6 is damaged" in record.message for record in caplog.records)
     assert changed(tensors(whole.model), tensors(resumed.model)) == set()
+
+
+@pytest.mark.parametrize("build", [build_space, build_sft])
+def test_one_process_alone_writes_the_checkpoint(build, tmp_path, monkeypatch):
+    trainer = build(tmp_path / "run")
+    monkeypatch.setattr(type(trainer.args), "should_save", property(lambda self: False))
+    trainer.save_model(str(tmp_path / "model"))
+    assert not (tmp_path / "model").exists()
+    monkeypatch.undo()
+    trainer.save_model(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "latent_action_config.json").is_file()

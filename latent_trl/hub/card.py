@@ -41,6 +41,8 @@ def write_card(
     tags: list[str] | str | None = None,
     datasets: list[str] | str | None = None,
     language: str | None = None,
+    base_model: str | None = None,
+    base_model_source: str | None = None,
 ) -> Path:
     """
     Writes `README.md`, and plots beside it, from what a checkpoint folder holds: its record, the headers of its
@@ -53,6 +55,9 @@ def write_card(
         license (`str`, *optional*): A licence id of the Hub. By default the base model's is pointed at.
         tags (`list[str]`, *optional*), datasets (`list[str]`, *optional*), language (`str`, *optional*): Of the
             metadata, beside what the checkpoint itself says.
+        base_model (`str`, *optional*): Hub id for the metadata, where the checkpoint names a local model that was made
+            from that one.
+        base_model_source (`str`, *optional*): How to get the base model, in one line; said above the snippet.
 
     Returns:
         The path of the card.
@@ -62,7 +67,8 @@ def write_card(
     title = title or (repo_id or folder.absolute().name).split("/")[-1]
     runs, codebook = report.runs, report.codebook
     data = [name for run in runs for name in run.data.get("datasets", [])] + _listed(datasets)
-    metadata = card_metadata(record, report, title, license, _listed(tags), data, language)
+    base = hub_id(base_model) or hub_id(record.get("base_model_name_or_path"))
+    metadata = card_metadata(record, report, title, license, _listed(tags), data, language, base)
     for name in PLOT_FILES:
         (folder / name).unlink(missing_ok=True)
     curves = draw_curves(runs, folder / CURVES_FILE)
@@ -71,7 +77,8 @@ def write_card(
         title=title,
         summary=_summary(record, parts),
         components=_components(parts),
-        snippet=_snippet(record, parts, repo_id or str(folder.name), _has_processor(folder)),
+        snippet=(f"The base model: {base_model_source}\n\n" if base_model_source else "")
+        + _snippet(record, parts, repo_id or folder.name, _has_processor(folder)),
         training=_training(runs, record),
         curves=_curves(runs, curves),
         codebook=_codebook(codebook, runs, codes),
@@ -96,9 +103,9 @@ def card_metadata(
     tags: list[str],
     datasets: list[str],
     language: str | None,
+    base: str | None,
 ) -> ModelCardData:
     """The YAML block: library, base model, task, data sets, tags, licence and evaluation results."""
-    base = hub_id(record.get("base_model_name_or_path"))
     task = "image-text-to-text" if record.get("vision_token_ids") or not record else "text-generation"
     stage = record.get("stage", "none")
     own = ["latent-actions", *(["reinforcement-learning"] if stage == "rl" else []), *(["trl"] if report.runs else [])]
@@ -199,7 +206,7 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
     base = record.get("base_model_name_or_path") or "BASE_MODEL"
     base = Path(base).name if Path(base).is_absolute() else base
     vision = bool(record.get("vision_token_ids"))
-    auto = "AutoProcessor" if vision else "AutoTokenizer"
+    auto, question = ("AutoProcessor", "What do you see?") if vision else ("AutoTokenizer", "How was your day?")
     backbone = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
     local = not hub_id(record.get("base_model_name_or_path"))
     lines = [
@@ -214,7 +221,7 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
     lines += [
         f'model = LatentActionModel.from_pretrained("{repo}"{given})',
         f'processor = {auto}.from_pretrained("{repo if has_processor else base}")',
-        'messages = [{"role": "user", "content": "What do you see?"}]',
+        f'messages = [{{"role": "user", "content": "{question}"}}]',
         "inputs = processor.apply_chat_template(",
         '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
         ")",

@@ -18,7 +18,7 @@ SECTIONS = [
     r"(?:A latent action space for a (?:vision-)?language model: .+|Components of a latent action model, .+)\n\n",
     r"(?:There is no policy here: .+\n\n)?",
     rf"## Components\n\n{_TABLE}\n\nAll weights are safetensors\.\n\n",
-    r"## How to use\n\n(?:```python\n(?:.*\n)+?```|Load each component .+)\n\n",
+    r"## How to use\n\n(?:The base model: .+\n\n)?(?:```python\n(?:.*\n)+?```|Load each component .+)\n\n",
     r"## Training\n\n(?:No record of the training .+\n|(?:\d+\. \*\*.+\*\* trained .+\n)+)\n",
     r"(?:!\[Losses, rewards .+\]\(training_curves\.png\)\n\n|Plots are left out: .+\n\n)?",
     r"## Codebook\n\n(?:In .+: \*\*\d+ of \d+ codes\*\* in use, perplexity \*\*[\d.]+\*\*, \d+ dead codes.*"

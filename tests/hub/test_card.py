@@ -94,6 +94,15 @@ def test_a_local_base_model_is_not_called_a_hub_id_nor_its_path_told(base, tmp_p
     assert str(base[0]) not in card and base[0].name in card
 
 
+def test_a_local_base_model_has_its_origin_and_its_source(base, tmp_path):
+    model = make_model(base[1].model)
+    model.config.base_model_name_or_path = "tiny-q4"
+    model.save_pretrained(tmp_path)
+    card = check(write_card(tmp_path, base_model=BASE, base_model_source="`make tiny-q4` makes it.").read_text())
+    assert ModelCard(card).data.base_model == BASE and "The base model: `make tiny-q4` makes it.\n" in card
+    assert "Learned on the local model `tiny-q4`" in card and 'from_pretrained("tiny-q4")' in card
+
+
 def test_without_matplotlib_a_line_says_so(saved, monkeypatch):
     write_card(saved)
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

@@ -4,6 +4,7 @@ Tiny random models of many families, made in memory from their configurations, w
 `FAMILIES[name](**text_config_fields)` gives a [`TinyModel`]. Weights are drawn wide, so that greedy text varies.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,7 @@ class TinyModel:
         model (`PreTrainedModel`): In evaluation mode, float32.
         inputs (`dict`): A batch padded on the left; for a VLM with 1, 0 and 2 images a row.
         text_inputs (`dict`): A batch padded on the left, without images.
-        processor: Processor of a VLM or tokenizer of a text model; `None` where it cannot be made without torchvision.
+        processor: Processor of a VLM or tokenizer of a text model.
         later_type (`int`): What a completion token's entry is in `token_type_ids`, where the model takes them.
     """
 
@@ -232,7 +233,30 @@ def vision_ids() -> dict[str, int]:
     }
 
 
-def _grid_vlm(kind: str, vision: dict[str, Any], patch: int, images, processor=None, **options) -> TinyModel:
+def image_only(kind: str, image_processor, chat_template: str = CHAT_TEMPLATE, **fields):
+    """The processor class `kind` without videos: the stock ones want a video processor, and so torchvision."""
+    from transformers import ProcessorMixin
+
+    fields |= {"image_token": "<image>", "image_token_id": IMAGE, "video_token": "<video>", "video_token_id": VIDEO}
+
+    class ImageOnlyProcessor(getattr(transformers, kind)):
+        attributes = ["image_processor", "tokenizer"]
+        image_token_ids = image_ids = [IMAGE]
+        video_ids = [VIDEO]
+
+        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+            for name, value in fields.items():
+                setattr(self, name, value)
+            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
+
+        def apply_chat_template(self, *args, **kwargs):
+            # Some classes ask the video processor for its settings here.
+            return ProcessorMixin.apply_chat_template(self, *args, **kwargs)
+
+    return ImageOnlyProcessor(image_processor, make_tokenizer(), chat_template=chat_template)
+
+
+def _grid_vlm(kind: str, vision: dict[str, Any], patch: int, images, **options) -> TinyModel:
     """Images of 4 x 6 patches, merged 2 x 2 into 6 tokens."""
     text = mrope(**options)
     config = getattr(transformers, f"{kind}Config")(
@@ -244,7 +268,7 @@ def _grid_vlm(kind: str, vision: dict[str, Any], patch: int, images, processor=N
         return {"pixel_values": pixels(24 * count, 3 * 2 * patch * patch), "image_grid_thw": grid}
 
     cls = getattr(transformers, f"{kind}ForConditionalGeneration")
-    tiny = vlm(cls, config, [VISION_START, *[IMAGE] * 6, VISION_END], images, extra, processor)
+    tiny = vlm(cls, config, [VISION_START, *[IMAGE] * 6, VISION_END], images, extra, grid_processor(kind))
     tiny.inputs["mm_token_type_ids"] = (tiny.inputs["input_ids"] == IMAGE).long()
     return tiny
 
@@ -257,7 +281,7 @@ def qwen2_vl(images=IMAGES, **options) -> TinyModel:
 def qwen2_5_vl(images=IMAGES, **options) -> TinyModel:
     vision = {"depth": 2, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4}
     vision |= {"out_hidden_size": HIDDEN, "window_size": 16, "fullatt_block_indexes": [1]}
-    return _grid_vlm("Qwen2_5_VL", vision, 4, images, grid_processor(), **options)
+    return _grid_vlm("Qwen2_5_VL", vision, 4, images, **options)
 
 
 def qwen3_vl(images=IMAGES, **options) -> TinyModel:
@@ -266,23 +290,10 @@ def qwen3_vl(images=IMAGES, **options) -> TinyModel:
     return _grid_vlm("Qwen3VL", vision, 4, images, **{"head_dim": 8, **options})
 
 
-def grid_processor():
-    """The processor of a grid VLM for images alone: the stock class wants a video processor, and so torchvision."""
-    from transformers import ProcessorMixin
-    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
-
-    class ImageOnlyProcessor(Qwen2_5_VLProcessor):
-        attributes = ["image_processor", "tokenizer"]
-
-        def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
-            self.image_token, self.video_token = "<image>", "<video>"
-            self.image_token_id, self.video_token_id = IMAGE, VIDEO
-            self.image_ids, self.video_ids = [IMAGE], [VIDEO]
-            ProcessorMixin.__init__(self, image_processor, tokenizer, chat_template=chat_template)
-
+def grid_processor(kind: str):
     images = transformers.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, min_pixels=64, max_pixels=384)
     template = CHAT_TEMPLATE.replace("<image>", "<vision_start><image><vision_end>")
-    return ImageOnlyProcessor(images, make_tokenizer(), chat_template=template)
+    return image_only(f"{kind}Processor", images, template)
 
 
 def _tile_vlm(kind: str, images, processor=None, **options) -> TinyModel:
@@ -319,7 +330,16 @@ def idefics3(images=IMAGES, **options) -> TinyModel:
 
 
 def smolvlm(images=IMAGES, **options) -> TinyModel:
-    return _tile_vlm("SmolVLM", images, **options)
+    processor = image_only(
+        "SmolVLMProcessor",
+        transformers.SmolVLMImageProcessorPil(
+            do_image_splitting=False, size={"longest_edge": 16}, max_image_size={"longest_edge": 16}
+        ),
+        image_seq_len=4,
+        fake_image_token="<fake_token_around_image>",
+        global_image_token="<global-img>",
+    )
+    return _tile_vlm("SmolVLM", images, processor, **options)
 
 
 def llava(images=IMAGES, **options) -> TinyModel:
@@ -361,8 +381,15 @@ def llava_onevision(images=IMAGES, **options) -> TinyModel:
     def extra(count: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": pixels(count, 2, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * count)}
 
+    processor = image_only(
+        "LlavaOnevisionProcessor",
+        transformers.LlavaOnevisionImageProcessorPil(size={"height": 16, "width": 16}, image_grid_pinpoints=[[16, 16]]),
+        num_image_tokens=4,
+        vision_feature_select_strategy="full",
+        vision_aspect_ratio="anyres_max_9",
+    )
     cls = transformers.LlavaOnevisionForConditionalGeneration
-    return vlm(cls, config, [IMAGE] * 10, images, extra)
+    return vlm(cls, config, [IMAGE] * 10, images, extra, processor)
 
 
 def gemma3(images=IMAGES, **options) -> TinyModel:
@@ -404,8 +431,16 @@ def internvl(images=IMAGES, **options) -> TinyModel:
         image_seq_length=4,
         tie_word_embeddings=text["tie_word_embeddings"],
     )
+    processor = image_only(
+        "InternVLProcessor",
+        transformers.GotOcr2ImageProcessorPil(size={"height": 16, "width": 16}, min_patches=1, max_patches=1),
+        image_seq_length=4,
+        start_image_token="<vision_start>",
+        end_image_token="<vision_end>",
+        multimodal_pattern=re.compile("(?P<image><image>)|(?P<video><video>)"),
+    )
     cls = transformers.InternVLForConditionalGeneration
-    return vlm(cls, config, [IMAGE] * 4, images, lambda n: {"pixel_values": pixels(n, 3, 16, 16)})
+    return vlm(cls, config, [IMAGE] * 4, images, lambda n: {"pixel_values": pixels(n, 3, 16, 16)}, processor)
 
 
 def paligemma(images=IMAGES, **options) -> TinyModel:
@@ -422,7 +457,14 @@ def paligemma(images=IMAGES, **options) -> TinyModel:
     )
     cls = transformers.PaliGemmaForConditionalGeneration
     extra = {"pixel_values": pixels(sum(images), 3, 16, 16)} if sum(images) else {}
-    tiny = vlm(cls, config, [IMAGE] * 4, images, lambda n: extra, later_type=1)
+    # The stock class takes no batch of prompts of different lengths without padding, which TRL asks for.
+    processor = image_only(
+        "ProcessorMixin",
+        transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+        text_kwargs={"return_token_type_ids": True},
+        replace_image_token=lambda *_, **__: "<image>" * 4,
+    )
+    tiny = vlm(cls, config, [IMAGE] * 4, images, lambda n: extra, processor, later_type=1)
     tiny.inputs["token_type_ids"] = torch.zeros_like(tiny.inputs["input_ids"])
     return tiny
 
@@ -440,7 +482,12 @@ def mistral3(images=IMAGES, **options) -> TinyModel:
     def extra(count: int) -> dict[str, torch.Tensor]:
         return {"pixel_values": pixels(count, 3, 16, 16), "image_sizes": torch.tensor([[16, 16]] * count)}
 
-    return vlm(transformers.Mistral3ForConditionalGeneration, config, [IMAGE] * 4, images, extra)
+    processor = image_only(
+        "ProcessorMixin",
+        transformers.PixtralImageProcessorPil(size={"longest_edge": 16}, patch_size={"height": 8, "width": 8}),
+        replace_image_token=lambda *_, **__: "<image><image><vision_start><image><image><vision_end>",
+    )
+    return vlm(transformers.Mistral3ForConditionalGeneration, config, [IMAGE] * 4, images, extra, processor)
 
 
 TEXT_FAMILIES = {f.__name__: f for f in (llama, qwen2, qwen3, gemma, gemma2, gpt2, mistral, phi, cohere, granite)}

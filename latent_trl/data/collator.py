@@ -198,6 +198,8 @@ class LatentActionDataCollator:
         if not shown:
             return {}
         batch = self._process(shown)
+        # Some processors add labels of their own, which no backbone reads.
+        batch.pop("labels", None)
         shape, mask = batch["input_ids"].shape, batch["attention_mask"].bool()
         per_token = [k for k, v in batch.items() if isinstance(v, torch.Tensor) and v.shape == shape]
         for i, segment in enumerate(shown):
@@ -260,6 +262,11 @@ class LatentActionDataCollator:
                 for name, values in segment.fields.items():
                     fields[name][row, start:end] = torch.tensor(values, dtype=torch.long)
                 start = end
+        if "token_type_ids" in fields:
+            # A backbone may read a prompt both ways: what comes after it, and rows without an image, are not such.
+            fields["completion_mask"] = torch.ones(rows, length, dtype=torch.long)
+            for row, segments in enumerate(conversations):
+                fields["completion_mask"][row, : len(segments[0].ids) if segments[0].images else 0] = 0
         visual = torch.isin(input_ids, torch.tensor(list(self.vision_token_ids), dtype=torch.long))
         token_mask = attention_mask.bool() & ~visual
         return {

@@ -5,11 +5,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import ModelOutput
 
 VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
 
@@ -147,7 +149,13 @@ class Backbone:
         finally:
             handle.remove()
 
-    def encode(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, **inputs) -> DecoderCall:
+    def encode(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        completion_mask: torch.Tensor | None = None,
+        **inputs,
+    ) -> DecoderCall:
         """
         One pass of the backbone without its vocabulary head.
 
@@ -157,8 +165,13 @@ class Backbone:
         Args:
             input_ids (`torch.Tensor`): `[B, L]`.
             attention_mask (`torch.Tensor`, *optional*): `[B, L]`.
+            completion_mask (`torch.Tensor`, *optional*): `[B, L]`, what is no prompt to be read both ways. Zeros of
+                `token_type_ids` there become what `generate` gives to a generated token.
             inputs: Further inputs of the model, such as `pixel_values`, or `position_ids` to impose.
         """
+        types = inputs.get("token_type_ids")
+        if completion_mask is not None and types is not None:
+            inputs["token_type_ids"] = types.masked_fill(completion_mask.bool() & (types == 0), self.completion_type)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         if inputs.get("position_ids") is None:
@@ -166,6 +179,12 @@ class Backbone:
         with self.record() as calls:
             self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
         return calls[-1]
+
+    @cached_property
+    def completion_type(self) -> int:
+        """What the model's `generate` appends to `token_type_ids` of text."""
+        prompt = {"token_type_ids": torch.zeros(1, 1, dtype=torch.long)}
+        return int(self.model._update_model_kwargs_for_generation(ModelOutput(), prompt)["token_type_ids"][0, -1])
 
     def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs) -> torch.Tensor:
         """Position ids of whole sequences, as the model's `generate` makes them."""

@@ -1,10 +1,15 @@
-"""`latent-trl evaluate MODEL DATA`: reward with intervals, diversity, use of codes, and whether pictures matter."""
+"""`latent-trl evaluate MODEL DATA`: reward, judge, diversity, perplexity, use of codes, and whether pictures matter."""
 
 import argparse
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# Those of `latent_trl.evaluation.perplexity`, which imports torch.
+LAWS = ("most_likely", "marginal", "inferred", "backbone")
+PERPLEXITY = "of the column `reference`, by most_likely, marginal or inferred codes, or by the backbone without codes"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -18,10 +23,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("dataset", help=DATASET)
     parser.add_argument("--split", default="test", help="(%(default)s)")
     parser.add_argument("--limit", type=int, help="the first so many prompts")
+    parser.add_argument("--key", metavar="COLUMN", help="of unique keys (`key`, `id`, or the row's number)")
     parser.add_argument("--reward-funcs", nargs="+", default=[], metavar="NAME", help="as for `latent-trl grpo`")
     parser.add_argument("--reward-kwargs", help="as for `latent-trl grpo`")
+    parser.add_argument("--judge", metavar="JSON", help="options of JudgeReward: grade sampled answers by aspect")
+    parser.add_argument("--generations", type=int, default=3, help="answers a prompt for the judge (%(default)s)")
+    parser.add_argument("--generation-temperature", type=float, default=0.1, help="of their codes (%(default)s)")
+    parser.add_argument("--generation-top-k", type=int, default=64, help="of their codes (%(default)s)")
     parser.add_argument("--samples", type=int, default=0, help="also sample so many answers a prompt, for diversity")
-    parser.add_argument("--embedder", help="sentence encoder, for semantic diversity of the samples")
+    parser.add_argument("--embedder", help="sentence encoder, for semantic diversity and Vendi score of the samples")
+    parser.add_argument("--perplexity", nargs="+", default=[], choices=LAWS, metavar="LAW", help=PERPLEXITY)
     parser.add_argument("--image-ablation", action="store_true", help="also answer with another row's picture")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all figures and answers")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
@@ -35,6 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--samples must be at least 2: one answer has nothing to differ from")
     if args.image_ablation and not args.reward_funcs:
         parser.error("--image-ablation compares rewards: give --reward-funcs")
+    if args.embedder and not args.samples:
+        parser.error("--embedder compares samples: give --samples")
     return args
 
 
@@ -42,15 +55,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 class Measured:
     """
     Args:
+        keys (`list[str]`): Of the rows; all lists below have an entry for each.
         figures (`dict`): Name to a number or an [`~latent_trl.evaluation.intervals.Interval`].
         answers (`list[str]`), swapped (`list[str]`): With the most likely codes; with another row's picture.
         action_ids (`list[list[int]]`): Codes of `answers`.
+        samples (`list[list[str]]`), generations (`list[list[str]]`): For diversity, and for the judge.
     """
 
+    keys: list[str]
     figures: dict[str, Any] = field(default_factory=dict)
     answers: list[str] = field(default_factory=list)
     action_ids: list[list[int]] = field(default_factory=list)
     swapped: list[str] = field(default_factory=list)
+    samples: list[list[str]] = field(default_factory=list)
+    generations: list[list[str]] = field(default_factory=list)
 
 
 def score(reward, rows, texts: list[str]) -> list[float]:
@@ -71,87 +89,189 @@ async def _await(values):
 
 
 def swap_images(rows):
-    """The same rows, each with the pictures of the next row that has some."""
+    """The same rows, each with the pictures of the next row whose pictures are different."""
+    from ..data.images import load_image
+
     if "images" not in rows.column_names or not any(rows["images"][:]):
         raise ValueError("`--image-ablation` needs a data set with `images`.")
     images = rows["images"][:]
     have = [i for i, own in enumerate(images) if own]
+    seen = {i: [(picture.size, picture.tobytes()) for picture in map(load_image, images[i])] for i in have}
     moved = list(images)
     for place, i in enumerate(have):
-        moved[i] = images[have[(place + 1) % len(have)]]
+        others = [*have[place + 1 :], *have[:place]]
+        other = next((j for j in others if seen[j] != seen[i]), None)
+        if other is None:
+            raise ValueError("`--image-ablation` needs different pictures; all rows have the same.")
+        moved[i] = images[other]
     return [{**{k: v for k, v in row.items() if k != "images"}, "images": moved[i]} for i, row in enumerate(rows)]
 
 
-def interval(values: list[float]):
+def interval(values: list[float], statistic=None):
+    """Bootstrap interval of the values that are there, by default of their mean; NaN where there is none."""
     from ..evaluation.intervals import bootstrap_interval
 
-    return bootstrap_interval([value for value in values if value == value])
+    kept = [value for value in values if value == value]
+    if not kept:
+        return float("nan")
+    return bootstrap_interval(kept) if statistic is None else bootstrap_interval(kept, statistic)
 
 
 def diversity(texts: list[list[str]], embedder: str | None) -> dict[str, Any]:
-    """Figures of several samples for each prompt."""
-    from ..evaluation.diversity import distinct_n, self_bleu, semantic_diversity
+    """Figures of several samples for each prompt: each is worked out for every prompt, and then averaged."""
+    from ..evaluation.diversity import distinct_n, inverse_mean, mean_pairwise_cosine, self_bleu, vendi_score
 
     figures: dict[str, Any] = {
-        "distinct_2": distinct_n([text for group in texts for text in group]),
-        "self_bleu": sum(map(self_bleu, texts)) / len(texts),
-        "different answers a prompt": sum(len(set(group)) for group in texts) / len(texts),
+        "distinct_2": interval([distinct_n(group) for group in texts]),
+        "self_bleu": interval([self_bleu(group) for group in texts]),
+        "different answers a prompt": interval([len(set(group)) for group in texts]),
     }
     if embedder is not None:
         from ..rewards.embedding import TextEmbedder
 
         embed = TextEmbedder(embedder)
-        figures["semantic_diversity"] = semantic_diversity([embed(group) for group in texts])
+        embeddings = [embed(group) for group in texts]
+        figures["semantic_diversity"] = interval([mean_pairwise_cosine(e) for e in embeddings], inverse_mean)
+        figures["vendi_score"] = interval([vendi_score(e) for e in embeddings])
     return figures
 
 
-def measure(model, processor, rows, rewards: list[Any], args: argparse.Namespace, bars) -> Measured:
-    """Everything that was asked for."""
-    import torch
+class Measurement:
+    """
+    The measurements on one model and data set, one after the other.
 
-    from ..evaluation.answers import answer
-    from ..evaluation.intervals import paired_bootstrap
-    from ..hub.facts import CodebookReport
+    Args:
+        model (`LatentActionModel`), processor: The model and its backbone's processor.
+        rows (`Dataset`): The prompts.
+        rewards (`list`): Reward functions.
+        args (`argparse.Namespace`): Of the command.
+        bars: Where progress is shown.
+    """
 
-    def answers(name: str, prompts, **options):
-        task = bars.add_task(name, total=len(prompts), figures="")
-        return answer(
-            model,
-            processor,
-            prompts,
-            batch_size=args.batch_size,
-            max_new_tokens=args.max_new_tokens,
-            progress=lambda done: bars.update(task, completed=done),
-            **options,
-        )
+    def __init__(self, model, processor, rows, rewards: list[Any], args: argparse.Namespace, bars):
+        from ..evaluation.judge_protocol import sample_keys
 
-    named = {reward.__name__: reward for reward in rewards}
-    measured = Measured()
-    found = answers("Most likely codes", rows)
-    measured.answers, measured.action_ids = found.texts, found.action_ids
-    kept = {name: score(reward, rows, found.texts) for name, reward in named.items()}
-    for name, values in kept.items():
-        measured.figures[f"reward/{name}"] = interval(values)
-    if args.image_ablation:
-        measured.swapped = answers("Another picture", swap_images(rows)).texts
-        for name, reward in named.items():
-            other = score(reward, rows, measured.swapped)
-            measured.figures[f"reward/{name}, another picture"] = interval(other)
+        self.model, self.processor, self.rows, self.args, self.bars = model, processor, rows, args, bars
+        self.rewards = {reward.__name__: reward for reward in rewards}
+        self.measured = Measured(sample_keys(rows, args.key))
+        self.figures = self.measured.figures
+
+    def run(self) -> Measured:
+        """Everything that was asked for."""
+        kept = self.answers_and_codes()
+        if self.args.image_ablation:
+            self.image_ablation(kept)
+        if self.args.samples:
+            self.samples()
+        if self.args.judge:
+            self.judged()
+        if self.args.perplexity:
+            self.perplexity()
+        return self.measured
+
+    def _bar(self, name: str, total: int):
+        task = self.bars.add_task(name, total=total, figures="")
+        return lambda done: self.bars.update(task, completed=done)
+
+    def _answers(self, name: str, prompts, **options):
+        from ..evaluation.answers import answer
+
+        sizes = {"batch_size": self.args.batch_size, "max_new_tokens": self.args.max_new_tokens}
+        return answer(self.model, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options)
+
+    def answers_and_codes(self) -> dict[str, list[float]]:
+        """Answers with the most likely codes: their rewards, which are returned, and the use of the codebook."""
+        from ..evaluation.atlas import code_token_information
+        from ..hub.facts import CodebookReport
+
+        found = self._answers("Most likely codes", self.rows)
+        self.measured.answers, self.measured.action_ids = found.texts, found.action_ids
+        kept = {name: score(reward, self.rows, found.texts) for name, reward in self.rewards.items()}
+        for name, values in kept.items():
+            self.figures[f"reward/{name}"] = interval(values)
+            unscored = sum(value != value for value in values)
+            if unscored:
+                self.figures[f"reward/{name}, not scored"] = unscored
+        report = CodebookReport.from_choices(found.action_ids, self.model.config.num_codes)
+        self.figures["codebook/used"] = report.used
+        self.figures["codebook/perplexity"] = report.perplexity
+        self.figures["codebook/mutual_information"] = code_token_information(found.tokens, found.action_ids)
+        return kept
+
+    def image_ablation(self, kept: dict[str, list[float]]) -> None:
+        """Rewards with another row's picture, and what the own picture gains over it."""
+        from ..evaluation.intervals import paired_bootstrap
+
+        self.measured.swapped = self._answers("Another picture", swap_images(self.rows)).texts
+        for name, reward in self.rewards.items():
+            other = score(reward, self.rows, self.measured.swapped)
+            self.figures[f"reward/{name}, another picture"] = interval(other)
             pairs = [(a, b) for a, b in zip(kept[name], other) if a == a and b == b]
-            measured.figures[f"reward/{name}, gain by the picture"] = paired_bootstrap(*zip(*pairs))
-    report = CodebookReport.from_choices(found.action_ids, model.config.num_codes)
-    measured.figures["codebook/used"] = report.used
-    measured.figures["codebook/perplexity"] = report.perplexity
-    if args.samples:
-        generator = torch.Generator(device=model.device).manual_seed(args.seed)
+            if pairs:
+                self.figures[f"reward/{name}, gain by the picture"] = paired_bootstrap(*zip(*pairs))
+
+    def samples(self) -> None:
+        """Diversity of sampled answers, and their rewards; a prompt with an answer that was not scored is left out."""
+        import torch
+
+        args = self.args
+        generator = torch.Generator(device=self.model.device).manual_seed(args.seed)
         options = {"action_do_sample": True, "action_temperature": args.temperature, "action_generator": generator}
-        rounds = [answers(f"Samples {i + 1}/{args.samples}", rows, **options).texts for i in range(args.samples)]
-        measured.figures |= diversity([list(group) for group in zip(*rounds)], args.embedder)
-        for name, reward in named.items():
-            scores = list(zip(*[score(reward, rows, texts) for texts in rounds]))
-            measured.figures[f"reward/{name}, mean of samples"] = interval([sum(s) / len(s) for s in scores])
-            measured.figures[f"reward/{name}, best of {args.samples}"] = interval([max(s) for s in scores])
-    return measured
+        names = [f"Samples {i + 1}/{args.samples}" for i in range(args.samples)]
+        rounds = [self._answers(name, self.rows, **options).texts for name in names]
+        self.measured.samples = [list(group) for group in zip(*rounds)]
+        self.figures |= diversity(self.measured.samples, args.embedder)
+        for name, reward in self.rewards.items():
+            scores = list(zip(*[score(reward, self.rows, texts) for texts in rounds]))
+            means = [sum(s) / len(s) for s in scores]
+            self.figures[f"reward/{name}, mean of samples"] = interval(means)
+            best = [max(s) if mean == mean else mean for s, mean in zip(scores, means)]
+            self.figures[f"reward/{name}, best of {args.samples}"] = interval(best)
+
+    def judged(self) -> None:
+        """Ratio of a judge's scores over several generations, by aspect."""
+        from ..evaluation.judge_protocol import judge_model
+        from ..rewards.judge import JudgeReward
+        from .arguments import as_dict
+
+        args = self.args
+        judge = JudgeReward(**as_dict("judge", args.judge))
+        judge.check()
+        found = judge_model(
+            self.model,
+            self.processor,
+            self.rows,
+            judge,
+            num_generations=args.generations,
+            action_temperature=args.generation_temperature,
+            action_top_k=args.generation_top_k,
+            max_new_tokens=args.max_new_tokens,
+            batch_size=args.batch_size,
+            seed=args.seed,
+            key_column=args.key,
+            progress=self._bar("Answers for the judge", args.generations * len(self.rows)),
+        )
+        self.measured.generations = [list(group) for group in zip(*found.generations)]
+        report = found.report
+        self.figures["judge/ratio"] = report.interval
+        self.figures["judge/ratio, deviation over generations"] = report.std
+        self.figures |= {f"judge/{aspect}": value for aspect, value in report.aspect_intervals.items()}
+        self.figures["judge/not scored"] = report.num_unscored
+
+    def perplexity(self) -> None:
+        """Of the reference answers under each law, and of the model's own answers under the backbone alone."""
+        from ..evaluation.perplexity import text_perplexity
+
+        measured, said = self.measured, [i for i, text in enumerate(self.measured.answers) if text]
+        for law in self.args.perplexity:
+            bar = self._bar(f"Perplexity, {law}", len(self.rows))
+            found = text_perplexity(self.model, self.processor, self.rows, law=law, progress=bar)
+            self.figures[f"reference_perplexity/{law}"] = found.interval(seed=self.args.seed)
+        self.figures["answers/empty"] = len(measured.answers) - len(said)
+        if said:
+            texts = [measured.answers[i] for i in said]
+            found = text_perplexity(self.model, self.processor, self.rows.select(said), texts, law="backbone")
+            self.figures["answers/perplexity, backbone"] = found.interval(seed=self.args.seed)
 
 
 def write_json(measured: Measured, path: Path) -> None:
@@ -159,8 +279,17 @@ def write_json(measured: Measured, path: Path) -> None:
 
     figures = {k: asdict(v) if is_dataclass(v) else v for k, v in measured.figures.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**asdict(measured), "figures": figures}, indent=1, ensure_ascii=False)
+    text = json.dumps(_finite({**asdict(measured), "figures": figures}), indent=1, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for what is not a finite number: `null`."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -179,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{args.dataset!r} has the columns {rows.column_names}; it needs a conversational `prompt`.")
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
-        measured = measure(model, load_processor(model, args.backbone), rows, rewards, args, bars)
+        measured = Measurement(model, load_processor(model, args.backbone), rows, rewards, args, bars).run()
     table = Table(title=f"{args.model} on {len(rows)} prompts of {args.dataset}, {args.split}")
     table.add_column("figure")
     table.add_column("value [95 %]", justify="right")

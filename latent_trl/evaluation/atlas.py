@@ -153,7 +153,7 @@ def make_atlas(
         choices=sum(map(len, found.action_ids)),
         entries=entries,
         perplexity=float(np.exp(-(shares * np.log(shares)).sum())),
-        information=_information(found.tokens, found.action_ids),
+        information=code_token_information(found.tokens, found.action_ids),
         code_tokens=_code_tokens(shown, found.tokens, found.action_ids, matrix_size),
         code_codes=_code_codes(shown, found.action_ids),
         explained=explained,
@@ -242,7 +242,8 @@ def _map(vectors: np.ndarray) -> tuple[list[tuple[float, float]], float]:
     return [(float(x), float(y)) for x, y in scaled], explained
 
 
-def _information(tokens: list[list[str]], action_ids: list[list[int]]) -> float:
+def code_token_information(tokens: list[list[str]], action_ids: list[list[int]]) -> float:
+    """Mutual information in nats of codes and the tokens they emitted, by counting: too high where there are few."""
     pairs = Counter((c, t) for words, codes in zip(tokens, action_ids) for c, t in zip(codes, words))
     total = pairs.total()
     by_code: Counter = Counter()

@@ -44,8 +44,13 @@ def semantic_diversity(embeddings: Any) -> float:
     """
     first = embeddings[0]
     groups = [embeddings] if np.ndim(_array(first)) == 1 else embeddings
-    cosine = float(np.mean([mean_pairwise_cosine(group) for group in groups]))
-    return 1 / cosine if cosine > 0 else math.inf
+    return float(inverse_mean([mean_pairwise_cosine(group) for group in groups]))
+
+
+def inverse_mean(values: Any, axis: int = -1) -> np.ndarray:
+    """1 over the mean, and `inf` where that is not above 0: semantic diversity from the mean cosine of each prompt."""
+    mean = np.mean(values, axis=axis)
+    return np.divide(1.0, mean, out=np.full_like(mean, math.inf), where=mean > 0)
 
 
 def distinct_n(samples: Sequence[str | Sequence[Hashable]], n: int = 2) -> float:

@@ -2,9 +2,9 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,7 @@ class JudgeReport:
         std (`float`): Standard deviation of that mean from generation to generation (n - 1); `nan` for one generation.
         interval ([`Interval`]): Bootstrap interval over samples, each with the mean over its generations.
         aspects (`dict[str, float]`): Mean ratio by aspect.
+        aspect_intervals (`dict[str, Interval]`): Bootstrap interval over samples by aspect.
         generations (`list[float]`): Mean ratio by generation.
         samples (`dict[str, float]`): Mean ratio by sample key, for the samples graded at least once.
         num_samples (`int`): Samples given.
@@ -36,6 +37,7 @@ class JudgeReport:
     std: float
     interval: Interval
     aspects: dict[str, float]
+    aspect_intervals: dict[str, Interval]
     generations: list[float]
     samples: dict[str, float]
     num_samples: int
@@ -45,6 +47,99 @@ class JudgeReport:
     def __str__(self) -> str:
         unscored = f", {self.num_unscored} not scored" if self.num_unscored else ""
         return f"{self.mean:.3f} ± {self.std:.3f} ({self.interval}, {self.num_samples} samples{unscored})"
+
+
+@dataclass(frozen=True)
+class JudgedModel:
+    """
+    Result of [`judge_model`].
+
+    Args:
+        report ([`JudgeReport`]): The sums.
+        generations (`list[list[str]]`): N lists with an answer for each row.
+        keys (`list[str]`): Key of each row.
+    """
+
+    report: JudgeReport
+    generations: list[list[str]]
+    keys: list[str]
+
+
+def judge_model(
+    model: Any,
+    processing_class: Any,
+    rows: Any,
+    judge: "JudgeReward",
+    num_generations: int = 3,
+    action_temperature: float = 0.1,
+    action_top_k: int = 64,
+    max_new_tokens: int = 1024,
+    batch_size: int = 16,
+    seed: int = 0,
+    key_column: str | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> JudgedModel:
+    """
+    Lets a model answer every prompt N times and a judge grade the answers; the defaults are the paper's.
+
+    Args:
+        model (`LatentActionModel`), processing_class: The model and its backbone's processor.
+        rows (`Dataset`): With `prompt`, `images` where there are some, and the judge's `reference_column`.
+        judge ([`~latent_trl.rewards.judge.JudgeReward`]): The judge.
+        num_generations (`int`, defaults to `3`): N.
+        action_temperature (`float`, defaults to `0.1`), action_top_k (`int`, defaults to `64`): Law of the codes.
+        max_new_tokens (`int`, defaults to `1024`), batch_size (`int`, defaults to `16`): Of generation.
+        seed (`int`, defaults to `0`): Of the codes, and of the bootstrap.
+        key_column (`str`, *optional*): As [`sample_keys`] takes it.
+        progress (`Callable`, *optional*): Told the number of answers made after each batch.
+    """
+    import torch
+
+    from .answers import answer
+
+    if num_generations < 1:
+        raise ValueError(f"`num_generations` must be at least 1, got {num_generations}.")
+    keys, column = sample_keys(rows, key_column), judge.reference_column
+    if column not in rows.column_names:
+        raise ValueError(f"The judge reads the column {column!r}; `rows` has {rows.column_names}.")
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    law = {"action_do_sample": True, "action_temperature": action_temperature}
+    law["action_top_k"] = min(action_top_k, model.config.num_codes)
+    generations: list[list[str]] = []
+    for done in range(num_generations):
+        found = answer(
+            model,
+            processing_class,
+            rows,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            progress=None if progress is None else lambda n, done=done: progress(done * len(rows) + n),
+            action_generator=generator,
+            **law,
+        )
+        generations.append(found.texts)
+    images = rows["images"][:] if "images" in rows.column_names else None
+    references = rows[column][:]
+    report = run_judge_protocol(judge, keys, rows["prompt"][:], generations, references, images, seed=seed)
+    return JudgedModel(report, generations, keys)
+
+
+def sample_keys(rows: Any, column: str | None = None) -> list[str]:
+    """
+    A unique key for each row.
+
+    Args:
+        rows (`Dataset`): The rows.
+        column (`str`, *optional*): Their column of keys. Defaults to `key` or `id`, where there is one, else to the
+            row's number.
+    """
+    if column is None:
+        column = next((name for name in ("key", "id") if name in rows.column_names), None)
+    elif column not in rows.column_names:
+        raise ValueError(f"`column` must be one of {rows.column_names}, got {column!r}.")
+    keys = [str(key) for key in (range(len(rows)) if column is None else rows[column][:])]
+    check_keys(keys)
+    return keys
 
 
 def run_judge_protocol(
@@ -76,7 +171,7 @@ def run_judge_protocol(
     Returns:
         [`JudgeReport`]
     """
-    _check_keys(keys)
+    check_keys(keys)
     columns = {"prompts": prompts, "references": references, "images": images}
     columns.update({f"generations[{i}]": generation for i, generation in enumerate(generations)})
     for name, column in columns.items():
@@ -111,7 +206,7 @@ def summarize_judgements(
     Returns:
         [`JudgeReport`]
     """
-    _check_keys(keys)
+    check_keys(keys)
     wrong = [len(row) for row in judgements if len(row) != len(keys)]
     if wrong or not judgements:
         raise ValueError(
@@ -129,13 +224,18 @@ def summarize_judgements(
                 ratios[g, s] = [judgement.aspect_ratios[aspect] for aspect in aspects]
     values = ratios.mean(axis=2)
     generations = [_mean(row) for row in values]
-    samples = {key: _mean(column) for key, column in zip(keys, values.T, strict=True) if not np.isnan(column).all()}
+    judged = [key for key, column in zip(keys, values.T, strict=True) if not np.isnan(column).all()]
+    samples = dict(zip(judged, _scored_means(values), strict=True))
     scored = [mean for mean in generations if not np.isnan(mean)]
     return JudgeReport(
         mean=float(np.mean(scored)),
         std=float(np.std(scored, ddof=1)) if len(scored) > 1 else float("nan"),
         interval=bootstrap_interval(list(samples.values()), confidence=confidence, seed=seed),
         aspects={aspect: _mean(ratios[:, :, a].ravel()) for a, aspect in enumerate(aspects)},
+        aspect_intervals={
+            aspect: bootstrap_interval(_scored_means(ratios[:, :, a]), confidence=confidence, seed=seed)
+            for a, aspect in enumerate(aspects)
+        },
         generations=generations,
         samples=samples,
         num_samples=len(keys),
@@ -166,10 +266,16 @@ def compare_judge_reports(
     return paired_bootstrap(*values, confidence=confidence, seed=seed)
 
 
-def _check_keys(keys: Sequence[str]) -> None:
+def check_keys(keys: Sequence[str]) -> None:
+    """Raises `ValueError` unless there are keys and no two are equal."""
     repeated = [key for key, count in Counter(keys).items() if count > 1]
     if repeated or len(keys) == 0:
         raise ValueError(f"`keys` must be unique, one for each sample; got {len(keys)}, repeated: {repeated[:5]}.")
+
+
+def _scored_means(values: np.ndarray) -> list[float]:
+    """Mean over the generations `[N, samples]` of each sample that was scored at least once."""
+    return [_mean(column) for column in values.T if not np.isnan(column).all()]
 
 
 def _mean(values: np.ndarray) -> float:

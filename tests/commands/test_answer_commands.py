@@ -79,7 +79,7 @@ def test_evaluate_measures_reward_diversity_codes_and_pictures(checkpoint, tmp_p
     swapped = figures["reward/exact_match, another picture"]
     assert gain["estimate"] == pytest.approx(reward["estimate"] - swapped["estimate"])
     assert 1 <= figures["codebook/perplexity"] <= figures["codebook/used"] <= 16
-    assert 1 <= figures["different answers a prompt"] <= 2
+    assert 1 <= figures["different answers a prompt"]["estimate"] <= 2
     assert len(found["answers"]) == len(found["action_ids"]) == len(found["swapped"]) == 12
 
 

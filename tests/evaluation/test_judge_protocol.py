@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from latent_trl.evaluation.judge_protocol import compare_judge_reports, run_judge_protocol, summarize_judgements
+from latent_trl.evaluation.judge_protocol import (
+    compare_judge_reports,
+    judge_model,
+    run_judge_protocol,
+    sample_keys,
+    summarize_judgements,
+)
 from latent_trl.rewards.judge_template import Judgement
 
 
@@ -37,6 +43,9 @@ def test_means_run_over_aspects_samples_and_generations():
     assert report.std == pytest.approx(0.375 / math.sqrt(2))
     assert report.aspects == pytest.approx({"wit": 1.0, "tone": 0.625})
     assert report.samples == pytest.approx({"a": 0.875, "b": 0.75})
+    wit, tone = report.aspect_intervals["wit"], report.aspect_intervals["tone"]
+    assert (wit.low, wit.estimate, wit.high, wit.count) == pytest.approx((1.0, 1.0, 1.0, 2))
+    assert (tone.low, tone.estimate, tone.high) == pytest.approx((0.5, 0.625, 0.75))
     assert report.interval.estimate == pytest.approx(0.8125)
     assert (report.interval.low, report.interval.high) == pytest.approx((0.75, 0.875))
     assert (report.num_samples, report.num_judged, report.num_unscored) == (2, 4, 0)
@@ -106,3 +115,53 @@ def test_lists_of_the_wrong_length_are_named():
         summarize_judgements(["a", "b"], [[None, None], [None]])
     with pytest.raises(ValueError, match="None of the 2 `judgements` was scored"):
         summarize_judgements(["a", "b"], [[None, None]])
+
+
+class LengthJudge(WrittenJudge):
+    """A reply is worth its length over that of the reference."""
+
+    reference_column = "gold"
+
+    async def score(self, prompts, completions, references, images=None):
+        self.asked.append((prompts, completions, references, images))
+        return [judgement(len(c) / len(r)) for c, r in zip(completions, references)]
+
+
+def test_a_model_answers_n_times_under_the_law_asked_for():
+    from datasets import Dataset
+    from tiny_models import latent
+
+    model, tiny = latent("llama")
+    prompts = [[{"role": "user", "content": word}] for word in ("one", "two", "three")]
+    rows = Dataset.from_dict({"prompt": prompts, "gold": ["abcd"] * 3, "id": [7, 8, 9]})
+    options = {"num_generations": 2, "max_new_tokens": 6, "action_top_k": 64}
+    seen = []
+    judge = LengthJudge({})
+    found = judge_model(model, tiny.processor, rows, judge, action_temperature=5.0, progress=seen.append, **options)
+    assert found.keys == ["7", "8", "9"] and seen[-1] == 6
+    assert [asked[1] for asked in judge.asked] == found.generations and len(found.generations[0]) == 3
+    assert found.generations[0] != found.generations[1]
+    assert judge.asked[0][2:] == (["abcd"] * 3, None)
+    lengths = [[len(text) / 4 for text in texts] for texts in found.generations]
+    assert found.report.generations == pytest.approx([sum(row) / 3 for row in lengths])
+    again = judge_model(model, tiny.processor, rows, LengthJudge({}), action_temperature=5.0, **options)
+    assert again.generations == found.generations
+    cold = judge_model(model, tiny.processor, rows, LengthJudge({}), action_temperature=1e-4, **options)
+    assert cold.generations[0] == cold.generations[1] and cold.report.std == 0
+    with pytest.raises(ValueError, match="The judge reads the column 'gold'; `rows` has"):
+        judge_model(model, tiny.processor, rows.remove_columns("gold"), judge)
+    with pytest.raises(ValueError, match="`num_generations` must be at least 1, got 0"):
+        judge_model(model, tiny.processor, rows, judge, num_generations=0)
+
+
+def test_keys_come_from_a_column_or_the_rows_number():
+    from datasets import Dataset
+
+    rows = Dataset.from_dict({"prompt": ["a", "b"], "place": ["x", "y"], "same": ["x", "x"]})
+    assert sample_keys(rows) == ["0", "1"]
+    assert sample_keys(rows, "place") == ["x", "y"]
+    assert sample_keys(rows.rename_column("place", "key")) == ["x", "y"]
+    with pytest.raises(ValueError, match=r"repeated: \['x'\]"):
+        sample_keys(rows, "same")
+    with pytest.raises(ValueError, match="`column` must be one of .* got 'none'"):
+        sample_keys(rows, "none")

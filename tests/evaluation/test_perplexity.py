@@ -1,0 +1,110 @@
+"""Perplexity of given answers, against the probabilities of whole sequences worked out one text at a time."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_models import latent
+
+from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.evaluation.perplexity import LAWS, Perplexity, text_perplexity
+
+ROWS = [
+    {"prompt": [{"role": "user", "content": "what is it?"}], "reference": "a boat", "images": [0]},
+    {"prompt": [{"role": "user", "content": "why?"}], "reference": "so", "images": []},
+    {"prompt": [{"role": "user", "content": "and here, again?"}], "reference": "two red boats", "images": [1]},
+]
+
+
+@pytest.fixture(scope="module")
+def some():
+    """A model, its processor and rows with pictures and without."""
+    model, tiny = latent("llava")
+    side = tiny.processor.image_processor.crop_size["height"]
+    noise = np.random.default_rng(0).integers(0, 255, (2, side, side, 3), dtype=np.uint8)
+    rows = [{**row, "images": [Image.fromarray(noise[i]) for i in row["images"]]} for row in ROWS]
+    return model, tiny.processor, rows
+
+
+@torch.no_grad()
+def log_probs_by_hand(model, processor, row, law):
+    """Log-probability of each token of one answer, from the model's own outputs over the whole sequence."""
+    words = {"prompt": row["prompt"], "completion": row["reference"], "images": row["images"]}
+    batch = LatentActionDataCollator(processor, vision_token_ids=model.config.vision_token_ids)([words])
+    ids, vision = batch["input_ids"], batch["vision"]
+    start = int(batch["loss_mask"][0].nonzero()[0])
+    states, positions = model.encode(ids, batch["attention_mask"], **vision)
+    policy = model.forward(ids, batch["attention_mask"], **vision).action_logits[0]
+    found = []
+    for t in range(start, ids.shape[1]):
+        if law == "backbone":
+            logits = model.backbone(input_ids=ids, attention_mask=batch["attention_mask"], **vision).logits[0, t - 1]
+            found.append(logits.log_softmax(-1)[ids[0, t]])
+            continue
+        weights = policy[t - 1].softmax(-1)
+        if law != "marginal":
+            choice = policy[t - 1] if law == "most_likely" else model.infer(states, ids)[0, t - 1]
+            weights = torch.nn.functional.one_hot(choice.argmax(), len(weights)).float()
+        each = [
+            model.read(states[:, t - 1 : t], torch.tensor([[k]]))[0, 0].softmax(-1)[ids[0, t]]
+            for k in range(model.config.num_codes)
+        ]
+        found.append((weights * torch.stack(each)).sum().log())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("law", LAWS)
+def test_the_perplexity_is_that_of_the_tokens_taken_one_by_one(some, law):
+    model, processor, rows = some
+    found = text_perplexity(model, processor, rows, law=law, batch_size=2)
+    by_hand = [log_probs_by_hand(model, processor, row, law) for row in rows]
+    assert found.tokens == [len(part) for part in by_hand]
+    # A byte is a token, and the turn ends with one.
+    assert found.tokens == [len(row["reference"]) + 1 for row in rows]
+    assert found.nats == pytest.approx([-part.sum().item() for part in by_hand], rel=1e-4)
+    assert found.value == pytest.approx(torch.cat(by_hand).mean().neg().exp().item(), rel=1e-4)
+
+
+def test_only_the_laws_of_the_policy_see_what_rl_changes(some):
+    model, processor, rows = some
+    moved = copy.deepcopy(model)
+    with torch.no_grad():
+        moved.policy.head.weight.neg_()
+    for law in LAWS:
+        before, after = (text_perplexity(m, processor, rows, law=law).value for m in (model, moved))
+        assert (before == after) == (law in ("inferred", "backbone")), law
+
+
+def test_the_mean_runs_over_tokens_and_the_interval_over_texts():
+    found = Perplexity(nats=[2.0, 4.0], tokens=[1, 3])
+    assert found.value == pytest.approx(math.e**1.5)
+    interval = found.interval()
+    assert interval.estimate == pytest.approx(found.value) and interval.count == 2
+    assert (interval.low, interval.high) == pytest.approx((math.e ** (4 / 3), math.e**2))
+
+
+def test_answers_may_be_given_as_messages_or_to_plain_prompts(some):
+    model, processor, rows = some
+    messages = [[{"role": "assistant", "content": row["reference"]}] for row in rows]
+    assert text_perplexity(model, processor, rows, messages) == text_perplexity(model, processor, rows)
+    text_model, tiny = latent("llama")
+    plain = [{"prompt": "one and ", "reference": "one"}, {"prompt": "two", "reference": " and two"}]
+    found = text_perplexity(text_model.train(), tiny.processor, plain)
+    assert found.tokens == [4, 9] and text_model.training
+
+
+def test_wrong_arguments_are_named(some):
+    model, processor, rows = some
+    with pytest.raises(ValueError, match=r"`law` must be one of \['most_likely', .* got 'greedy'"):
+        text_perplexity(model, processor, rows, law="greedy")
+    with pytest.raises(ValueError, match=r"each of the 3 rows; got 3, empty or missing at \[1\]"):
+        text_perplexity(model, processor, rows, ["a", " ", "b"])
+    with pytest.raises(ValueError, match=r"column `reference` by default.*missing at \[0\]"):
+        text_perplexity(model, processor, [{"prompt": "a"}])
+    bare = copy.deepcopy(model)
+    bare.inverse_dynamics = None
+    with pytest.raises(ValueError, match="no inverse_dynamics"):
+        text_perplexity(bare, processor, rows, law="inferred")

@@ -3,6 +3,8 @@
 import inspect
 import json
 import logging
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from datasets import Dataset
 from hub_server import TOKEN, Fault
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError
+from peft import LoraConfig, PeftModel
 from transformers import Trainer
 
 from latent_trl import (
@@ -174,6 +177,31 @@ def test_no_file_of_a_run_holds_the_token(hub, make_latent, tmp_path, capfd):
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or TOKEN.encode() not in path.read_bytes(), path
     assert TOKEN not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("kind", ["space", "ppo"])
+def test_the_format_page_names_every_file_of_a_run(make_latent, tmp_path, kind):
+    page = (Path(__file__).parents[2] / "docs" / "checkpoint_format.md").read_text(encoding="utf-8")
+    halves = {} if kind == "space" else {"steps_per_generation": 2}
+    make_trainer(kind, make_latent, tmp_path, save_strategy="steps", save_steps=1, push_to_hub=False, **halves).train()
+    files = {path.relative_to(tmp_path / "out") for path in tmp_path.rglob("*") if path.is_file()}
+    # Parts of a run's files are numbered by step and by process, which the page calls N and R.
+    names = {re.sub(r"_\d+\.", "_R.", re.sub(r"-\d+$", "-N", part)) for path in files for part in path.parts}
+    assert {"checkpoint_files.json", "checkpoint-N"} <= names
+    assert ("history.json" in names) == (kind == "space") and ("rollout_buffer_R.safetensors" in names) == (
+        kind == "ppo"
+    )
+    assert [name for name in sorted(names) if name not in page] == []
+
+
+def test_an_adapter_is_one_for_peft_alone(make_latent, tmp_path):
+    model, tiny = make_latent("llama")
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        wanted = model.backbone(**tiny.text_inputs).logits
+        loaded = PeftModel.from_pretrained(make_latent("llama")[1].model, tmp_path / "adapter")
+        assert torch.equal(loaded(**tiny.text_inputs).logits, wanted)
 
 
 def test_a_token_that_http_cannot_carry_is_refused_before_training(hub, make_latent, tmp_path):

@@ -17,6 +17,7 @@ INSTALL_REQUIRES = [
     "huggingface_hub>=2.0,<2.5",
     "safetensors>=0.6,<0.9",
     "pillow>=11,<14",
+    "filelock>=3.13",
     "numpy>=1.26",
     "rich>=13,<16",
     "tqdm>=4.66",

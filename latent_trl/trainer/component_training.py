@@ -1,13 +1,12 @@
 """What the trainers share: which tensors are trained, one line that says so, and checkpoints of components."""
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from ..models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
@@ -21,6 +20,15 @@ from .checkpoint_manifest import (
     write_manifest,
 )
 from .hub_training import HubTrainingMixin
+from .output_folder import (
+    check_same_method,
+    earlier_run,
+    no_room,
+    only_run,
+    raise_together,
+    written_whole,
+)
+from .run_health import RunHealth, is_finite, loss_trouble, remedy
 
 logger = logging.get_logger(__name__)
 
@@ -101,8 +109,49 @@ def _copy_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: P
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
+        if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
+            raise ValueError(
+                "`on_nonfinite='skip'` cannot work under DeepSpeed, which updates before the gradient can be looked "
+                "at. Use 'stop'."
+            )
+
+    def _on_collapse(self) -> str:
+        return self.args.on_collapse
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; `True` goes on from the newest checkpoint that is whole."""
+        """
+        As `Trainer.train`; `True` goes on from the newest checkpoint that is whole.
+
+        Raises:
+            ValueError: When `output_dir` is in use by another run, holds checkpoints of an earlier one that is not to
+                be resumed, or has no room for a checkpoint.
+            CheckpointError: When the checkpoint is of another trainer or model.
+            CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
+            FloatingPointError: When the loss or a gradient is not finite (`on_nonfinite`).
+            CollapseError: With `on_collapse="stop"`.
+        """
+        folder = self.args.output_dir
+        with only_run(self.accelerator, folder):
+            fault = None if resume_from_checkpoint else earlier_run(folder)
+            if fault is None and self.args.save_strategy != SaveStrategy.NO:
+                fault = no_room(folder, self._checkpoint_bytes())
+            raise_together(fault)
+            return self._train_alone(resume_from_checkpoint, **kwargs)
+
+    def _checkpoint_bytes(self) -> int:
+        """About what a checkpoint takes: the components, what is trained of the backbone, and Adam's two moments."""
+        model = self.accelerator.unwrap_model(self.model)
+        components = [getattr(model, name) for name in model.component_classes]
+        kept = {id(p): p for module in components if module is not None for p in module.parameters()}
+        trained = [p for p in model.parameters() if p.requires_grad]
+        kept.update((id(p), p) for p in trained)
+        moments = 2 * sum(4 * p.numel() for p in trained) if self.args.optim.startswith("adamw_torch") else 0
+        return sum(p.numel() * p.element_size() for p in kept.values()) + moments
+
+    def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -112,6 +161,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
                 )
         elif resume_from_checkpoint and (fault := checkpoint_fault(resume_from_checkpoint)):
             logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
+        if resume_from_checkpoint:
+            check_same_method(resume_from_checkpoint, self._name)
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -147,16 +198,18 @@ class ComponentTrainingMixin(HubTrainingMixin):
         folder = Path(run_folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        # Older checkpoints go when this one is known to be whole, and not before.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
+        with written_whole(folder, run_folder, remove=self.args.should_save):
+            # Older checkpoints go when this one is known to be whole, and not before.
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                self._save_arguments(folder)
+                write_manifest(folder)
         if self.args.should_save:
-            self._save_arguments(folder)
-            write_manifest(folder)
             rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -165,11 +218,39 @@ class ComponentTrainingMixin(HubTrainingMixin):
     def _load_best_model(self) -> None:
         load_components(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
 
+    def _where(self) -> str:
+        return f"at step {self.state.global_step}"
+
+    def _remedy(self) -> str:
+        return remedy(self.accelerator.unwrap_model(self.model), self.args.fp16)
+
+    def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
+        """Acts on a loss that is not finite on some process, as `on_nonfinite` says."""
+        trouble = loss_trouble(loss, self.accelerator.unwrap_model(self.model), inputs, self._where())
+        if trouble is not None:
+            self.health.nonfinite(trouble, self._remedy())
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if is_finite(grad_norm):
+            self.health.skipped_in_a_row = 0
+            return grad_norm
+        what = f"The gradient became {float(grad_norm)} {self._where()}."
+        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps itself.
+        if self.accelerator.scaler is None:
+            self.health.nonfinite(what, self._remedy())
+            # Without a gradient the optimizer changes neither a tensor nor its moments.
+            self.model.zero_grad(set_to_none=True)
+        self.health.skip_update(what, self._remedy())
+        return grad_norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs | self.health.figures() if "loss" in logs else logs, start_time)
+
 
 class ExactLearningMixin(ComponentTrainingMixin):
     """
-    For trainers that learn from data sets: a resumed run goes on bit by bit, in the middle of a logging interval too,
-    and no update is made with a gradient that is not finite.
+    For trainers that learn from data sets: a resumed run goes on bit by bit, in the middle of a logging interval too.
     """
 
     _unread_state: str | None = None
@@ -186,9 +267,14 @@ class ExactLearningMixin(ComponentTrainingMixin):
 
     def _run_state(self) -> dict[str, Any]:
         """What changes during a run, as plain JSON values; a subclass adds its own."""
-        return {"loss": self._tr_loss.item(), "last_logged_step": self._globalstep_last_logged}
+        return {
+            "loss": self._tr_loss.item(),
+            "last_logged_step": self._globalstep_last_logged,
+            "health": self.health.state(),
+        }
 
     def _restore_run_state(self, state: dict[str, Any]) -> None:
+        self.health.load_state(state["health"])
         self._tr_loss.fill_(state["loss"])
         self._globalstep_last_logged = state["last_logged_step"]
 
@@ -204,41 +290,3 @@ class ExactLearningMixin(ComponentTrainingMixin):
             self._restore_run_state(json.loads(path.read_text(encoding="utf-8")))
         elif path is not None:
             logger.warning(f"{checkpoint} has no {path.name}: the logs do not go on exactly.")
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        grad_norm = super()._get_grad_norm(model, grad_norm)
-        # A gradient scaler meets infinite gradients as a matter of course, and skips those steps itself.
-        if self.accelerator.scaler is None and not math.isfinite(float(grad_norm)):
-            raise FloatingPointError(
-                f"The gradient became {float(grad_norm)} {self._where()}. "
-                f"{_what_is_kept(self.args.output_dir)} Lower the learning rate, or set `max_grad_norm`."
-            )
-        return grad_norm
-
-    def _where(self) -> str:
-        return f"at step {self.state.global_step}"
-
-
-def check_finite(loss: torch.Tensor, where: str, output_dir: str) -> None:
-    """
-    Raises `FloatingPointError` when `loss` is not finite on any process, naming the step and what is safe on disk.
-    """
-    value = loss.detach().float()
-    wrong = ~value.isfinite()
-    elsewhere = wrong.float()
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        # All processes stop together: the others would wait for this one.
-        torch.distributed.all_reduce(elsewhere)
-    if elsewhere.item():
-        what = str(value.item()) if wrong else "infinite or NaN on another process"
-        raise FloatingPointError(
-            f"The loss became {what} {where}. Training stops here. {_what_is_kept(output_dir)} "
-            "Lower the learning rate, or look at the batch named."
-        )
-
-
-def _what_is_kept(output_dir: str) -> str:
-    last = newest_whole_checkpoint(output_dir)
-    if last is None:
-        return f"No checkpoint was written to {output_dir!r} before it."
-    return f"The last checkpoint, {last!r}, is whole."

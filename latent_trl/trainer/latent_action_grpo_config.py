@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
+
 # What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
@@ -48,6 +50,17 @@ class LatentActionGRPOConfig(GRPOConfig):
         overlong_buffer (`int`, defaults to `0`):
             DAPO's soft punishment: over the last so many tokens before `max_completion_length` the reward falls
             linearly by up to 1. 0 turns it off; -1 is a fifth of the maximum.
+        min_entropy (`float`, defaults to `0.01`):
+            Alarm for a policy that no longer explores: below this mean entropy of a code's choice, in nats.
+        min_perplexity (`float`, defaults to `1.5`):
+            Alarm for collapse: below this perplexity of the codes that rollouts use.
+        on_nonfinite (`str`, defaults to `"stop"`):
+            What follows a reward, loss or gradient that is NaN or infinite: `"stop"` with an error before the update,
+            or `"skip"`: such a reward counts as `None`, such an update is not made, `skipped_updates` is logged, and 20
+            in a row stop the run.
+        on_collapse (`str`, defaults to `"warn"`):
+            What follows an alarm, of a constant reward too: `"warn"` once for each, `"stop"` with an error, or
+            `"ignore"`.
         learning_rate (`float`, defaults to `1e-5`):
             Of the policy. The paper's 1e-6 moves a freshly cloned policy of small width too little.
         beta (`float`, defaults to `0.01`):
@@ -64,6 +77,10 @@ class LatentActionGRPOConfig(GRPOConfig):
     train_backbone: bool = False
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0
+    min_entropy: float = 0.01
+    min_perplexity: float = 1.5
+    on_nonfinite: str = "stop"
+    on_collapse: str = "warn"
     learning_rate: float = 1e-5
     beta: float = 0.01
     lr_scheduler_type: str = "constant"
@@ -88,6 +105,8 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"`overlong_buffer` must be between 0 and `max_completion_length` = {self.max_completion_length}, got "
                 f"{self.overlong_buffer}."
             )
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(f"`dynamic_sampling_rounds` must not be negative, got {self.dynamic_sampling_rounds}.")
         if self.train_backbone and self.reuse_context_states:

@@ -3,7 +3,7 @@
 import copy
 import os
 from collections.abc import Sized
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -18,12 +18,14 @@ from ..models.action_law import ActionLaw
 from ..models.latent_action_model import LatentActionModel
 from ..rewards.shaping import SoftOverlongPunishment
 from .code_scoring import CodeScorer, CodeScores, Rollout
-from .component_training import ComponentTrainingMixin, check_finite, train_only
+from .component_training import ComponentTrainingMixin, train_only
 from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 from .latent_action_grpo_config import LatentActionGRPOConfig
 from .latent_action_space_trainer import load_processing_class
+from .output_folder import check_writable
 from .repeated_prompts import copies_of_each
-from .reward_checks import check_model_rewards, checked_reward
+from .reward_checks import RewardErrors, check_model_rewards, checked_reward
+from .run_health import origin, what_is_kept
 from .run_state import ExactResumeMixin
 
 logger = logging.get_logger(__name__)
@@ -83,6 +85,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                     )
                 )
         args = args or LatentActionGRPOConfig("latent-action-grpo")
+        check_writable(args)
         model = load_model(model)
         model.require("codebook", "world_model", *self.trained_components)
         self._attach_adapter(model, args, peft_config)
@@ -156,8 +159,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def _add_reward_checks(self) -> None:
         self._reward_models = [isinstance(function, nn.Module) for function in self.reward_funcs]
+        self._reward_errors = RewardErrors(skip_nonfinite=self.args.on_nonfinite == "skip")
         self.reward_funcs = [
-            function if isinstance(function, nn.Module) else checked_reward(function, name)
+            function if isinstance(function, nn.Module) else checked_reward(function, name, self._reward_errors)
             for function, name in zip(self.reward_funcs, self.reward_func_names, strict=True)
         ]
         if self.args.overlong_buffer:
@@ -203,7 +207,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.generation_config.action_do_sample = self.model.training or self.args.eval_action_do_sample
             self.generation_config.num_return_sequences = self._copies
             single = slice(None, None, self._copies)
-            with self._latent_model().recording() as records, self.accelerator.autocast():
+            with self._latent_model().recording() as records, self.accelerator.autocast(), self._sampling():
                 completion_ids, _ = super()._generate_single_turn(
                     prompt_ids[single], images and images[single], multimodal_fields, num_generations, *args, **kwargs
                 )
@@ -221,6 +225,19 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self._log_completion_extra("action_ids", codes)
         self._log_usage(codes)
         return completion_ids, [rollout.action_log_probs[0].tolist() for rollout in rollouts]
+
+    @contextmanager
+    def _sampling(self):
+        """Names the cause when codes cannot be drawn, because their probabilities are not finite."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "nan" not in str(error):
+                raise
+            raise FloatingPointError(
+                f"No code could be drawn {self._where()}: the policy's probabilities are not finite. "
+                f"{origin(self._latent_model(), {})} {what_is_kept(self.args.output_dir)} {self._remedy()}"
+            ) from error
 
     def _log_usage(self, codes: list[list[int]]) -> None:
         """How many codes the rollouts chose, over all processes."""
@@ -240,7 +257,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                 self._log_completion_extra(column, [sample.extra.get(column) for sample in self._replayed])
         else:
             rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
-            check_model_rewards(rewards, self.reward_func_names, self._reward_models)
+            self._reward_errors.raise_any(rewards)
+            skip = self.args.on_nonfinite == "skip"
+            check_model_rewards(rewards, self.reward_func_names, self._reward_models, skip)
             if self.args.overlong_buffer:
                 # The punishment shapes a reward; alone it does not make one.
                 rewards[rewards[:, :-1].isnan().all(dim=1), -1] = torch.nan
@@ -279,6 +298,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         output = super()._generate_and_score_completions(inputs)
         if self.model.training and self.args.dynamic_sampling_rounds:
             output = self._replace_equal_groups(inputs, output, waiting)
+        if self.model.training:
+            self._watch_rewards()
         self._finish_rollout(output)
         self._rollout, self._samples = None, []
         # One form for the table of completions, whether or not a batch had images.
@@ -288,6 +309,27 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             # Nothing reads pixels again.
             output = {k: v for k, v in output.items() if k not in VISION_KEYS}
         return output
+
+    def _watch_rewards(self) -> None:
+        equal = bool(equal_groups(self._rewards, self.num_generations).all())
+        self.health.count_rewards(self._rewards, equal, "each group", self.state.global_step)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self._watch_policy()
+        super().log(logs, start_time)
+
+    def _watch_policy(self) -> None:
+        """Names a policy that chooses always the same, from what was measured since the last log."""
+        args = self.args
+        for name, least, kind, text in (
+            ("entropy", args.min_entropy, "no exploration", "the policy's choices have an entropy of {:.2g} nats"),
+            ("codebook/perplexity", args.min_perplexity, "collapse", "the codes of rollouts have perplexity {:.2f}"),
+        ):
+            mean = torch.tensor(self._metrics["train"].get(name, [])).nanmean().item()
+            if mean < least:
+                remedy = "Raise `action_temperature`, `entropy_coef` or `beta`, or lower the learning rate"
+                self.health.collapse(kind, f"{text.format(mean)}. {remedy}", self.state.global_step)
 
     def _replace_equal_groups(self, inputs, output: dict[str, Any], waiting: dict[str, list[float]]) -> dict[str, Any]:
         """Dynamic sampling: `output`, or that of a batch in which other prompts' groups replace equal ones."""
@@ -355,7 +397,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             loss = super()._compute_loss(model, inputs)
         finally:
             self._rollout = None
-        check_finite(loss, f"at step {self.state.global_step}", self.args.output_dir)
+        self._check_loss(loss, inputs)
         return loss
 
     def train(self, *args, **kwargs):

@@ -16,7 +16,7 @@ from .advantage_estimation import (
     rewards_of_codes,
     whiten,
 )
-from .component_training import check_finite
+from .dynamic_sampling import equal_groups
 from .latent_action_grpo_trainer import LatentActionGRPOTrainer, load_model
 from .latent_action_ppo_config import LatentActionPPOConfig
 
@@ -114,6 +114,11 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
             old_per_token_logps=log_probs, old_values=values, returns=returns, value_mask=mask, advantages=advantages
         )
 
+    def _watch_rewards(self) -> None:
+        # Here every completion is compared with every other, through the value.
+        equal = bool(equal_groups(self._rewards, len(self._rewards)).all())
+        self.health.count_rewards(self._rewards, equal, "the batch", self.state.global_step)
+
     def _run_state(self) -> dict[str, Any]:
         return {**super()._run_state(), "kl_coef": self.beta}
 
@@ -179,7 +184,7 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
         if self._policy_waits and self.model.training:
             policy_loss = policy_loss * 0.0
         loss = policy_loss + self.args.value_coef * value_loss
-        check_finite(loss, f"at step {self.state.global_step}", self.args.output_dir)
+        self._check_loss(loss, inputs)
         return loss
 
     def _value_loss(self, inputs: dict[str, Any]) -> torch.Tensor:

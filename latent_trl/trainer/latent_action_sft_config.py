@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from .run_health import ON_NONFINITE, check_choice
+
 
 @dataclass
 class LatentActionSFTConfig(TrainingArguments):
@@ -21,12 +23,16 @@ class LatentActionSFTConfig(TrainingArguments):
             Longest row in tokens; longer conversations lose whole turns from their end.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        on_nonfinite (`str`, defaults to `"stop"`):
+            What follows a loss or gradient that is NaN or infinite: `"stop"` with an error before the update, or
+            `"skip"` the update, log `skipped_updates`, and stop after 20 in a row.
     """
 
     trained_layers: list[str] | None = None
     assistant_only_loss: bool = True
     max_length: int | None = 2048
     image_root: str | None = None
+    on_nonfinite: str = "stop"
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = 0.03
@@ -36,3 +42,7 @@ class LatentActionSFTConfig(TrainingArguments):
     logging_steps: float = 10
     remove_unused_columns: bool | None = False
     report_to: None | str | list[str] = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

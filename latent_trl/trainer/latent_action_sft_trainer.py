@@ -13,10 +13,11 @@ from ..data.collator import LatentActionDataCollator
 from ..data.mixing import MixedRows, MixedRowsCollator
 from ..models.configuration import STAGES
 from ..models.latent_action_model import LatentActionModel
-from .component_training import ExactLearningMixin, check_finite, train_only
+from .component_training import ExactLearningMixin, train_only
 from .cross_entropy import global_mean, token_cross_entropy
 from .latent_action_sft_config import LatentActionSFTConfig
 from .latent_action_space_trainer import check_columns, load_processing_class
+from .output_folder import check_writable
 
 logger = logging.get_logger(__name__)
 
@@ -50,6 +51,7 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = args or LatentActionSFTConfig("latent-action-sft")
+        check_writable(args)
         if isinstance(model, (str, os.PathLike)):
             model = LatentActionModel.from_pretrained(model, is_trainable=True)
         processing_class = processing_class or load_processing_class(model)
@@ -79,6 +81,10 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
         )
         self.model_accepts_loss_kwargs = False
         logger.warning(line)
+
+    def _on_collapse(self) -> str:
+        # Codes are followed here, not learned.
+        return "ignore"
 
     @staticmethod
     def _backbone_parameters(model: LatentActionModel, args: LatentActionSFTConfig, peft_config: Any) -> list[str]:
@@ -112,7 +118,7 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
         many = self.accelerator.num_processes > 1
         average = functools.partial(self.accelerator.reduce, reduction="mean") if many else None
         loss = model(objective=functools.partial(guided_loss, average=average), batch=inputs).loss
-        check_finite(loss, self._where(), self.args.output_dir)
+        self._check_loss(loss, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .latent_action_space_objective import STAGE_COMPONENTS
+from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 
 @dataclass
@@ -41,6 +42,11 @@ class LatentActionSpaceConfig(TrainingArguments):
             Alarm for code-blindness: below this gap in nats between random and inferred codes.
         min_perplexity (`float`, defaults to `2.0`):
             Alarm for collapse: below this perplexity of the usage of codes.
+        on_nonfinite (`str`, defaults to `"stop"`):
+            What follows a loss or gradient that is NaN or infinite: `"stop"` with an error before the update, or
+            `"skip"` the update, log `skipped_updates`, and stop after 20 in a row.
+        on_collapse (`str`, defaults to `"warn"`):
+            What follows an alarm: `"warn"` once for each, `"stop"` with an error, or `"ignore"`.
     """
 
     stages: list[str] = field(default_factory=lambda: list(STAGE_COMPONENTS))
@@ -63,6 +69,8 @@ class LatentActionSpaceConfig(TrainingArguments):
     image_root: str | None = None
     min_random_gap: float = 0.05
     min_perplexity: float = 2.0
+    on_nonfinite: str = "stop"
+    on_collapse: str = "warn"
     num_train_epochs: float = 1.0
     per_device_train_batch_size: int = 16
     logging_steps: float = 10
@@ -71,6 +79,8 @@ class LatentActionSpaceConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         unknown = [stage for stage in self.stages if stage not in STAGE_COMPONENTS]
         if unknown or not self.stages:
             raise ValueError(f"`stages` must be among {list(STAGE_COMPONENTS)}, got {self.stages}.")

@@ -13,7 +13,6 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..data.collator import LatentActionDataCollator
@@ -21,9 +20,10 @@ from ..data.mixing import MixedRows, MixedRowsCollator
 from ..models.configuration import STAGES
 from ..models.latent_action_model import LatentActionModel
 from .checkpoint_manifest import newest_whole_checkpoint, write_json
-from .component_training import ExactLearningMixin, check_finite, load_components, train_only
+from .component_training import ExactLearningMixin, load_components, train_only
 from .latent_action_space_config import LatentActionSpaceConfig
 from .latent_action_space_objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
+from .output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
 
 logger = logging.get_logger(__name__)
 
@@ -68,6 +68,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = args or LatentActionSpaceConfig("latent-action-space")
+        check_writable(args)
         if isinstance(model, (str, os.PathLike)):
             model = LatentActionModel.from_pretrained(model)
         if processing_class is None:
@@ -89,7 +90,6 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
         )
-        self._alarmed: set[str] = set()
         self._call: tuple[int, int] | None = None
         train_only(model, STAGE_COMPONENTS[args.stages[0]])
         super().__init__(
@@ -115,15 +115,21 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             Trainer's `TrainOutput` of each stage that was run.
 
         Raises:
-            ValueError: Without `resume_from_checkpoint` when `output_dir` holds checkpoints of an earlier run.
-            FloatingPointError: When the loss or a gradient is not finite.
+            ValueError: When `output_dir` is in use by another run, has no room for a checkpoint, or, without
+                `resume_from_checkpoint`, holds checkpoints of an earlier run.
+            FloatingPointError: When the loss or a gradient is not finite (`on_nonfinite`).
+            CollapseError: With `on_collapse="stop"`.
         """
         if isinstance(resume_from_checkpoint, (str, os.PathLike)):
             raise ValueError(
                 f"`resume_from_checkpoint` must be a bool, got {str(resume_from_checkpoint)!r}: the place in the chain "
                 "of stages is found in `output_dir`."
             )
-        if not resume_from_checkpoint:
+        with only_run(self.accelerator, self.root):
+            return self._train_stages(bool(resume_from_checkpoint), **kwargs)
+
+    def _train_stages(self, resume: bool, **kwargs) -> list[Any]:
+        if not resume:
             self._start_anew()
         done = self._done()
         outputs = []
@@ -134,7 +140,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
                     self.history = json.loads((self._folder(stage) / HISTORY_FILE).read_text(encoding="utf-8"))
                     continue
                 self._begin(stage)
-                last = newest_whole_checkpoint(self.args.output_dir) if resume_from_checkpoint else None
+                last = newest_whole_checkpoint(self.args.output_dir) if resume else None
                 outputs.append(super().train(resume_from_checkpoint=last, **kwargs))
                 self._end(stage)
         finally:
@@ -143,13 +149,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
 
     def _start_anew(self) -> None:
         for stage in self.args.stages:
-            folder = self._folder(stage)
-            if folder.is_dir() and get_last_checkpoint(str(folder)):
-                raise ValueError(
-                    f"`output_dir` {str(self.root)!r} holds checkpoints of an earlier run, in {str(folder)!r}. Pass "
-                    "`resume_from_checkpoint=True` to go on with it, or choose another folder."
-                )
-        self.accelerator.wait_for_everyone()
+            raise_together(earlier_run(self._folder(stage)))
         if self.args.should_save:
             (Path(self.root) / DONE_FILE).unlink(missing_ok=True)
         self.accelerator.wait_for_everyone()
@@ -166,7 +166,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         args = self.args
         self.stage = stage
         logger.warning(f"Stage {stage}. {train_only(self.model, STAGE_COMPONENTS[stage])}")
-        args.output_dir = str(self._folder(stage))
+        args.output_dir = self.health.output_dir = str(self._folder(stage))
         args.learning_rate = getattr(args, f"{stage}_learning_rate")
         args.max_steps = getattr(args, f"{stage}_max_steps")
         args.lr_scheduler_type, args.lr_scheduler_kwargs, warmup = SCHEDULES[stage]
@@ -198,10 +198,11 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         reached = self.model.config.stage
         if STAGES.index(stage) > STAGES.index(reached) and (stage != "projector" or reached != "none"):
             self.model.config.stage = stage
-        self.save_model(self.args.output_dir)
-        if self.args.should_save:
-            write_json(self._folder(stage) / HISTORY_FILE, self.history)
-            write_json(Path(self.root) / DONE_FILE, [*[s for s in self._done() if s != stage], stage])
+        with written_whole(self.args.output_dir, self.args.output_dir):
+            self.save_model(self.args.output_dir)
+            if self.args.should_save:
+                write_json(self._folder(stage) / HISTORY_FILE, self.history)
+                write_json(Path(self.root) / DONE_FILE, [*[s for s in self._done() if s != stage], stage])
         self.accelerator.wait_for_everyone()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -210,7 +211,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         self._call = (step, self._call[1] + 1) if self._call is not None and self._call[0] == step else (step, 0)
         self.objective.step = self._call
         loss = model(objective=self.objective, batch=inputs).loss
-        check_finite(loss, self._where(), self.args.output_dir)
+        self._check_loss(loss, inputs)
         return (loss, None) if return_outputs else loss
 
     def _where(self) -> str:
@@ -227,12 +228,12 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         return loss
 
     def _run_state(self) -> dict[str, Any]:
-        own = {"history": self.history, "alarmed": sorted(self._alarmed), "objective": self.objective.state()}
+        own = {"history": self.history, "objective": self.objective.state()}
         return {**super()._run_state(), **own}
 
     def _restore_run_state(self, state: dict[str, Any]) -> None:
         super()._restore_run_state(state)
-        self.history, self._alarmed = state["history"], set(state["alarmed"])
+        self.history = state["history"]
         self.objective.load_state(state["objective"], self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -243,7 +244,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
                     f"Stage 'projector' compares states with and without the image, and no row up to step "
                     f"{self.state.global_step} has an image. Give paired data, or leave the stage out of `stages`."
                 )
-            logs.update(figures)
+            logs.update(figures | self.health.figures())
             self._watch(logs)
         if self.stage is not None:
             self.history.append({"stage": self.stage, "step": self.state.global_step, **logs})
@@ -256,22 +257,19 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         if not late or gap is None:
             return
         if gap < self.args.min_random_gap:
-            self._alarm(
+            self.health.collapse(
                 "code-blindness",
                 f"random codes do as well as inferred ones (gap {gap:.3f} nats), though {logs['codebook/used']:.0f} "
                 "codes are used. Raise `codebook_std` to the scale of the states, or the learning rate",
+                self.state.global_step,
             )
         if perplexity < self.args.min_perplexity:
-            self._alarm(
+            self.health.collapse(
                 "collapse",
                 f"the usage of codes has perplexity {perplexity:.1f}. Raise `balance_coef` or `gumbel_temperature`, or "
                 "set `revive_dead_codes_every`",
+                self.state.global_step,
             )
-
-    def _alarm(self, name: str, text: str) -> None:
-        if name not in self._alarmed:
-            self._alarmed.add(name)
-            logger.warning(f"Codebook alarm, {name}: at step {self.state.global_step}, {text}.")
 
 
 def check_stages(model: LatentActionModel, stages: list[str]) -> None:

@@ -7,7 +7,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
+from transformers.utils import logging
 from trl.trainer.utils import is_async_callable
+
+logger = logging.get_logger(__name__)
 
 Rewards = list[float | None]
 
@@ -16,52 +20,98 @@ class RewardError(ValueError):
     """A reward function raised, or returned what is not one number or `None` for each completion."""
 
 
-def checked_reward(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+class RewardErrors:
     """
-    `function` with its answers checked, sync or async as it is.
+    Errors of reward functions, kept until all processes know of them. The functions run before the processes exchange
+    their rewards: one that raised there would leave the others waiting.
+
+    Args:
+        skip_nonfinite (`bool`): Whether NaN and infinities count as `None`, with a warning, and are no error.
+    """
+
+    def __init__(self, skip_nonfinite: bool = False):
+        self.skip_nonfinite = skip_nonfinite
+        self.first: RewardError | None = None
+
+    def keep(self, error: RewardError, count: int) -> list[float]:
+        """Keeps the first error; infinite rewards, which no checked function gives, tell the others of it."""
+        self.first = self.first or error
+        return [math.inf] * count
+
+    def raise_any(self, rewards: torch.Tensor) -> None:
+        """Raises the error of any process on all of them; `rewards` `[N, functions]` of all processes."""
+        if not rewards.isinf().any():
+            return
+        own, self.first = self.first, None
+        told = gather_object([own and str(own)])
+        if own is not None:
+            raise own
+        for process, message in enumerate(told):
+            if message is not None:
+                raise RewardError(f"On process {process}: {message}")
+
+
+def checked_reward(function: Callable[..., Any], name: str, errors: RewardErrors) -> Callable[..., Any]:
+    """
+    `function` with its answers checked, sync or async as it is. When it raises, or returns the wrong number of rewards,
+    NaN, an infinity or what is no number, a [`RewardError`] is kept in `errors`.
 
     Args:
         function (`Callable`): A reward function with TRL's signature.
         name (`str`): How errors call it.
-
-    Raises:
-        RewardError: When it raises, or returns the wrong number of rewards, NaN, an infinity or what is no number.
+        errors (`RewardErrors`): Of this process.
     """
     if is_async_callable(function):
 
         @functools.wraps(function, updated=())
         async def call(prompts, completions, **columns):
             try:
-                answer = await function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:
-                where = await _first_failing_async(function, prompts, completions, columns)
-                raise _failure(name, error, where, prompts, completions) from error
-            return _numbers(answer, name, prompts, completions)
+                try:
+                    answer = await function(prompts=prompts, completions=completions, **columns)
+                except Exception as error:
+                    where = await _first_failing_async(function, prompts, completions, columns)
+                    raise _failure(name, error, where, prompts, completions) from error
+                return _numbers(answer, name, prompts, completions, errors.skip_nonfinite)
+            except RewardError as error:
+                return errors.keep(error, len(prompts))
 
     else:
 
         @functools.wraps(function, updated=())
         def call(prompts, completions, **columns):
             try:
-                answer = function(prompts=prompts, completions=completions, **columns)
-            except Exception as error:
-                where = _first_failing(function, prompts, completions, columns)
-                raise _failure(name, error, where, prompts, completions) from error
-            return _numbers(answer, name, prompts, completions)
+                try:
+                    answer = function(prompts=prompts, completions=completions, **columns)
+                except Exception as error:
+                    where = _first_failing(function, prompts, completions, columns)
+                    raise _failure(name, error, where, prompts, completions) from error
+                return _numbers(answer, name, prompts, completions, errors.skip_nonfinite)
+            except RewardError as error:
+                return errors.keep(error, len(prompts))
 
     return call
 
 
-def check_model_rewards(rewards: torch.Tensor, names: list[str], is_model: list[bool]) -> None:
-    """Raises [`RewardError`] where a reward model gave NaN or an infinity; `rewards` `[N, functions]`."""
+def check_model_rewards(
+    rewards: torch.Tensor, names: list[str], is_model: list[bool], skip_nonfinite: bool = False
+) -> None:
+    """
+    Raises [`RewardError`] where a reward model gave NaN or an infinity; `rewards` `[N, functions]` of all processes.
+    With `skip_nonfinite` such rewards become NaN, as those of functions that returned `None`, with a warning.
+    """
     for column, name in enumerate(names):
         wrong = ~rewards[:, column].isfinite()
-        if is_model[column] and wrong.any():
-            row = int(wrong.nonzero()[0, 0])
-            raise RewardError(
-                f"The reward model {name!r} gave {rewards[row, column].item()} for sample {row} of {len(rewards)}, "
-                "counted over all processes."
-            )
+        if not is_model[column] or not wrong.any():
+            continue
+        row = int(wrong.nonzero()[0, 0])
+        message = (
+            f"The reward model {name!r} gave {rewards[row, column].item()} for sample {row} of {len(rewards)}, "
+            "counted over all processes."
+        )
+        if not skip_nonfinite:
+            raise RewardError(message)
+        logger.warning(f"{message} It counts as not scored.")
+        rewards[wrong, column] = torch.nan
 
 
 def _one(columns: dict[str, Any], row: int, count: int) -> dict[str, Any]:
@@ -105,7 +155,7 @@ def _short(value: Any, length: int = 200) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-def _numbers(answer: Any, name: str, prompts: list, completions: list) -> Rewards:
+def _numbers(answer: Any, name: str, prompts: list, completions: list, skip_nonfinite: bool) -> Rewards:
     if isinstance(answer, torch.Tensor):
         answer = answer.tolist()
     try:
@@ -125,10 +175,10 @@ def _numbers(answer: Any, name: str, prompts: list, completions: list) -> Reward
             else f"The reward function {name!r} returned {len(rewards)} rewards for {len(prompts)} completions, the "
             f"last of which is {_sample(row, prompts, completions)}."
         )
-    return [_number(reward, row, name, prompts, completions) for row, reward in enumerate(rewards)]
+    return [_number(reward, row, name, prompts, completions, skip_nonfinite) for row, reward in enumerate(rewards)]
 
 
-def _number(reward: Any, row: int, name: str, prompts: list, completions: list) -> float | None:
+def _number(reward: Any, row: int, name: str, prompts: list, completions: list, skip_nonfinite: bool) -> float | None:
     if reward is None:
         return None
     if isinstance(reward, torch.Tensor) and reward.numel() == 1:
@@ -141,8 +191,9 @@ def _number(reward: Any, row: int, name: str, prompts: list, completions: list) 
         )
     value = float(reward)
     if not math.isfinite(value):
-        raise RewardError(
-            f"The reward function {name!r} returned {value} for {_sample(row, prompts, completions)}. Return a finite "
-            "number, or None where there is nothing to score."
-        )
+        message = f"The reward function {name!r} returned {value} for {_sample(row, prompts, completions)}."
+        if not skip_nonfinite:
+            raise RewardError(f"{message} Return a finite number, or None where there is nothing to score.")
+        logger.warning(f"{message} It counts as not scored.")
+        return None
     return value

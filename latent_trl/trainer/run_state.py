@@ -87,9 +87,11 @@ class ExactResumeMixin:
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "loss": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
+            "health": self.health.state(),
         }
 
     def _restore_run_state(self, state: dict[str, Any]) -> None:
+        self.health.load_state(state["health"])
         self._step = state["micro_batches"]
         self._metrics["train"].clear()
         self._metrics["train"].update(state["metrics"])

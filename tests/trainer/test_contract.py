@@ -31,8 +31,12 @@ SIGNATURES = {
         "_get_train_sampler": "self dataset",
         "_log_completion_extra": "self column values",
         "training_step": "self model inputs num_items_in_batch",
+        "log": "self logs start_time",
     },
     Trainer: {
+        "_get_grad_norm": "self model grad_norm",
+        "_save_checkpoint": "self model trial",
+        "save_model": "self output_dir _internal_call",
         "_save": "self output_dir state_dict",
         "_save_rng_state": "self output_dir",
         "_load_rng_state": "self checkpoint",

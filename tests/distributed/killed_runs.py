@@ -1,0 +1,137 @@
+"""Small runs of every trainer in processes of their own, which kill themselves, or are killed, at given moments."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
+
+from learning_runs import build_sft, build_space, logs  # noqa: E402
+from rl_models import prompts  # noqa: E402
+from tiny_models import latent, latent_config  # noqa: E402
+
+from latent_trl import (  # noqa: E402
+    LatentActionGRPOConfig,
+    LatentActionGRPOTrainer,
+    LatentActionPPOConfig,
+    LatentActionPPOTrainer,
+)
+from latent_trl.trainer.checkpoint_manifest import newest_whole_checkpoint  # noqa: E402
+
+SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
+STEPS = 16
+STAGE_STEPS = {f"{stage}_max_steps": 5 for stage in ("inverse_dynamics", "projector", "joint", "policy")}
+# Where a run is killed: within calls of these methods.
+SAVING, ROLLOUT, STEP = "_save_checkpoint", "_generate_and_score_completions", "training_step"
+PLACES = {"space": (SAVING, STEP, "_end"), "sft": (SAVING, STEP), "grpo": (SAVING, ROLLOUT), "ppo": (SAVING, ROLLOUT)}
+
+
+class Moment(NamedTuple):
+    """So many seconds into the so-manieth call of `method`; without one, after the beginning."""
+
+    method: str | None
+    call: int
+    after: float
+
+
+def letters(completions, **columns):
+    return [float(len(set(completion))) for completion in completions]
+
+
+def build(kind: str, folder: Path, steps: int = STEPS, reward=letters, **options):
+    """A trainer that saves after every step; RL's rollout batches serve four steps each."""
+    options = {**SAVES, **options}
+    if kind == "space":
+        return build_space(folder, logging_steps=2, revive_dead_codes_every=3, **{**STAGE_STEPS, **options})
+    if kind == "sft":
+        return build_sft(folder, logging_steps=2, max_steps=steps, **options)
+    model, tiny = latent("llama", latent_config(use_projector=False))
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "per_device_train_batch_size": 4,
+        "steps_per_generation": 2,
+        "num_iterations": 2,
+        "max_completion_length": 5,
+        "learning_rate": 1e-2,
+        "beta": 0.05,
+        "logging_steps": 2,
+        "disable_tqdm": True,
+        "max_steps": steps,
+        **options,
+    }
+    if kind == "ppo":
+        options = {"kl_target": 0.02, "kl_horizon": 20, "value_warmup_steps": 2, **options}
+        trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(str(folder), **options)
+    else:
+        trainer_class, args = LatentActionGRPOTrainer, LatentActionGRPOConfig(str(folder), num_generations=2, **options)
+    return trainer_class(model, reward, args, train_dataset=prompts(20), processing_class=tiny.processor)
+
+
+def watch(trainer: Any, method: str, calls: list[float], moment: Moment | None) -> None:
+    """Notes the seconds of each call of `method`; the process is killed so many seconds into the call of the moment."""
+    original = getattr(trainer, method)
+
+    def watched(*args, **kwargs):
+        begin, own, killer = time.monotonic(), os.getpid(), None
+        if moment is not None and len(calls) + 1 == moment.call:
+            killer = os.fork()
+            if killer == 0:
+                time.sleep(moment.after)
+                os.kill(own, signal.SIGKILL)
+                os._exit(0)
+        try:
+            return original(*args, **kwargs)
+        finally:
+            calls.append(time.monotonic() - begin)
+            if killer is not None:
+                # It came too late.
+                os.kill(killer, signal.SIGKILL)
+                os.waitpid(killer, 0)
+
+    setattr(trainer, method, watched)
+
+
+def run(kind: str, folder: Path, moment: Moment | None, begun) -> None:
+    """The run, from where an earlier one in the folder was killed; what it ended with goes to `result.pt`."""
+    sys.stdout = sys.stderr = open(folder.parent / f"{folder.name}.log", "a", buffering=1)
+    torch.set_num_threads(1)
+    trainer = build(kind, folder)
+    calls: dict[str, list[float]] = {method: [] for method in PLACES[kind]}
+    for method in calls:
+        watch(trainer, method, calls[method], moment if moment is not None and moment.method == method else None)
+    begun.set()
+    begin = time.monotonic()
+    resume = folder.is_dir() and (kind == "space" or newest_whole_checkpoint(folder) is not None)
+    trainer.train(resume_from_checkpoint=resume)
+    kept = trainer.history if kind == "space" else trainer.state.log_history
+    clocks = ("step_time", "epoch")
+    rows = [dict(sorted((k, v) for k, v in row.items() if k not in clocks)) for row in logs(kept)]
+    result = {
+        "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
+        "logs": [row for row in rows if len(row) > 2],
+        "calls": calls,
+        "seconds": time.monotonic() - begin,
+    }
+    torch.save(result, folder / "result.pt")
+
+
+def start(kind: str, folder: Path, moment: Moment | None) -> int:
+    """Runs until the end or the moment, and returns the exit code: -9 when it was killed."""
+    context = multiprocessing.get_context("fork")
+    begun = context.Event()
+    process = context.Process(target=run, args=(kind, folder, moment, begun))
+    process.start()
+    if moment is not None and moment.method is None:
+        begun.wait(60)
+        process.join(moment.after)
+        process.kill()
+    process.join(120)
+    assert process.exitcode is not None, "The run hangs."
+    return process.exitcode

@@ -1,15 +1,13 @@
 """`latent-trl evaluate MODEL DATA`: reward, judge, diversity, perplexity, use of codes, and whether pictures matter."""
 
 import argparse
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 # Those of `latent_trl.evaluation.perplexity`, which imports torch.
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
-PERPLEXITY = "of the column `reference`, by most_likely, marginal or inferred codes, or by the backbone without codes"
+PERPLEXITY = "of reference answers, by most_likely, marginal or inferred codes, or by the backbone without codes"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -33,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=0, help="also sample so many answers a prompt, for diversity")
     parser.add_argument("--embedder", help="sentence encoder, for semantic diversity and Vendi score of the samples")
     parser.add_argument("--perplexity", nargs="+", default=[], choices=LAWS, metavar="LAW", help=PERPLEXITY)
+    parser.add_argument("--reference", default="reference", metavar="COLUMN", help="for --perplexity (%(default)s)")
     parser.add_argument("--image-ablation", action="store_true", help="also answer with another row's picture")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all figures and answers")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
@@ -262,34 +261,17 @@ class Measurement:
         """Of the reference answers under each law, and of the model's own answers under the backbone alone."""
         from ..evaluation.perplexity import text_perplexity
 
+        references = self.rows[self.args.reference][:]
         measured, said = self.measured, [i for i, text in enumerate(self.measured.answers) if text]
         for law in self.args.perplexity:
             bar = self._bar(f"Perplexity, {law}", len(self.rows))
-            found = text_perplexity(self.model, self.processor, self.rows, law=law, progress=bar)
+            found = text_perplexity(self.model, self.processor, self.rows, references, law, progress=bar)
             self.figures[f"reference_perplexity/{law}"] = found.interval(seed=self.args.seed)
         self.figures["answers/empty"] = len(measured.answers) - len(said)
         if said:
             texts = [measured.answers[i] for i in said]
             found = text_perplexity(self.model, self.processor, self.rows.select(said), texts, law="backbone")
             self.figures["answers/perplexity, backbone"] = found.interval(seed=self.args.seed)
-
-
-def write_json(measured: Measured, path: Path) -> None:
-    from dataclasses import asdict, is_dataclass
-
-    figures = {k: asdict(v) if is_dataclass(v) else v for k, v in measured.figures.items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite({**asdict(measured), "figures": figures}), indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no word for what is not a finite number: `null`."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -306,6 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     rewards = load_rewards(args.reward_funcs, as_dict("reward_kwargs", args.reward_kwargs)) if args.reward_funcs else []
     if "prompt" not in rows.column_names:
         raise ValueError(f"{args.dataset!r} has the columns {rows.column_names}; it needs a conversational `prompt`.")
+    if args.perplexity and args.reference not in rows.column_names:
+        raise ValueError(f"`--reference` must be one of {rows.column_names}, got {args.reference!r}.")
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
         measured = Measurement(model, load_processor(model, args.backbone), rows, rewards, args, bars).run()
@@ -316,6 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         table.add_row(name, f"{value:.3f}" if isinstance(value, float) else str(value))
     console.print(table)
     if args.output:
+        from ..evaluation.json_files import write_json
+
         write_json(measured, args.output)
         console.print(f"All figures and answers: {args.output}", highlight=False)
     return 0

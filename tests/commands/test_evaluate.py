@@ -7,8 +7,9 @@ import pytest
 from datasets import Dataset, Image, List
 from rewards.judge_server import JudgeServer, Reply, right
 
-from latent_trl.commands.evaluate import LAWS, Measured, diversity, swap_images, write_json
+from latent_trl.commands.evaluate import LAWS, Measured, diversity, swap_images
 from latent_trl.commands.main import main
+from latent_trl.evaluation.json_files import write_json
 
 QUESTIONS = "latent_trl.data.shapes:shape_questions"
 
@@ -111,3 +112,9 @@ def test_wrong_flags_are_named(words, said, capsys):
     with pytest.raises(SystemExit):
         main(["evaluate", "a-model", QUESTIONS, *words])
     assert said in capsys.readouterr().err
+
+
+def test_references_are_looked_for_before_anything_is_answered(capsys):
+    words = ["a-model", QUESTIONS, "--limit", "2", "--perplexity", "backbone", "--reference", "gold"]
+    assert main(["evaluate", *words]) == 1
+    assert "`--reference` must be one of ['prompt', 'images', " in capsys.readouterr().err

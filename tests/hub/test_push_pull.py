@@ -57,6 +57,13 @@ def test_round_trip_through_a_fresh_cache(hub, base, pushed, tmp_path):
     assert loaded.training_report == pushed.training_report
 
 
+def test_the_named_base_model_is_loaded_as_asked_for(hub, base, pushed):
+    loaded = LatentActionModel.from_pretrained(REPO, dtype=torch.bfloat16, device_map="cpu")
+    assert loaded.backbone.dtype == torch.bfloat16 and loaded.device.type == "cpu"
+    assert torch.equal(loaded.policy.head.weight, pushed.policy.head.weight)
+    assert loaded.generate(**base[1].text_inputs, **OPTIONS).action_ids.shape[1] <= 8
+
+
 def test_a_push_is_one_commit_of_the_checkpoint_format(hub, pushed):
     assert hub.repositories[REPO].messages == ["initial commit", "Learn to speak"]
     kinds = {name.rsplit(".", 1)[-1] for name in hub.files(REPO)}

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -193,10 +193,14 @@ class Backbone:
             input_ids, {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         )
 
-    def fingerprint(self) -> str | None:
+    def fingerprint(self, through: torch.dtype = torch.bfloat16) -> str | None:
         """
         SHA-256 over names, shapes and 64 values of each of the backbone's tensors, adapters left out; `None` for a
         quantised backbone, whose tensors are not those of the model that it was made of.
+
+        Args:
+            through (`torch.dtype`, defaults to `torch.bfloat16`): Values are rounded to it, and then to bfloat16, so
+                that a model loaded in that precision has the fingerprint of the same one loaded in float32.
         """
         if getattr(self.model, "is_quantized", False):
             return None
@@ -207,10 +211,18 @@ class Backbone:
             name = name.replace(".base_layer.", ".")
             step = max(1, tensor.numel() // 64)
             sample = tensor.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
-            # bfloat16 keeps the fingerprint of a model loaded in another precision, up to its own rounding.
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(sample.to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+            digest.update(sample.to(through).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()
+
+    def fits(self, fingerprints: Iterable[str | None]) -> bool:
+        """
+        Whether the tensors are those of `fingerprints`, taken `through` bfloat16 and float16. A quantised backbone, or
+        a checkpoint without one, cannot be told.
+        """
+        known = [f for f in fingerprints if f]
+        own = (self.fingerprint(dtype) for dtype in (torch.bfloat16, torch.float16))
+        return not known or any(f is None or f in known for f in own)
 
     def linear_names(self) -> list[str]:
         """Names of the linear maps of the text model, the default targets of an adapter."""

@@ -357,11 +357,18 @@ def _check_backbone(config: LatentActionConfig, backbone: PreTrainedModel) -> No
         raise CheckpointError(
             f"The checkpoint is for hidden size {config.text_config.hidden_size}, the backbone's is {view.hidden_size}."
         )
-    fingerprint = view.fingerprint()
-    if config.backbone_fingerprint and fingerprint and fingerprint != config.backbone_fingerprint:
+    if not view.fits((config.backbone_fingerprint, config.backbone_fingerprint_float16)):
+        hint = ""
+        if backbone.dtype in (torch.float16, torch.bfloat16):
+            precision = str(backbone.dtype).removeprefix("torch.")
+            hint = (
+                f" Or they were rounded: it is in {precision}, and float16 and bfloat16 round a "
+                "float32 model differently. Load it with `dtype=torch.float32`, and convert afterwards "
+                "(`model.to(...)`)."
+            )
         raise CheckpointError(
             f"The backbone's tensors are not those that the checkpoint was trained on "
-            f"({config.base_model_name_or_path!r}, revision {config.base_model_revision!r})."
+            f"({config.base_model_name_or_path!r}, revision {config.base_model_revision!r}).{hint}"
         )
 
 

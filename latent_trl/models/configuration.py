@@ -54,8 +54,8 @@ class LatentActionConfig(PreTrainedConfig):
             Ids that stand for visual tokens in a prompt. Never generated; a sample that has one has an image.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*):
             Where the backbone came from, and its commit.
-        backbone_fingerprint (`str`, *optional*):
-            SHA-256 over names, shapes and samples of the backbone's tensors.
+        backbone_fingerprint (`str`, *optional*), backbone_fingerprint_float16 (`str`, *optional*):
+            SHA-256 over names, shapes and samples of the backbone's tensors, rounded to bfloat16, and to float16 first.
         stage (`str`, defaults to `"none"`):
             Last stage reached, one of `none`, `inverse_dynamics`, `projector`, `joint`, `policy`, `sft`, `rl`.
         data_description (`dict`, *optional*):
@@ -83,6 +83,7 @@ class LatentActionConfig(PreTrainedConfig):
         base_model_name_or_path: str | None = None,
         base_model_revision: str | None = None,
         backbone_fingerprint: str | None = None,
+        backbone_fingerprint_float16: str | None = None,
         stage: str = "none",
         data_description: dict[str, Any] | None = None,
         allow_single_code: bool = False,
@@ -109,6 +110,7 @@ class LatentActionConfig(PreTrainedConfig):
         self.base_model_name_or_path = base_model_name_or_path
         self.base_model_revision = base_model_revision
         self.backbone_fingerprint = backbone_fingerprint
+        self.backbone_fingerprint_float16 = backbone_fingerprint_float16
         self.stage = stage
         self.data_description = data_description
         self.allow_single_code = allow_single_code

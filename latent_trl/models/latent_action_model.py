@@ -119,6 +119,7 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         config.base_model_name_or_path = backbone.config._name_or_path or None
         config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         config.backbone_fingerprint = view.fingerprint()
+        config.backbone_fingerprint_float16 = view.fingerprint(torch.float16)
         if config.codebook_std is None:
             config.codebook_std = view.state_rms
         if config.world_model_intermediate_size is None:

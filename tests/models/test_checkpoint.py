@@ -236,7 +236,7 @@ DAMAGE = {
         shutil.rmtree(f / "policy"),
         shutil.copytree(f / "inverse_dynamics", f / "policy"),
     ),
-    "another backbone": lambda f: edit(f, backbone_fingerprint="0" * 64),
+    "another backbone": lambda f: edit(f, backbone_fingerprint="0" * 64, backbone_fingerprint_float16="1" * 64),
     "a foreign tuned tensor": lambda f: tuned(f, {"nowhere.weight": torch.zeros(2)}),
     "a tuned tensor of another shape": lambda f: tuned(f, {"lm_head.weight": torch.zeros(2)}),
     "half of the tuned tensors": lambda f: (

@@ -69,9 +69,10 @@ def resident_bytes() -> int:
 
 @dataclass
 class Peak:
-    """`growth` is the most memory in use inside the block over what was in use before it, in bytes."""
+    """`growth` is the most memory in use inside the block over what was in use `before` it, in bytes."""
 
     growth: int = 0
+    before: int = 0
 
 
 @contextmanager
@@ -82,19 +83,19 @@ def peak_memory(device: torch.device):
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        peak.before = torch.cuda.memory_allocated()
         yield peak
         torch.cuda.synchronize()
-        peak.growth = torch.cuda.max_memory_allocated() - before
+        peak.growth = torch.cuda.max_memory_allocated() - peak.before
         return
     # What the allocator keeps for itself would hide the first part of the growth.
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
-    before, done = resident_bytes(), threading.Event()
+    peak.before, done = resident_bytes(), threading.Event()
 
     def watch():
         while not done.wait(0.005):
-            peak.growth = max(peak.growth, resident_bytes() - before)
+            peak.growth = max(peak.growth, resident_bytes() - peak.before)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()

@@ -1,5 +1,6 @@
 """Backbones and batches of the benchmarks: real layouts with random weights, made from configurations, no downloads."""
 
+import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,9 +54,9 @@ class Preset:
 
     def scaled_down(self) -> "Preset":
         """The same layout with tiny sizes, to see that a benchmark runs."""
-        small = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 512}
+        small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 512}
         small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-        vision = self.vision and {**self.vision, "depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2}
+        vision = self.vision and {**self.vision, "depth": 2, "hidden_size": 64, "intermediate_size": 64, "num_heads": 2}
         if vision:
             small["rope_parameters"] = {**self.text["rope_parameters"], "mrope_section": [2, 3, 3]}
             vision |= {"fullatt_block_indexes": [1]}
@@ -98,6 +99,13 @@ def qwen_vision(depth: int, hidden: int, intermediate: int, heads: int, full_att
 REAL_VISION = qwen_vision(32, 1280, 3420, 16, [7, 15, 23, 31])
 GPU = {"completion_length": 256, "image_size": 448, "dtype": torch.bfloat16}
 PRESETS = {
+    # A small `small`, for curves over many sizes on a CPU.
+    "mini": Preset(
+        qwen2_5_vl(256, 768, 6, 4, 2, vocab_size=32_768),
+        qwen_vision(2, 128, 256, 2, [1]),
+        completion_length=32,
+        policy_layers=4,
+    ),
     "small": Preset(qwen2_5_vl(512, 1536, 12, 8, 2), qwen_vision(4, 256, 512, 4, [1, 3]), completion_length=32),
     "smollm": Preset(
         {
@@ -184,6 +192,26 @@ def build_backbone(preset: Preset, device: torch.device | str = "cpu", seed: int
         torch.set_default_dtype(default)
     model.generation_config = transformers.GenerationConfig(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS)
     return model.eval()
+
+
+def in_four_bits(model: PreTrainedModel) -> PreTrainedModel:
+    """The model with its linear maps in 4 bits (NF4). By way of a folder: transformers quantises while it loads."""
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=model.dtype,
+    )
+    kind, dtype, device, generation = type(model), model.dtype, model.device, model.generation_config
+    with tempfile.TemporaryDirectory() as folder:
+        model.to("cpu").save_pretrained(folder)
+        model = kind.from_pretrained(
+            folder, quantization_config=quantization, dtype=dtype, device_map={"": device}
+        ).eval()
+    model.generation_config = generation
+    # The folder is gone: nobody is to look for it.
+    model.config._name_or_path = ""
+    return model
 
 
 def picture(size: int, seed: int) -> Image.Image:

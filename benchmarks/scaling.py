@@ -2,7 +2,7 @@
 What a step of RL over latent actions costs as sizes grow: codes (K), completion length, samples a prompt (G), depth of
 the policy. One size varies, the others stay; lines are fitted through the medians.
 
-    python benchmarks/scaling.py --preset small --json scaling.json --plot scaling.png
+    python benchmarks/scaling.py --preset mini --json scaling.json --plot scaling.png
     python benchmarks/scaling.py --preset small --num-codes 16 256 4096 --completion-length 16 32 64 --repeats 3
 """
 
@@ -92,14 +92,15 @@ def report(curves: dict[str, Any]) -> str:
     parts = []
     for name, curve in curves.items():
         rows = [[size, *[curve[figure][i] for figure in FIGURES]] for i, size in enumerate(curve["sizes"])]
-        rows.append(["one more costs", *[curve["fits"][figure]["slope"] for figure in FIGURES]])
+        for label, figure_of_fit in (("one more costs", "slope"), ("R² of the line", "r2")):
+            rows.append([label, *[curve["fits"][figure][figure_of_fit] for figure in FIGURES]])
         parts.append(table([LABELS[name], "rollout, s", "update, s", "step, s", "update, MiB", "rollout, MiB"], rows))
     return "\n\n".join(parts)
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--plot", help="picture to write")
     parser.add_argument("--repeats", type=int, default=5)

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import four_bit_step
 import learn_step
 import measuring
 import pytest
@@ -30,7 +31,7 @@ def numbers(value) -> list[float]:
     return [value] if isinstance(value, (int, float)) else []
 
 
-@pytest.mark.parametrize("preset", ["small", "smollm", "3b"])
+@pytest.mark.parametrize("preset", ["small", "smollm", "3b", "7b"])
 def test_rl_step(preset, tmp_path):
     if Version(trl.__version__) < Version("1.16") and not torch.cuda.is_available():
         pytest.skip("This TRL scores tokens with Triton kernels alone, which need a GPU.")
@@ -62,6 +63,26 @@ def test_scaling(tmp_path):
     assert all(math.isfinite(n) for n in numbers(result))
 
 
+@pytest.mark.parametrize("preset", ["3b", "7b"])
+def test_learning_and_curves_of_the_large_presets_scaled_down(preset):
+    quick = ["--preset", preset, "--quick", "--repeats", "1", "--warmup", "0", "--device", "cpu"]
+    stages = learn_step.main([*quick, "--rows", "1"])["stages"]
+    assert set(stages) == {"inverse_dynamics", "projector", "joint", "policy"}
+    curves = scaling.main([*quick, "--only", "policy_layers", "--policy-layers", "1", "2"])["curves"]
+    assert curves["policy_layers"]["step"][0] > 0
+
+
+def test_a_step_in_four_bits(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    path = tmp_path / "four.json"
+    quick = ["--preset", "7b", "--quick", "--repeats", "1", "--device", "cpu"]
+    result = four_bit_step.main([*quick, "--json", str(path)])
+    assert json.loads(path.read_text()) == result
+    assert set(result["seconds"]) == {"rollout", "scoring", "update", "step"}
+    assert 0 < result["four_bit_mib"] < result["weight_mib"] < result["peak_mib"]
+    assert all(math.isfinite(n) for n in numbers(result))
+
+
 def test_line_through_points():
     line = scaling.fit([1, 2, 4], [3.0, 5.0, 9.0])
     assert line["slope"] == pytest.approx(2) and line["intercept"] == pytest.approx(1)
@@ -77,7 +98,9 @@ def test_peak_memory_sees_what_is_freed_again():
     assert 100 * measuring.MIB < peak.growth < 200 * measuring.MIB
 
 
-@pytest.mark.parametrize("name, billions", [("small", 0.12), ("smollm", 0.135), ("3b", 3.75), ("7b", 8.29)])
+@pytest.mark.parametrize(
+    "name, billions", [("mini", 0.0137), ("small", 0.12), ("smollm", 0.135), ("3b", 3.75), ("7b", 8.29)]
+)
 def test_presets_have_the_size_of_their_models(name, billions):
     preset = PRESETS[name]
     model = build_backbone(preset, "meta")
@@ -89,7 +112,8 @@ def test_page_names_what_the_benchmarks_take():
     """Each command of docs/speed.md is one that the scripts parse, and each key has its row."""
     page = DOCS.read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in KEYS)
-    parsers = {"rl_step": rl_step.parse, "learn_step": learn_step.parse, "scaling": scaling.parse}
+    scripts = (rl_step, learn_step, scaling, four_bit_step)
+    parsers = {script.__name__: script.parse for script in scripts}
     commands = re.findall(r"python benchmarks/(\w+)\.py([^\n#`]*)", page)
     assert {name for name, _ in commands} == set(parsers)
     for name, arguments in commands:

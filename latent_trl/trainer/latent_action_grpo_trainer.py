@@ -18,6 +18,7 @@ from ..models.action_law import ActionLaw
 from ..models.latent_action_model import LatentActionModel
 from ..rewards.shaping import SoftOverlongPunishment
 from .code_scoring import CodeScorer, CodeScores, Rollout
+from .completions_table import CompletionsTable, prompt_text
 from .component_training import ComponentTrainingMixin, train_only
 from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 from .latent_action_grpo_config import LatentActionGRPOConfig
@@ -120,6 +121,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self._replayed: list[Sample] | None = None
         # What the trained policy said of the codes last scored.
         self._scored: CodeScores | None = None
+        if args.log_completions:
+            self.add_callback(CompletionsTable(self))
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
@@ -223,6 +226,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self._rollout.context_states = self._rollout.context_states.cpu()
         codes = [rollout.action_ids[0].tolist() for rollout in rollouts]
         self._log_completion_extra("action_ids", codes)
+        self._log_completion_extra("completion_ids", [list(ids) for ids in completion_ids])
         self._log_usage(codes)
         return completion_ids, [rollout.action_log_probs[0].tolist() for rollout in rollouts]
 
@@ -266,7 +270,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         weighted = (rewards * self.reward_weights.to(rewards.device)).nansum(dim=1)
         self._rewards = weighted.masked_fill(rewards.isnan().all(dim=1), torch.nan)
         start = self.accelerator.process_index * len(inputs)
-        columns = {k: v for k, v in self._pending_extra_logs.items() if k != "action_ids" and len(v) == len(inputs)}
+        own = ("action_ids", "completion_ids")
+        columns = {k: v for k, v in self._pending_extra_logs.items() if k not in own and len(v) == len(inputs)}
         for i, sample in enumerate(self._samples):
             sample.row, sample.rewards = inputs[i], rewards[start + i]
             sample.extra = {column: values[i] for column, values in columns.items()}
@@ -302,9 +307,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self._watch_rewards()
         self._finish_rollout(output)
         self._rollout, self._samples = None, []
-        # One form for the table of completions, whether or not a batch had images.
+        # One form for the tables of completions, whether or not a batch had images, which every tracker takes.
         prompts = self._logs["prompt"]
-        prompts.extend([in_parts(prompts.popleft()) for _ in range(len(prompts))])
+        prompts.extend([prompt_text(prompts.popleft()) for _ in range(len(prompts))])
         if self.args.reuse_context_states:
             # Nothing reads pixels again.
             output = {k: v for k, v in output.items() if k not in VISION_KEYS}
@@ -412,18 +417,6 @@ def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionMode
     if not isinstance(model, LatentActionModel):
         raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
     return model
-
-
-def in_parts(prompt: Any) -> Any:
-    """A conversation with the text of each message as a part, as prompts with images have it; a string as it is."""
-    if isinstance(prompt, str):
-        return prompt
-    return [
-        {**message, "content": [{"type": "text", "text": message["content"]}]}
-        if isinstance(message["content"], str)
-        else message
-        for message in prompt
-    ]
 
 
 def copy_adapter(peft_backbone, name: str) -> None:

@@ -97,14 +97,22 @@ class Chat:
             raise
 
     def _answer(self, forced: list[int] | None) -> None:
-        from .replies import coloured
+        """Answers the messages, printing tokens as they come."""
+        from ..evaluation.report import code_colour
+        from .replies import visible
 
-        (self.last,) = self.answerer(self.messages, self.images, forced=forced)
+        special = set(self.answerer.tokenizer.all_special_tokens)
+
+        def show(token: str, code: int) -> None:
+            style = f"black on {code_colour(code)}" if self.colours else None
+            if self.colours or token not in special:
+                self.console.print(visible(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
+
+        try:
+            (self.last,) = self.answerer(self.messages, self.images, forced=forced, on_token=show)
+        finally:
+            self.console.print()
         self.messages.append({"role": "assistant", "content": self.last.text})
-        if self.colours:
-            self.console.print(coloured(self.last, numbers=False), soft_wrap=True)
-        else:
-            self.console.print(self.last.text, markup=False, highlight=False, soft_wrap=True)
 
     def again(self, place: str | None = None, code: str | None = None) -> None:
         """Answers the last message again, from step `place` with `code`."""
@@ -157,7 +165,8 @@ def main(argv: list[str] | None = None) -> int:
     chat = Chat(load_answerer(args), console, args.system)
     if args.image:
         chat.show_image(args.image)
-    console.print(f"{chat.answerer.model.config.num_codes} codes. /help lists what can be done, /quit leaves.")
+    codes = chat.answerer.model.config.num_codes
+    console.print(f"{codes} codes. /help lists what can be done, /quit leaves.", highlight=False)
     while True:
         try:
             line = input("> ")

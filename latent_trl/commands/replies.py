@@ -1,6 +1,8 @@
 """Answers to one conversation, and how they look in a terminal: each token on the colour of its code."""
 
 import argparse
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,9 +81,17 @@ class Answerer:
         return bias.to(self.model.device)
 
     def __call__(
-        self, messages: list[dict[str, Any]], images: list[Any], samples: int = 1, forced: list[int] | None = None
+        self,
+        messages: list[dict[str, Any]],
+        images: list[Any],
+        samples: int = 1,
+        forced: list[int] | None = None,
+        on_token: Callable[[str, int], None] | None = None,
     ) -> list[Reply]:
-        """Answers to a conversation that ends with the user's turn; `forced` are the codes of the first steps."""
+        """
+        Answers to a conversation that ends with the user's turn; `forced` are the codes of the first steps. `on_token`
+        is told each token of a single answer and its code as they come.
+        """
         import torch
 
         from ..data.prompts import encode_prompts
@@ -99,17 +109,53 @@ class Answerer:
                 "action_top_p": self.args.top_p,
                 "action_generator": self.generator,
             }
-        output = self.model.generate(
-            **inputs,
-            max_new_tokens=self.args.max_new_tokens,
-            num_return_sequences=samples,
-            forced_action_ids=forced_ids,
-            return_dict_in_generate=True,
-            **options,
-        )
+        with nullcontext() if on_token is None else self._streaming(on_token) as streamer:
+            output = self.model.generate(
+                **inputs,
+                max_new_tokens=self.args.max_new_tokens,
+                num_return_sequences=samples,
+                forced_action_ids=forced_ids,
+                return_dict_in_generate=True,
+                streamer=streamer,
+                **options,
+            )
         return self._replies(output, inputs["input_ids"].shape[1])
 
+    @contextmanager
+    def _streaming(self, on_token: Callable[[str, int], None]):
+        """A streamer of one answer. What the codebook is asked for is the code of the token that comes next."""
+        from transformers.generation.streamers import BaseStreamer
+
+        from ..data.pieces import UNFINISHED
+
+        tokenizer, codes, ids = self.tokenizer, [], []
+
+        class Streamer(BaseStreamer):
+            prompt, shown = True, ""
+
+            def put(self, value):
+                if self.prompt:
+                    self.prompt = False
+                    return
+                ids.extend(value.tolist())
+                # A character that is not complete waits for the tokens that complete it.
+                text = tokenizer.decode(ids)
+                if not text.endswith(UNFINISHED):
+                    on_token(text[len(self.shown) :], codes[-1])
+                    self.shown = text
+
+            def end(self):
+                pass
+
+        hook = self.model.codebook.register_forward_hook(lambda module, args, output: codes.extend(args[0].tolist()))
+        try:
+            yield Streamer()
+        finally:
+            hook.remove()
+
     def _replies(self, output, prompt_length: int) -> list[Reply]:
+        from ..data.pieces import text_pieces
+
         end = self.model.generation_config.eos_token_id
         ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
         replies = []
@@ -120,7 +166,7 @@ class Answerer:
             replies.append(
                 Reply(
                     text=self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip(),
-                    tokens=[self.tokenizer.decode([token]) for token in ids[:length]],
+                    tokens=text_pieces(self.tokenizer, ids[:length]),
                     action_ids=action_ids[:length],
                     log_prob=sum(log_probs[:length]),
                 )
@@ -136,11 +182,15 @@ def coloured(reply: Reply, numbers: bool = True):
 
     text = Text()
     for token, code in zip(reply.tokens, reply.action_ids, strict=True):
-        shown = "".join(c if c.isprintable() or c == "\n" else "�" for c in token)
-        text.append(shown, style=f"black on {code_colour(code)}")
+        text.append(visible(token), style=f"black on {code_colour(code)}")
         if numbers:
             text.append(f" {code} ", style="dim")
     return text
+
+
+def visible(token: str) -> str:
+    """A token without what would move a terminal's cursor, but for new lines."""
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in token)
 
 
 def open_image(path: str):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..data.pieces import text_pieces
 from ..data.prompts import encode_prompts
 
 
@@ -77,7 +78,7 @@ def answer(
         for row_ids, codes in zip(ids, output.action_ids.tolist(), strict=True):
             length = next((i + 1 for i, token in enumerate(row_ids) if token in ends), len(row_ids))
             texts.append(tokenizer.decode(row_ids[:length], skip_special_tokens=True).strip())
-            result.tokens.append([tokenizer.decode([token]) for token in row_ids[:length]])
+            result.tokens.append(text_pieces(tokenizer, row_ids[:length]))
             result.action_ids.append(codes[:length])
         result.texts += texts
         if reward is not None:

@@ -16,6 +16,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from ..data.pieces import text_pieces
 from ..evaluation.report import code_colour, image_url
 
 TEMPLATE = "completions.html.j2"
@@ -60,7 +61,7 @@ def completion_rows(logs: dict[str, Any], tokenizer: Any) -> list[CompletionRow]
             CompletionRow(
                 images=list(images[i] or []),
                 prompt=prompt_text(prompt),
-                tokens=[tokenizer.decode([token]) for token in ids],
+                tokens=text_pieces(tokenizer, ids),
                 action_ids=list(codes),
                 rewards={name: values[i] for name, values in logs["rewards"].items()},
                 advantage=logs["advantages"][i],

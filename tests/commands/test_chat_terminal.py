@@ -1,0 +1,98 @@
+"""Chat prints tokens as they come, also in a real pseudo-terminal."""
+
+import io
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+
+import pytest
+from rich.console import Console
+
+ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
+
+
+def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
+    from latent_trl.commands.chat import Chat, parse
+    from latent_trl.commands.replies import load_answerer
+
+    answerer = load_answerer(parse([checkpoint, "--max-new-tokens", "6", "--greedy"]))
+    model, seen, steps = answerer.model, [], []
+    hook = model.codebook.register_forward_hook(lambda module, args, output: steps.append(args[0]))
+    replies = answerer(
+        [{"role": "user", "content": "what?"}], [], on_token=lambda token, code: seen.append((token, code, len(steps)))
+    )
+    hook.remove()
+    assert [token for token, _, _ in seen] == replies[0].tokens
+    assert [code for _, code, _ in seen] == replies[0].action_ids
+    assert [count for _, _, count in seen] == list(range(1, len(seen) + 1)) and len(seen) > 1
+
+    out = io.StringIO()
+    chat = Chat(answerer, Console(file=out, width=100))
+    chat.colours = False
+    chat.hear("what?")
+    assert out.getvalue().strip() == chat.last.text == replies[0].text
+    assert len(model.codebook._forward_hooks) == 0
+
+
+class Terminal:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, words: list[str]):
+        import pty
+
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "HF_HUB_OFFLINE": "1"}
+        self.process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=environment)
+        os.close(slave)
+        self.said = b""
+
+    def until(self, pattern: bytes, seconds: float = 60) -> bytes:
+        """What was said from the last call up to `pattern`."""
+        start, deadline = len(self.said), time.monotonic() + seconds
+        while not (found := re.search(pattern, self.said[start:])):
+            assert time.monotonic() < deadline, self.said[-2000:]
+            if select.select([self.master], [], [], 0.5)[0]:
+                self.said += os.read(self.master, 4096)
+        return self.said[start : start + found.end()]
+
+    def type(self, line: str) -> None:
+        os.write(self.master, line.encode() + b"\n")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_a_conversation_in_a_terminal(checkpoint, picture):
+    terminal = Terminal(
+        [
+            sys.executable,
+            "-m",
+            "latent_trl",
+            "chat",
+            checkpoint,
+            "--greedy",
+            "--max-new-tokens",
+            "4",
+            "--image",
+            picture,
+        ]
+    )
+    terminal.until(rb"16 codes\. [^\n]*\n> ")
+    terminal.type("what color is it?")
+    answer = terminal.until(rb"\n> ")
+    # Tokens on coloured backgrounds.
+    assert re.search(rb"\x1b\[30;48;[25];", answer)
+    terminal.type("/codes")
+    table = ESCAPES.sub(b"", terminal.until(rb"\n> ")).decode()
+    codes = [int(code) for code in re.findall(r"^\s*\d+\s+(\d+)\s+'", table, re.MULTILINE)]
+    assert 0 < len(codes) <= 4
+    other = (codes[0] + 1) % 16
+    terminal.type(f"/again 0 {other}")
+    terminal.until(rb"\n> ")
+    terminal.type("/codes")
+    table = ESCAPES.sub(b"", terminal.until(rb"\n> ")).decode()
+    assert int(re.search(r"^\s*0\s+(\d+)\s+'", table, re.MULTILINE)[1]) == other
+    terminal.type("/quit")
+    assert terminal.process.wait(timeout=30) == 0

@@ -315,13 +315,17 @@ class _Scorer:
         self.known: dict[tuple[int, str], float | None] = {}
 
     def __call__(self, rows: list[dict[str, Any]], groups: list[list[Candidate]]) -> None:
-        new = {(id(row), c.text): row for row, group in zip(rows, groups, strict=True) for c in group}
-        new = {key: row for key, row in new.items() if key not in self.known}
+        new: dict[tuple[int, str], tuple[dict[str, Any], list[int]]] = {}
+        for row, group in zip(rows, groups, strict=True):
+            for candidate in group:
+                if (id(row), candidate.text) not in self.known:
+                    new.setdefault((id(row), candidate.text), (row, candidate.token_ids))
         if new:
-            columns = {name: [row[name] for row in new.values()] for name in rows[0] if name != "prompt"}
+            columns = {name: [row[name] for row, _ in new.values()] for name in rows[0] if name != "prompt"}
             rewards = self.reward(
-                prompts=[row["prompt"] for row in new.values()],
-                completions=[_as_completion(row["prompt"], text) for (_, text), row in new.items()],
+                prompts=[row["prompt"] for row, _ in new.values()],
+                completions=[_as_completion(row["prompt"], text) for (_, text), (row, _) in new.items()],
+                completion_ids=[ids for _, ids in new.values()],
                 **columns,
             )
             if inspect.isawaitable(rewards):

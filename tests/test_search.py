@@ -135,8 +135,11 @@ def test_the_reward_function_sees_each_text_once_with_its_columns(tiny, search):
     model, processor = tiny
     seen = []
 
-    async def reward(prompts, completions, target, images, **columns):
-        for prompt, completion, number, pictures in zip(prompts, completions, target, images, strict=True):
+    async def reward(prompts, completions, completion_ids, target, images, **columns):
+        rewarded = zip(prompts, completions, completion_ids, target, images, strict=True)
+        for prompt, completion, ids, number, pictures in rewarded:
+            text = processor.tokenizer.decode(ids, skip_special_tokens=True).strip()
+            assert text == completion[0]["content"]
             assert prompt == rows()[number]["prompt"] and len(pictures) == number % 2
             seen.append((number, completion[0]["content"]))
         return [float(number) for number in target]

@@ -5,7 +5,7 @@ import json
 import sys
 from dataclasses import asdict
 
-from .replies import add_sampling, codes
+from .replies import Answerer, Reply, add_sampling, codes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -21,9 +21,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--force", type=codes, default=[], metavar="CODES", help="codes of the first steps: 5,-1,7; -1 leaves one free"
     )
     parser.add_argument("--plain", action="store_true", help="the text alone")
-    parser.add_argument("--json", action="store_true", help="a JSON line an answer: text, tokens, action_ids, log_prob")
+    parser.add_argument(
+        "--json", action="store_true", help="a JSON line an answer: text, tokens, action_ids, log_prob, reward"
+    )
     add_sampling(parser)
-    return parser.parse_args(argv)
+    search = parser.add_argument_group("search, for the answer that a reward function likes best")
+    budget = search.add_mutually_exclusive_group()
+    budget.add_argument("--best-of", type=int, metavar="N", help="sample N answers")
+    budget.add_argument("--tree", type=int, metavar="N", help="take N different answers from the tree of codes")
+    search.add_argument("--reward-funcs", nargs="+", default=[], metavar="REWARD", help="as in `latent-trl grpo`")
+    search.add_argument("--reward-kwargs", metavar="JSON", help="as in `latent-trl grpo`")
+    search.add_argument("--columns", metavar="JSON", help="""what the rewards read: '{"answer": "red"}'""")
+    args = parser.parse_args(argv)
+    searches = args.best_of is not None or args.tree is not None
+    if searches != bool(args.reward_funcs):
+        parser.error("--best-of and --tree need --reward-funcs, and the other way round")
+    if searches and (args.force or args.samples != 1):
+        parser.error("--force and --samples are not for searches")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,14 +51,47 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError("The prompt is empty. Pass `--prompt TEXT`, or text on standard input.")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     answerer = load_answerer(args)
-    replies = answerer([*messages, {"role": "user", "content": prompt}], images, args.samples, args.force)
+    messages.append({"role": "user", "content": prompt})
+    if args.reward_funcs:
+        replies = [searched(args, answerer, messages, images)]
+    else:
+        replies = answerer(messages, images, args.samples, args.force)
     for reply in replies:
         if args.json:
-            print(json.dumps(asdict(reply), ensure_ascii=False))
+            print(json.dumps({k: v for k, v in asdict(reply).items() if v is not None}, ensure_ascii=False))
         elif args.plain:
             print(reply.text)
         else:
             from rich.console import Console
 
             Console().print(coloured(reply), soft_wrap=True)
+            if reply.reward is not None:
+                print(f"reward {reply.reward:.4g}")
     return 0
+
+
+def searched(args: argparse.Namespace, answerer: Answerer, messages: list, images: list) -> Reply:
+    """The best answer that was found within the budget."""
+    from ..data.pieces import text_pieces
+    from ..rewards.weighted_sum import WeightedSumReward
+    from ..search import best_of_n, tree_search
+    from .arguments import as_dict
+    from .loading import load_rewards
+
+    rewards = load_rewards(args.reward_funcs, as_dict("reward_kwargs", args.reward_kwargs))
+    reward = rewards[0] if len(rewards) == 1 else WeightedSumReward(rewards)
+    row = {"prompt": messages, "images": images, **(as_dict("columns", args.columns) or {})}
+    options = {"max_new_tokens": args.max_new_tokens, "action_bias": answerer.bias}
+    if args.tree is not None:
+        (found,) = tree_search(answerer.model, answerer.processor, [row], reward, args.tree, **options)
+    else:
+        options |= {
+            "action_temperature": args.temperature,
+            "action_top_k": args.top_k,
+            "action_top_p": args.top_p,
+            "action_generator": answerer.generator,
+        }
+        (found,) = best_of_n(answerer.model, answerer.processor, [row], reward, args.best_of, **options)
+    best = found.best
+    tokens = text_pieces(answerer.tokenizer, best.token_ids)
+    return Reply(best.text, tokens, best.action_ids, best.log_prob, best.reward)

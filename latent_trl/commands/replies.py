@@ -15,12 +15,14 @@ class Reply:
         tokens (`list[str]`): The same token by token, up to and including the end.
         action_ids (`list[int]`): The codes that emitted them.
         log_prob (`float`): Of all codes together.
+        reward (`float`, *optional*): What a search's reward function said.
     """
 
     text: str
     tokens: list[str]
     action_ids: list[int]
     log_prob: float
+    reward: float | None = None
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 
 import pytest
@@ -22,6 +23,33 @@ def test_generate_follows_forced_and_banned_codes(checkpoint, picture, capsys):
     assert main(["generate", *words, "--greedy", "--plain"]) == 0
     first, *others = capsys.readouterr().out.splitlines()
     assert others == [first, first]
+
+
+@pytest.mark.parametrize("search", ["--best-of", "--tree"])
+def test_generate_searches_for_what_a_reward_likes(checkpoint, picture, search, capsys):
+    words = [checkpoint, "--prompt", "what color is it?", "--image", picture, "--max-new-tokens", "5"]
+    rewards = ["--reward-funcs", "length", "exact_match", "--reward-kwargs", '{"length": {"target": 2}}']
+    assert main(["generate", *words, search, "4", *rewards, "--columns", '{"answer": "red"}', "--json"]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    found = json.loads(line)
+    assert math.isfinite(found["reward"]) and "".join(found["tokens"]).startswith(found["text"][:1])
+    assert main(["generate", *words, search, "1", *rewards[:2], *rewards[3:]]) == 0
+    assert "reward " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--best-of", "4"], "need --reward-funcs"),
+        (["--reward-funcs", "length"], "need --reward-funcs, and the other way round"),
+        (["--best-of", "4", "--tree", "4"], "not allowed with argument"),
+        (["--tree", "4", "--reward-funcs", "length", "--force", "1"], "not for searches"),
+    ],
+)
+def test_a_search_without_its_parts_is_wrong_usage(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["generate", "model", "--prompt", "hi", *words])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

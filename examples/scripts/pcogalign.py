@@ -72,6 +72,7 @@ def sft(start: str, output: Path, task: TaskArguments, model_args: ModelConfig) 
     trainer = LatentActionSFTTrainer(model, args, rows("sft", task), None, processor, peft_config)
     trainer.train()
     trainer.save_model(str(output))
+    trainer.accelerator.wait_for_everyone()  # the next stage reads what one process writes
 
 
 def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, args, judge: JudgeReward) -> None:
@@ -80,6 +81,7 @@ def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, a
     trainer = LatentActionGRPOTrainer(model, judge, args, processor, train_dataset=rows("rl", task))
     trainer.train()
     trainer.save_model(str(output))
+    trainer.accelerator.wait_for_everyone()  # the next stage reads what one process writes
 
 
 def evaluate(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, args, judge: JudgeReward) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -36,6 +37,13 @@ def run(patch, script: str, words: list[str]) -> None:
 def task(request, server, checkpoint, tmp_path_factory):
     """The name of a task, and its output folder after all three stages with its own configuration file."""
     name, root = request.param, tmp_path_factory.mktemp(request.param)
+    words = words_for(name, root, checkpoint, server)
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, name, words)
+    return name, root / "out", words
+
+
+def words_for(name: str, root: Path, checkpoint: str, server: JudgeServer) -> list[str]:
     data = FOLDERS[name](root / "data")
     judge = {"model": "a-judge", "base_url": server.url, "retry_delay": 0.01}
     words = ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml"), f"--dataset_name={data}", *FEWER]
@@ -43,9 +51,7 @@ def task(request, server, checkpoint, tmp_path_factory):
     words += [f"--judge_kwargs={json.dumps(judge)}", f"--sft_kwargs={json.dumps(SFT)}"]
     if name == "pcogalign":
         words.append(f"--references={data / 'version_v4'}")
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, name, words)
-    return name, root / "out", words
+    return words
 
 
 def test_every_stage_leaves_its_model(task):
@@ -87,6 +93,18 @@ def test_a_stage_can_run_alone(task, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "sft").exists()
     with pytest.raises(ValueError, match="`stages` must be some of"):
         run(monkeypatch, name, [*words, "--stages", "learn"])
+
+
+@pytest.mark.distributed
+def test_two_processes_run_all_stages(server, checkpoint, tmp_path):
+    """A stage begins when the files of the one before are whole, and one process evaluates."""
+    config = ROOT / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
+    words = [str(SCRIPTS / "mmrole.py"), *words_for("mmrole", tmp_path, checkpoint, server)]
+    ended = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert ended.stdout.count("ood: ratio") == 1
+    assert json.loads((tmp_path / "out" / "evaluation" / "ood.json").read_text())["judged"]["report"]["num_judged"] == 8
 
 
 def test_references_are_asked_for_with_the_picture_and_failures_are_left_out(server, tmp_path, monkeypatch, capsys):

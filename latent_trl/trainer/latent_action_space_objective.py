@@ -258,7 +258,9 @@ class LatentActionSpaceObjective:
         if self.some_states is None:
             return
         usage = self.revival_usage if self.average is None else self.average(self.revival_usage)
-        model.codebook.revive(usage == 0, self.some_states, self._random(usage.device, self.kinds + 1, 0))
+        # A batch whose update was skipped may have left others.
+        states = self.some_states[self.some_states.isfinite().all(dim=-1)]
+        model.codebook.revive(usage == 0, states, self._random(usage.device, self.kinds + 1, 0))
         self.revival_usage.zero_()
 
     def _add(self, name: str, values: torch.Tensor) -> None:

@@ -116,8 +116,10 @@ def written_whole(target: str | Path, run_folder: str, remove: bool = False) -> 
     """
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:
-        # PyTorch reports a full disk as a RuntimeError.
+    except Exception as error:
+        # PyTorch reports a full disk as a RuntimeError, and tokenizers as an Exception.
+        if not isinstance(error, (OSError, SafetensorError, RuntimeError)) and "os error" not in str(error):
+            raise
         free = shutil.disk_usage(run_folder).free
         if remove:
             shutil.rmtree(target, ignore_errors=True)

@@ -12,21 +12,10 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
-from learning_runs import build_sft, build_space, logs  # noqa: E402
-from rl_models import prompts  # noqa: E402
-from tiny_models import latent, latent_config  # noqa: E402
+from every_trainer import build, logs  # noqa: E402
 
-from latent_trl import (  # noqa: E402
-    LatentActionGRPOConfig,
-    LatentActionGRPOTrainer,
-    LatentActionPPOConfig,
-    LatentActionPPOTrainer,
-)
 from latent_trl.trainer.checkpoint_manifest import newest_whole_checkpoint  # noqa: E402
 
-SAVES = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 2}
-STEPS = 16
-STAGE_STEPS = {f"{stage}_max_steps": 5 for stage in ("inverse_dynamics", "projector", "joint", "policy")}
 # Where a run is killed: within calls of these methods.
 SAVING, ROLLOUT, STEP = "_save_checkpoint", "_generate_and_score_completions", "training_step"
 PLACES = {"space": (SAVING, STEP, "_end"), "sft": (SAVING, STEP), "grpo": (SAVING, ROLLOUT), "ppo": (SAVING, ROLLOUT)}
@@ -38,40 +27,6 @@ class Moment(NamedTuple):
     method: str | None
     call: int
     after: float
-
-
-def letters(completions, **columns):
-    return [float(len(set(completion))) for completion in completions]
-
-
-def build(kind: str, folder: Path, steps: int = STEPS, reward=letters, **options):
-    """A trainer that saves after every step; RL's rollout batches serve four steps each."""
-    options = {**SAVES, **options}
-    if kind == "space":
-        return build_space(folder, logging_steps=2, revive_dead_codes_every=3, **{**STAGE_STEPS, **options})
-    if kind == "sft":
-        return build_sft(folder, logging_steps=2, max_steps=steps, **options)
-    model, tiny = latent("llama", latent_config(use_projector=False))
-    options = {
-        "use_cpu": True,
-        "bf16": False,
-        "per_device_train_batch_size": 4,
-        "steps_per_generation": 2,
-        "num_iterations": 2,
-        "max_completion_length": 5,
-        "learning_rate": 1e-2,
-        "beta": 0.05,
-        "logging_steps": 2,
-        "disable_tqdm": True,
-        "max_steps": steps,
-        **options,
-    }
-    if kind == "ppo":
-        options = {"kl_target": 0.02, "kl_horizon": 20, "value_warmup_steps": 2, **options}
-        trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(str(folder), **options)
-    else:
-        trainer_class, args = LatentActionGRPOTrainer, LatentActionGRPOConfig(str(folder), num_generations=2, **options)
-    return trainer_class(model, reward, args, train_dataset=prompts(20), processing_class=tiny.processor)
 
 
 def watch(trainer: Any, method: str, calls: list[float], moment: Moment | None) -> None:
@@ -110,12 +65,9 @@ def run(kind: str, folder: Path, moment: Moment | None, begun) -> None:
     begin = time.monotonic()
     resume = folder.is_dir() and (kind == "space" or newest_whole_checkpoint(folder) is not None)
     trainer.train(resume_from_checkpoint=resume)
-    kept = trainer.history if kind == "space" else trainer.state.log_history
-    clocks = ("step_time", "epoch")
-    rows = [dict(sorted((k, v) for k, v in row.items() if k not in clocks)) for row in logs(kept)]
     result = {
         "weights": {name: p.detach() for name, p in trainer.model.named_parameters()},
-        "logs": [row for row in rows if len(row) > 2],
+        "logs": logs(trainer),
         "calls": calls,
         "seconds": time.monotonic() - begin,
     }

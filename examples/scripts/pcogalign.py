@@ -30,7 +30,7 @@ from latent_trl.commands.arguments import as_dict
 from latent_trl.data.pcogalign import SOURCE, pcogalign
 from latent_trl.evaluation.json_files import write_json
 from latent_trl.evaluation.judge_protocol import judge_model
-from latent_trl.evaluation.perplexity import text_perplexity
+from latent_trl.evaluation.perplexity import answer_perplexity, text_perplexity
 from latent_trl.rewards.judge import JudgeReward
 
 STAGES = ("sft", "rl", "evaluate")
@@ -99,9 +99,11 @@ def evaluate(start: str, output: Path, task: TaskArguments, model_args: ModelCon
             batch_size=args.per_device_eval_batch_size,
             seed=args.seed,
         )
-        perplexity = text_perplexity(model, processor, prompts).interval()
-        write_json({"judged": found, "reference_perplexity": perplexity}, output / f"{split}.json")
-        print(f"{split}: ratio {found.report}, perplexity of the references {perplexity}")
+        references = text_perplexity(model, processor, prompts).interval()
+        answers = answer_perplexity(model, processor, prompts, found.generations[0]).interval()
+        figures = {"judged": found, "reference_perplexity": references, "answer_perplexity": answers}
+        write_json(figures, output / f"{split}.json")
+        print(f"{split}: ratio {found.report}; perplexity of references {references}, of answers {answers}")
 
 
 def main(task: TaskArguments, args: LatentActionGRPOConfig, model_args: ModelConfig) -> None:

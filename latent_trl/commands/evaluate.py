@@ -179,8 +179,9 @@ class Measurement:
         return answer(self.model, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options)
 
     def answers_and_codes(self) -> dict[str, list[float]]:
-        """Answers with the most likely codes: their rewards, which are returned, and the use of the codebook."""
+        """The most likely answers: their rewards, which are returned, their fluency, and the use of the codebook."""
         from ..evaluation.atlas import code_token_information
+        from ..evaluation.perplexity import answer_perplexity
         from ..hub.facts import CodebookReport
 
         found = self._answers("Most likely codes", self.rows)
@@ -195,6 +196,10 @@ class Measurement:
         self.figures["codebook/used"] = report.used
         self.figures["codebook/perplexity"] = report.perplexity
         self.figures["codebook/mutual_information"] = code_token_information(found.tokens, found.action_ids)
+        self.figures["answers/empty"] = sum(not text for text in found.texts)
+        bar = self._bar("Perplexity of the answers", len(self.rows))
+        fluency = answer_perplexity(self.model, self.processor, self.rows, found.texts, progress=bar)
+        self.figures["answers/perplexity"] = fluency.interval(seed=self.args.seed)
         return kept
 
     def image_ablation(self, kept: dict[str, list[float]]) -> None:
@@ -258,20 +263,14 @@ class Measurement:
         self.figures["judge/not scored"] = report.num_unscored
 
     def perplexity(self) -> None:
-        """Of the reference answers under each law, and of the model's own answers under the backbone alone."""
+        """Of the reference answers under each law."""
         from ..evaluation.perplexity import text_perplexity
 
         references = self.rows[self.args.reference][:]
-        measured, said = self.measured, [i for i, text in enumerate(self.measured.answers) if text]
         for law in self.args.perplexity:
             bar = self._bar(f"Perplexity, {law}", len(self.rows))
             found = text_perplexity(self.model, self.processor, self.rows, references, law, progress=bar)
             self.figures[f"reference_perplexity/{law}"] = found.interval(seed=self.args.seed)
-        self.figures["answers/empty"] = len(measured.answers) - len(said)
-        if said:
-            texts = [measured.answers[i] for i in said]
-            found = text_perplexity(self.model, self.processor, self.rows.select(said), texts, law="backbone")
-            self.figures["answers/perplexity, backbone"] = found.interval(seed=self.args.seed)
 
 
 def main(argv: list[str] | None = None) -> int:

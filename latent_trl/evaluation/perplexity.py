@@ -32,11 +32,13 @@ class Perplexity:
 
     @property
     def value(self) -> float:
-        """exp of the mean over all tokens of all texts."""
-        return math.exp(sum(self.nats) / sum(self.tokens))
+        """exp of the mean over all tokens of all texts; NaN without a text."""
+        return math.exp(sum(self.nats) / sum(self.tokens)) if self.tokens else math.nan
 
     def interval(self, confidence: float = 0.95, seed: int = 0) -> Interval:
-        """Bootstrap interval of `value`; texts are drawn, each with all its tokens."""
+        """Bootstrap interval of `value`; texts are drawn, each with all its tokens. NaN without a text."""
+        if not self.tokens:
+            return Interval(math.nan, math.nan, math.nan, confidence, 0)
         nats, tokens = np.array(self.nats), np.array(self.tokens)
 
         def statistic(drawn: np.ndarray, axis: int) -> np.ndarray:
@@ -107,6 +109,26 @@ def text_perplexity(
             progress(len(nats))
     model.train(training)
     return Perplexity(nats, tokens)
+
+
+def answer_perplexity(
+    model, processing_class: ProcessorMixin | PreTrainedTokenizerBase, rows: Any, texts: list[str], **options: Any
+) -> Perplexity:
+    """
+    Perplexity of what a model answered, under its backbone alone: it rises when RL earns reward by broken language.
+
+    Empty answers are left out. An answer that was cut off counts as one that ended there, which is unlikely.
+
+    Args:
+        model (`LatentActionModel`), processing_class, rows (`Dataset`): As [`text_perplexity`] takes them.
+        texts (`list[str]`): An answer for each row.
+        options: Further ones of [`text_perplexity`].
+    """
+    said = [i for i, text in enumerate(texts) if text.strip()]
+    if not said:
+        return Perplexity([], [])
+    kept = [texts[i] for i in said]
+    return text_perplexity(model, processing_class, [rows[i] for i in said], kept, law="backbone", **options)
 
 
 def _conversation(row: dict[str, Any], text: Any) -> dict[str, Any]:

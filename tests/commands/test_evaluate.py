@@ -46,7 +46,7 @@ def test_the_judge_grades_generations_by_aspect_and_perplexity_has_every_law(che
     for law in LAWS:
         assert figures[f"reference_perplexity/{law}"]["estimate"] > 1
     assert figures["answers/empty"] == sum(text == "" for text in found["answers"])
-    assert figures["answers/perplexity, backbone"]["count"] == 8 - figures["answers/empty"]
+    assert figures["answers/perplexity"]["count"] == 8 - figures["answers/empty"]
 
 
 def test_the_laws_are_those_of_the_library():

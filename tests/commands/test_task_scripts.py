@@ -71,8 +71,8 @@ def test_both_distributions_are_judged_with_the_references_perplexity(task):
         assert len(report["aspects"]) == len(report["aspect_intervals"]) == ASPECTS[name]
         assert sorted(report["samples"]) == sorted(found["judged"]["keys"])
         assert [len(texts) for texts in found["judged"]["generations"]] == [count] * 2
-        perplexity = found["reference_perplexity"]
-        assert 1 < perplexity["low"] <= perplexity["estimate"] <= perplexity["high"]
+        for of in ("reference_perplexity", "answer_perplexity"):
+            assert 1 < found[of]["low"] <= found[of]["estimate"] <= found[of]["high"]
 
 
 def test_the_judge_saw_pictures_and_the_tasks_aspects(task, server):

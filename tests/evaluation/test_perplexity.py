@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from PIL import Image
 from tiny_models import latent
 
 from latent_trl.data.collator import LatentActionDataCollator
-from latent_trl.evaluation.perplexity import LAWS, Perplexity, text_perplexity
+from latent_trl.evaluation.perplexity import LAWS, Perplexity, answer_perplexity, text_perplexity
 
 ROWS = [
     {"prompt": [{"role": "user", "content": "what is it?"}], "reference": "a boat", "images": [0]},
@@ -108,3 +109,65 @@ def test_wrong_arguments_are_named(some):
     bare.inverse_dynamics = None
     with pytest.raises(ValueError, match="no inverse_dynamics"):
         text_perplexity(bare, processor, rows, law="inferred")
+
+
+def test_empty_answers_are_left_out(some):
+    model, processor, rows = some
+    found = answer_perplexity(model, processor, rows, ["a boat", " ", "why"])
+    expected = text_perplexity(model, processor, [rows[0], rows[2]], ["a boat", "why"], law="backbone")
+    assert found == expected and found.interval().count == 2
+    nothing = answer_perplexity(model, processor, rows, ["", "", ""])
+    assert math.isnan(nothing.value) and nothing.interval().count == 0 and math.isnan(nothing.interval().low)
+
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+
+
+def pocket():
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from latent_trl import LatentActionModel
+
+    backbone = AutoModelForImageTextToText.from_pretrained(CARDS / "pocket-vlm", dtype=torch.float32)
+    model = LatentActionModel.from_pretrained(CARDS / "pocket-vlm-latent-actions", backbone=backbone)
+    return model, AutoProcessor.from_pretrained(CARDS / "pocket-vlm", padding_side="left")
+
+
+def test_broken_language_is_unlikely():
+    pytest.importorskip("easy_vqa")
+    from latent_trl.data.shapes import shape_questions
+
+    model, processor = pocket()
+    rows = shape_questions("test", 24)
+    said = [f"it is {answer}." if answer not in ("yes", "no") else f"{answer}." for answer in rows["answer"]]
+    fluent = answer_perplexity(model, processor, rows, said).value
+    broken = answer_perplexity(model, processor, rows, [f"is {text[:-1]} is it." for text in said]).value
+    assert broken > 2 * fluent
+
+
+@pytest.mark.slow
+def test_reward_earned_by_broken_language_shows(tmp_path):
+    """RL on the number of times that a word is said: reward rises, and so does the perplexity of the answers."""
+    pytest.importorskip("easy_vqa")
+    from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
+    from latent_trl.data.shapes import shape_questions
+    from latent_trl.evaluation.answers import answer
+
+    def count(prompts, completions, **columns):
+        return [float(completion[0]["content"].split().count("is")) for completion in completions]
+
+    model, processor = pocket()
+    rows = shape_questions("test", 120, seed=11)
+
+    def measured():
+        found = answer(model, processor, rows, count, max_new_tokens=12)
+        return found.mean_reward, answer_perplexity(model, processor, rows, found.texts, batch_size=32).interval()
+
+    reward, before = measured()
+    options = {"per_device_train_batch_size": 64, "num_generations": 8, "max_completion_length": 12, "beta": 0.0}
+    options |= {"action_temperature": 2.0, "learning_rate": 3e-4, "max_steps": 60, "on_collapse": "ignore"}
+    args = LatentActionGRPOConfig(str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **options)
+    LatentActionGRPOTrainer(model, count, args, processor, train_dataset=shape_questions("rl")).train()
+    later, after = measured()
+    assert later > reward + 0.3
+    assert after.low > before.high

@@ -40,8 +40,10 @@ EXTRAS["dev"] = [
     *EXTRAS["quantization"],
     *EXTRAS["judge"],
     "hypothesis>=6.100",
+    "mypy>=1.15,<3",
     "pytest>=8,<10",
     "ruff>=0.8",
+    "tensorboard>=2.16",
 ]
 
 setup(

@@ -107,7 +107,6 @@ def test_presets_have_the_size_of_their_models(name, billions):
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, rel=0.03)
 
 
-@pytest.mark.skipif(not DOCS.exists(), reason="not written")
 def test_page_names_what_the_benchmarks_take():
     """Each command of docs/speed.md is one that the scripts parse, and each key has its row."""
     page = DOCS.read_text(encoding="utf-8")

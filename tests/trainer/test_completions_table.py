@@ -5,6 +5,7 @@ import sys
 import types
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import Dataset
 from PIL import Image
@@ -66,6 +67,9 @@ def test_a_run_shows_its_completions_in_the_terminal_and_on_a_page(kind, tmp_pat
     texts = [completion[0]["content"] for completion in trainer._logs["completion"]]
     tokenizer = trainer.processing_class.tokenizer
     assert [tokenizer.decode(ids, skip_special_tokens=True) for ids in tokens] == texts
+    # wandb takes no column of lists whose parts differ.
+    table = pd.read_parquet(tmp_path / "completions" / "completions_00001.parquet")
+    assert all(isinstance(prompt, str) for prompt in table["prompt"])
 
 
 def test_evaluation_has_a_page_of_its_own(tmp_path, capsys):

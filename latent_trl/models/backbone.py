@@ -39,12 +39,25 @@ def _same_values(output, states: torch.Tensor) -> bool:
     return output.shape[-1] == states.shape[-1] and torch.equal(output.reshape(states.shape), states)
 
 
+def _keep_unpacked(model: PreTrainedModel) -> None:
+    """
+    Keeps 4-bit weights on the CPU as they are. On some CPUs bitsandbytes packs them at inference: their scales are then
+    rounded to bfloat16, a state dict cannot quite be had from them, and a backward pass silently gives no gradient.
+    """
+    layers = [m for m in model.modules() if "support_avx512bf16_for_cpu" in vars(m)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = False
+    if layers and model.device.type == "cpu":
+        # Those that were packed before are unpacked for a state dict.
+        model.state_dict()
+
+
 class Backbone:
     """
     View of a causal or image-text-to-text model: its text model, final norm, head and placeholders.
 
     Args:
-        model (`PreTrainedModel`): The model. It is neither copied nor changed.
+        model (`PreTrainedModel`): The model. It is not copied; only bitsandbytes' packing on the CPU is turned off.
 
     Raises:
         ValueError: When it has no output embedding, or its head cannot be run on given states.
@@ -74,6 +87,7 @@ class Backbone:
                 if VISION_TOKEN_FIELD.match(name) and isinstance(value, int)
             }
         )
+        _keep_unpacked(model)
         self.final_norm, self.state_rms, self.plain_head = self._probe()
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_models import FAMILIES, HIDDEN, TEXT_FAMILIES, VLM_FAMILIES, latent, latent_config, perturb
+from transformers.utils import is_flash_attn_2_available
 
 import latent_trl
 from latent_trl import ActionLaw, LatentActionModel
@@ -213,6 +214,31 @@ def test_attention_implementations_agree(family, attention):
     reference, _ = latent(family)
     ours, theirs = model.generate(**tiny.inputs, **options), reference.generate(**tiny.inputs, **options)
     assert torch.equal(ours.action_ids, theirs.action_ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "llava", "qwen2_5_vl"])
+def test_flash_attention_agrees_with_sdpa(family):
+    """In bfloat16, which the kernels want; log-probabilities of the same codes within its rounding."""
+    if not torch.cuda.is_available() or not is_flash_attn_2_available():
+        pytest.skip("needs a CUDA device and flash-attn")
+    found = {}
+    for attention in ("sdpa", "flash_attention_2"):
+        tiny = FAMILIES[family](num_hidden_layers=2)
+        tiny.model.to("cuda", torch.bfloat16)
+        tiny.model.set_attn_implementation(attention)
+        torch.manual_seed(4)
+        model = LatentActionModel.from_backbone(tiny.model, latent_config()).eval()
+        perturb(model)
+        inputs = {k: v.to("cuda", torch.bfloat16 if v.is_floating_point() else None) for k, v in tiny.inputs.items()}
+        out = found.get("sdpa") or model.generate(
+            **inputs, max_new_tokens=6, min_new_tokens=6, return_dict_in_generate=True
+        )
+        with torch.no_grad():
+            passed = model(**tiny.extended(inputs, out.sequences), return_logits=False)
+        log_probs, _ = ActionLaw().score(passed.action_logits[:, -7:-1], out.action_ids)
+        assert (log_probs - out.action_log_probs).abs().max() < 0.3
+        found[attention] = out
 
 
 @every

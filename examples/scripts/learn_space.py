@@ -9,7 +9,7 @@ On several GPUs, with images and with text:
 
     accelerate launch examples/scripts/learn_space.py \
         --model_name_or_path Qwen/Qwen2.5-VL-3B-Instruct --dtype bfloat16 \
-        --dataset_name YanqiDai/MMRole_dataset --text_dataset_name my_conversations.jsonl \
+        --dataset_name my_pairs.jsonl --text_dataset_name my_conversations.jsonl \
         --output_dir outputs/space --bf16 --per_device_train_batch_size 4 --gradient_accumulation_steps 4
 """
 

@@ -4,7 +4,7 @@ Tune the backbone on a task with LoRA while it follows the policy's codes.
     python examples/scripts/sft.py --config examples/configs/pocket_sft.yaml
 
     accelerate launch examples/scripts/sft.py \
-        --model_name_or_path outputs/space --dataset_name YanqiDai/MMRole_dataset \
+        --model_name_or_path outputs/space --dataset_name my_conversations.jsonl \
         --output_dir outputs/sft --bf16 --use_peft --lora_r 16 --per_device_train_batch_size 4
 """
 

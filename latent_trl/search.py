@@ -289,8 +289,9 @@ def _next_tokens(
     """What can come next at `step` of each of `rows`, given their likely codes."""
     if not rows:
         return []
-    place = output.context_states.shape[1] - codes.shape[1] + step
-    states = output.context_states[rows, place, None].expand(-1, codes.shape[-1], -1)
+    context_states: Any = output.context_states
+    place = context_states.shape[1] - codes.shape[1] + step
+    states = context_states[rows, place, None].expand(-1, codes.shape[-1], -1)
     logits = model.read(states, codes[rows, step])
     logits[..., [i for i in model.config.vision_token_ids if i < logits.shape[-1]]] = -torch.inf
     options = zip(logits.argmax(dim=-1).tolist(), codes[rows, step].tolist(), log_probs[rows, step].tolist())
@@ -328,7 +329,7 @@ class _Scorer:
                 completion_ids=[ids for _, ids in new.values()],
                 **columns,
             )
-            if inspect.isawaitable(rewards):
+            if inspect.iscoroutine(rewards):
                 # In a thread of its own, so that it works where an event loop runs already.
                 with ThreadPoolExecutor(1) as pool:
                     rewards = pool.submit(asyncio.run, rewards).result()
@@ -358,9 +359,10 @@ def _candidates(
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     end = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
+    sequences: Any = output.sequences
     found = []
     for ids, codes, log_probs in zip(
-        output.sequences[:, prompt_length:].tolist(), output.action_ids.tolist(), output.action_log_probs.tolist()
+        sequences[:, prompt_length:].tolist(), output.action_ids.tolist(), output.action_log_probs.tolist()
     ):
         length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
         text = tokenizer.decode(ids[:length], skip_special_tokens=True).strip()

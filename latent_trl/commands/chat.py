@@ -1,8 +1,9 @@
 """`latent-trl chat MODEL`: talk to a model, see its codes, and answer again from any step with another code."""
 
 import argparse
+from collections.abc import Callable
 
-from .replies import add_sampling
+from .replies import Reply, add_sampling
 
 HELP = """\
 /codes            show the last answer token by token: step, code, token
@@ -50,7 +51,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.images: list = []
         self.pending: list = []
-        self.last = None
+        self.last: Reply | None = None
 
     def hear(self, line: str) -> bool:
         """Acts on one line of the user's. Returns whether to go on."""
@@ -63,7 +64,7 @@ class Chat:
         name, *words = line[1:].split()
         if name in ("quit", "exit", "q"):
             return False
-        commands = {
+        commands: dict[str, Callable[..., None]] = {
             "codes": self.show_codes,
             "again": self.again,
             "image": self.show_image,
@@ -109,10 +110,11 @@ class Chat:
                 self.console.print(visible(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
 
         try:
-            (self.last,) = self.answerer(self.messages, self.images, forced=forced, on_token=show)
+            (reply,) = self.answerer(self.messages, self.images, forced=forced, on_token=show)
         finally:
             self.console.print()
-        self.messages.append({"role": "assistant", "content": self.last.text})
+        self.last = reply
+        self.messages.append({"role": "assistant", "content": reply.text})
 
     def again(self, place: str | None = None, code: str | None = None) -> None:
         """Answers the last message again, from step `place` with `code`."""

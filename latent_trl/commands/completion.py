@@ -3,6 +3,11 @@
 import argparse
 
 SCRIPT = """\
+if [ -n "$ZSH_VERSION" ]; then
+  autoload -U +X compinit bashcompinit
+  command -v compdef >/dev/null || compinit -u
+  bashcompinit
+fi
 _latent_trl() {{
   local word="${{COMP_WORDS[COMP_CWORD]}}"
   if [ "$COMP_CWORD" -eq 1 ]; then
@@ -20,8 +25,7 @@ complete -o filenames -F _latent_trl latent-trl"""
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="latent-trl completion",
-        description='Prints a completion script. Bash: eval "$(latent-trl completion)". '
-        "Zsh: autoload -U bashcompinit && bashcompinit before it.",
+        description='Prints a completion script for bash and zsh: eval "$(latent-trl completion)".',
     )
     return parser.parse_args(argv)
 

@@ -98,7 +98,7 @@ class Demo:
         self.reward = ExactMatchReward()
         self.test = shape_questions("test", settings.test_prompts, seed=settings.seed)
         self.result = DemoResult(asdict(settings))
-        self.model = None
+        self.model: Any = None
 
     def load_learned(self, folder: Path) -> None:
         """A model whose space, policy and SFT were done before, by `examples/scripts/train_pocket_codebooks.py`."""
@@ -206,7 +206,7 @@ class Demo:
         from .progress import BarCallback, draw_with
 
         s = self.settings
-        common = dict(
+        common: dict[str, Any] = dict(
             output_dir=str(self.output_dir / s.algorithm),
             max_steps=s.rl_steps,
             learning_rate=s.rl_learning_rate,
@@ -226,7 +226,8 @@ class Demo:
 
             # Two updates of each rollout: half the rate, twice the steps.
             common |= dict(max_steps=2 * s.rl_steps, learning_rate=s.rl_learning_rate / 2, num_iterations=2)
-            trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(value_learning_rate=1e-3, **common)
+            args: Any = LatentActionPPOConfig(value_learning_rate=1e-3, **common)
+            trainer_class: Any = LatentActionPPOTrainer
         else:
             from ..trainer.latent_action_grpo_config import LatentActionGRPOConfig
             from ..trainer.latent_action_grpo_trainer import LatentActionGRPOTrainer

@@ -5,8 +5,24 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("latent_trl", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "huggingface_hub")
-PACKAGES += ("safetensors", "tokenizers", "numpy", "pillow", "bitsandbytes", "deepspeed", "openai", "matplotlib")
+PACKAGES = (
+    "latent_trl",
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "tokenizers",
+    "numpy",
+    "pillow",
+    "bitsandbytes",
+    "deepspeed",
+    "openai",
+    "matplotlib",
+)
 SETTINGS = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "ACCELERATE_USE_CPU", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")
 
 

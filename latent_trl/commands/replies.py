@@ -130,7 +130,9 @@ class Answerer:
 
         from ..data.pieces import UNFINISHED
 
-        tokenizer, codes, ids = self.tokenizer, [], []
+        tokenizer = self.tokenizer
+        codes: list[int] = []
+        ids: list[int] = []
 
         class Streamer(BaseStreamer):
             prompt, shown = True, ""

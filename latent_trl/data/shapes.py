@@ -103,7 +103,7 @@ def _truths(questions: list) -> dict[int, tuple[str, str]]:
     An answer that is a colour or a shape is true of the picture, and so is any such word in its question. A word in
     a yes/no question is true of it when the answer is "yes", or "no" to a negated question.
     """
-    known = defaultdict(set)
+    known: dict[int, set[str]] = defaultdict(set)
     for question, answer, image_id in questions:
         words = set(re.findall("[a-z]+", question))
         negated = not words.isdisjoint(("no", "not"))
@@ -115,7 +115,7 @@ def _truths(questions: list) -> dict[int, tuple[str, str]]:
     for image_id, words in known.items():
         colours, shapes = words.intersection(COLOURS), words.intersection(SHAPES)
         if len(colours) == len(shapes) == 1:
-            truths[image_id] = (*colours, *shapes)
+            truths[image_id] = (colours.pop(), shapes.pop())
     return truths
 
 
@@ -217,7 +217,7 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
     pictures = _pictures(split, generator)
     data = [picture["path"].read_bytes() for picture in pictures]
     sizes = [_size_word(item) for item in data]
-    rows = {"messages": [], "images": []}
+    rows: dict[str, list] = {"messages": [], "images": []}
     for i in range(len(pictures) if limit is None else limit):
         i %= len(pictures)
         messages = []
@@ -267,7 +267,7 @@ def shape_questions(split: str, limit: int | None = None, seed: int = 0) -> Data
     asked = [("colour", None), ("shape", None), ("yes_no", "yes"), ("colour", None), ("shape", None), ("yes_no", "no")]
     asked *= count // 6
     generator.shuffle(asked)
-    rows = {"prompt": [], "images": [], "answer": [], "kind": []}
+    rows: dict[str, list] = {"prompt": [], "images": [], "answer": [], "kind": []}
     for picture, (kind, truth) in zip(_take(pictures, count), asked, strict=True):
         question, answer = _ask(picture, kind, generator, truth)
         rows["prompt"].append([{"role": "user", "content": question}])

@@ -185,9 +185,9 @@ def picture(rows: list[CompletionRow], title: str) -> Image.Image:
         if row.images:
             page.paste(row.images[0].convert("RGB").resize((THUMBNAIL, THUMBNAIL)), (left["picture"], top))
         draw.multiline_text((left["prompt"], top), "\n".join(prompt), "black", font, spacing=LINE - FONT_SIZE)
-        for x, line, width, shown, code in answer:
+        for x, line, length, shown, code in answer:
             place = left["answer"] + x, top + line * LINE
-            draw.rectangle((*place, place[0] + width, place[1] + LINE - 3), code_colour(code))
+            draw.rectangle((*place, place[0] + length, place[1] + LINE - 3), code_colour(code))
             draw.text((place[0] + 2, place[1]), shown, "black", font)
         draw.multiline_text((left["rewards"], top), "\n".join(rewards), "black", font, spacing=LINE - FONT_SIZE)
         draw.text((left["advantage"], top), number(row.advantage), "black", font)

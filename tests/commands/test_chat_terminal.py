@@ -1,15 +1,12 @@
 """Chat prints tokens as they come, also in a real pseudo-terminal."""
 
 import io
-import os
 import re
-import select
-import subprocess
 import sys
-import time
 
 import pytest
 from rich.console import Console
+from terminal import Terminal
 
 ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 
@@ -35,31 +32,6 @@ def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
     chat.hear("what?")
     assert out.getvalue().strip() == chat.last.text == replies[0].text
     assert len(model.codebook._forward_hooks) == 0
-
-
-class Terminal:
-    """A program in a pseudo-terminal."""
-
-    def __init__(self, words: list[str]):
-        import pty
-
-        self.master, slave = pty.openpty()
-        environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "100", "LINES": "40", "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, env=environment)
-        os.close(slave)
-        self.said = b""
-
-    def until(self, pattern: bytes, seconds: float = 60) -> bytes:
-        """What was said from the last call up to `pattern`."""
-        start, deadline = len(self.said), time.monotonic() + seconds
-        while not (found := re.search(pattern, self.said[start:])):
-            assert time.monotonic() < deadline, self.said[-2000:]
-            if select.select([self.master], [], [], 0.5)[0]:
-                self.said += os.read(self.master, 4096)
-        return self.said[start : start + found.end()]
-
-    def type(self, line: str) -> None:
-        os.write(self.master, line.encode() + b"\n")
 
 
 @pytest.mark.slow

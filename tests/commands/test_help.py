@@ -1,10 +1,12 @@
 """Help is instant, because it imports neither torch nor TRL; wrong words are named with the right ones."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
+from terminal import Terminal
 
 from latent_trl.commands import arguments
 from latent_trl.commands.main import COMMANDS, main
@@ -123,3 +125,21 @@ def test_bash_completes_commands_and_options():
     python = f'python() {{ {sys.executable} "$@"; }}\n'
     said = subprocess.run(["bash", "-c", python + script], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["check-backbone", "--action_temperature"]
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="needs zsh")
+def test_zsh_completes_commands_and_options(tmp_path):
+    """In a real pseudo-terminal: what the tab key writes."""
+    terminal = Terminal(["zsh", "-f", "-i"], HOME=str(tmp_path), ZDOTDIR=str(tmp_path), PS1="READY> ")
+    terminal.until(b"READY> ")
+    terminal.type(
+        f'latent-trl() {{ {sys.executable} -m latent_trl "$@" }}; eval "$(latent-trl completion)"; echo DO""NE'
+    )
+    terminal.until(b"DONE(.|\n)*READY> ")
+    terminal.write("latent-trl che\t")
+    terminal.until(b"ck-backbone")
+    terminal.write("\x15latent-trl grpo --action_te\t")
+    terminal.until(b"mperature")
+    terminal.write("\x15")
+    terminal.type("exit")
+    assert terminal.process.wait(timeout=30) == 0

@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from .facts import CodebookReport, ComponentFacts, TrainingReport, TrainingRun, component_facts, read_record
-from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves
+from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves, segments
 
 CARD_FILE = "README.md"
 PLOT_FILES = (CURVES_FILE, CODES_FILE)
@@ -252,13 +252,19 @@ def _training(runs: list[TrainingRun], record: dict[str, Any]) -> str:
         sizes = [f"{run.data[key]:,} {label}" for key, label in (("rows", "rows"), ("text_rows", "text-only rows"))
                  if isinstance(run.data.get(key), int)]  # fmt: skip
         data = " of ".join(part for part in (" and ".join(sizes), what) if part)
-        steps = run.history[-1].get("step") if run.history else None
+        steps = ", ".join(
+            f"{rows[-1]['step']} steps{_of_stage(rows[-1])}" for rows in segments(run) if "step" in rows[-1]
+        )
         line = f"{number}. **{_cell(run.method)}** trained {', '.join(map(_cell, run.trained)) or 'the components'}"
         line += f" on {data}" if data else ""
-        line += f", {steps} steps" if steps is not None else ""
+        line += f", {steps}" if steps else ""
         line += f"; rewards: {', '.join(map(_cell, run.reward_functions))}" if run.reward_functions else ""
         lines.append(line + "." + _ends(run))
     return "\n".join(lines)
+
+
+def _of_stage(row: dict[str, Any]) -> str:
+    return f" of {_cell(row['stage'])}" if row.get("stage") else ""
 
 
 def _ends(run: TrainingRun) -> str:

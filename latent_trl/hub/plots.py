@@ -34,7 +34,7 @@ def _points(history: list[dict[str, Any]], name: str) -> list[tuple[float, float
     return [(row.get("step", i), row[name]) for i, row in enumerate(rows)]
 
 
-def _segments(run: TrainingRun) -> list[list[dict[str, Any]]]:
+def segments(run: TrainingRun) -> list[list[dict[str, Any]]]:
     """A run's rows, stage by stage: steps begin anew with each stage."""
     segments: list[list[dict[str, Any]]] = []
     for row in run.history:
@@ -49,7 +49,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
     lines = [
         (run.method + (f": {rows[0]['stage']}" if rows[0].get("stage") else ""), rows)
         for run in runs
-        for rows in _segments(run)
+        for rows in segments(run)
     ]
     wanted = [name for names in PANELS for name in names if any(len(_points(rows, name)) > 1 for _, rows in lines)]
     if not wanted or not can_plot():

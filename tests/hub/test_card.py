@@ -103,6 +103,13 @@ def test_a_local_base_model_has_its_origin_and_its_source(base, tmp_path):
     assert "Learned on the local model `tiny-q4`" in card and 'from_pretrained("tiny-q4")' in card
 
 
+def test_steps_are_told_stage_by_stage(saved):
+    rows = [{"stage": "inverse_dynamics", "step": 20}, {"stage": "policy", "step": 5}, {"stage": "policy", "step": 10}]
+    TrainingReport([TrainingRun("Learning", ["policy"], {"rows": 8}, history=rows)]).write(saved)
+    card = check(write_card(saved).read_text())
+    assert "on 8 rows, 20 steps of inverse_dynamics, 10 steps of policy." in card
+
+
 def test_without_matplotlib_a_line_says_so(saved, monkeypatch):
     write_card(saved)
     monkeypatch.setattr(plots, "find_spec", lambda name: None)

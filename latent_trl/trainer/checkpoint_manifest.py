@@ -32,11 +32,14 @@ def checkpoint_fault(folder: str | Path) -> str | None:
     folder = Path(folder)
     try:
         files = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))["files"]
+        listed = [(name, size, digest) for name, (size, digest) in files.items()]
     except FileNotFoundError:
         return f"it has no {MANIFEST_FILE}, so it was not finished"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"its {MANIFEST_FILE} cannot be read"
-    for name, (size, digest) in files.items():
+    if not listed:
+        return f"its {MANIFEST_FILE} lists nothing"
+    for name, size, digest in listed:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"

@@ -6,11 +6,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
 from ..models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
-from ..models.component import WEIGHTS_NAME, CheckpointError, load_state, read_tensors
+from ..models.component import WEIGHTS_NAME, CheckpointError, check_state, load_state, read_tensors
 from ..models.latent_action_model import LatentActionModel
 from .checkpoint_manifest import (
     MANIFEST_FILE,
@@ -80,7 +81,9 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
     before = {name: {k: v.clone() for k, v in component.state_dict().items()} for name, component in own.items()}
     try:
         for name, component in own.items():
-            load_state(component, loaded[name], str(folder / name))
+            check_state(component, loaded[name], str(folder / name))
+            sharded = component.state_dict()
+            load_state(component, {k: _as_sharded(t, sharded[k]) for k, t in loaded[name].items()}, str(folder / name))
         tuned = folder / TUNED_FOLDER / WEIGHTS_NAME
         if tuned.is_file():
             _copy_tensors(model.backbone, read_tensors(tuned), tuned)
@@ -103,7 +106,14 @@ def _copy_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: P
         raise CheckpointError(f"{source}: tensors {wrong[:5]} are not the backbone's.")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            own[name].copy_(tensor)
+            own[name].copy_(_as_sharded(tensor, own[name]))
+
+
+def _as_sharded(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as FSDP2 shards the `own` one, of which it takes the place."""
+    if not isinstance(own, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
 
 
 class ComponentTrainingMixin(HubTrainingMixin):

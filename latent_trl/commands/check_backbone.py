@@ -160,16 +160,16 @@ def _parity(model, inputs) -> str:
     return f"{got.shape[0]} x {LENGTH} tokens"
 
 
-def _whole(inputs, sequences):
+def _whole(model, inputs, sequences):
     """The inputs of prompts, for the whole sequences."""
     import torch
 
+    later = {"attention_mask": 1, "token_type_ids": model.backbone_view.completion_type}
     added = sequences.shape[1] - inputs["input_ids"].shape[1]
     out = {**inputs, "input_ids": sequences}
     for name, value in inputs.items():
         if name != "input_ids" and isinstance(value, torch.Tensor) and value.shape == inputs["input_ids"].shape:
-            fill = 1 if name == "attention_mask" else 0
-            out[name] = torch.cat([value, value.new_full((len(value), added), fill)], dim=1)
+            out[name] = torch.cat([value, value.new_full((len(value), added), later.get(name, 0))], dim=1)
     return out
 
 
@@ -179,7 +179,7 @@ def _compare(model, inputs, sequences, action_ids, recorded) -> str:
     from ..models.action_law import ActionLaw
 
     with torch.no_grad():
-        passed = model(**_whole(inputs, sequences), return_logits=False)
+        passed = model(**_whole(model, inputs, sequences), return_logits=False)
     log_probs, _ = ActionLaw().score(passed.action_logits[:, -LENGTH - 1 : -1], action_ids)
     worst = (log_probs - recorded).abs().max().item()
     dtype = str(model.policy.head.weight.dtype).removeprefix("torch.")
@@ -204,9 +204,13 @@ def _samples(model, inputs) -> str:
 def _no_leak(model, inputs) -> str:
     import torch
 
+    # The last two tokens stand for a completion: a prompt may be read both ways.
+    completion = torch.zeros_like(inputs["input_ids"])
+    completion[:, -2:] = 1
+
     def logits(batch):
         with torch.no_grad():
-            states, positions = model.encode(**batch)
+            states, positions = model.encode(**batch, completion_mask=completion)
             mask = batch.get("attention_mask")
             return model.policy(states, mask, positions), model.inverse_dynamics(states, mask, positions)
 

@@ -16,7 +16,7 @@ def test_every_family_passes_on_text(family):
     assert len(results) == 9
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "gemma3"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "gemma3", "paligemma"])
 def test_a_batch_with_images_can_be_tried(family):
     tiny = FAMILIES[family]()
     assert not failed(check_backbone(tiny.model, tiny.inputs))

@@ -1,0 +1,278 @@
+"""The arms of the reproduction: how each is trained, and one way to ask all of them."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from matrix import Cell, Size
+from tasks import Tasks
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from trl import GRPOConfig, GRPOTrainer
+
+from latent_trl import (
+    LatentActionConfig,
+    LatentActionGRPOConfig,
+    LatentActionGRPOTrainer,
+    LatentActionModel,
+    LatentActionPPOConfig,
+    LatentActionPPOTrainer,
+    LatentActionSFTConfig,
+    LatentActionSFTTrainer,
+    LatentActionSpaceConfig,
+    LatentActionSpaceTrainer,
+)
+from latent_trl.data.prompts import encode_prompts
+from latent_trl.data.shapes import chitchat, shape_pairs, shape_questions
+from latent_trl.evaluation.answers import answer
+from latent_trl.rewards.exact_match import ExactMatchReward
+
+BACKBONE = Path(__file__).resolve().parents[2] / "model_cards" / "pocket-vlm"
+MAX_NEW_TOKENS = 12
+DESCRIPTION_TOKENS = 24
+REWARD = ExactMatchReward()
+QUIET = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+
+
+def load_backbone():
+    return AutoModelForImageTextToText.from_pretrained(BACKBONE, dtype="float32")
+
+
+def load_processor():
+    return AutoProcessor.from_pretrained(BACKBONE)
+
+
+class TokenSpeaker:
+    """A backbone that samples tokens."""
+
+    def __init__(self, model, processor):
+        self.model, self.processor = model, processor
+
+    @torch.no_grad()
+    def say(self, rows: list[dict[str, Any]], temperature: float | None = None, tokens: int = MAX_NEW_TOKENS):
+        """Answers, the most likely tokens by default."""
+        self.model.eval()
+        law = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
+        texts = []
+        for start in range(0, len(rows), 64):
+            inputs = encode_prompts(self.processor, rows[start : start + 64])
+            ids = self.model.generate(**inputs, max_new_tokens=tokens, top_k=0, **law)
+            new = ids[:, inputs["input_ids"].shape[1] :]
+            texts += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
+        return texts
+
+
+class CodeSpeaker:
+    """A latent action model that samples codes."""
+
+    def __init__(self, model: LatentActionModel, processor):
+        self.model, self.processor = model, processor
+
+    def answers(self, rows, temperature: float | None = None, tokens: int = MAX_NEW_TOKENS, **options):
+        if temperature is not None:
+            options |= {"action_do_sample": True, "action_temperature": temperature}
+        return answer(self.model, self.processor, rows, max_new_tokens=tokens, **options)
+
+    def say(self, rows, temperature: float | None = None, tokens: int = MAX_NEW_TOKENS):
+        return self.answers(rows, temperature, tokens).texts
+
+
+def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
+    return REWARD(prompts=None, completions=texts, answer=[row["answer"] for row in rows])
+
+
+class Curve(TrainerCallback):
+    """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
+
+    def __init__(self, speaker, tasks: Tasks, size: Size, updates: int):
+        self.speaker, self.tasks, self.updates = speaker, tasks, updates
+        self.rollouts = size.prompts * size.generations
+        self.every = size.evaluate_every
+        self.points: list[dict[str, float]] = []
+        self.paused = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.start = time.process_time()
+        self.take(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps, left = divmod(state.global_step, self.updates)
+        if left == 0 and (steps % self.every == 0 or state.global_step == state.max_steps):
+            self.take(steps)
+
+    def take(self, steps: int) -> None:
+        now = time.process_time()
+        training, random_state = self.speaker.model.training, torch.get_rng_state()
+        texts = self.speaker.say(self.tasks.validation)
+        reward = sum(rewards_of(self.tasks.validation, texts)) / len(texts)
+        self.speaker.model.train(training)
+        torch.set_rng_state(random_state)
+        seconds = now - self.start - self.paused
+        self.points.append({"rollouts": steps * self.rollouts, "reward": reward, "seconds": seconds})
+        self.paused += time.process_time() - now
+
+
+def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
+    """A latent action space, the policy cloned and tuned, saved in `folder`. Returns the codebook's health."""
+    set_seed(cell.seed)
+    options = dict(cell.options)
+    pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
+    balance, cycle = options.pop("balance_coef", 0.1), options.pop("use_cycle", True)
+    freeze = options.pop("freeze_codebook", False)
+    config = LatentActionConfig(
+        allow_single_code=options.get("num_codes") == 1,
+        inverse_dynamics_decoder={"num_hidden_layers": 2},
+        policy_decoder={"num_hidden_layers": 2},
+        gumbel_temperature=1.0,
+        **options,
+    )
+    start = time.process_time()
+    processor = load_processor()
+    model = LatentActionModel.from_backbone(load_backbone(), config)
+    if freeze:
+        model.codebook.weight.register_hook(torch.zeros_like)
+    stages = ["inverse_dynamics", "projector", "joint", "policy"]
+    if not model.config.use_projector:
+        stages.remove("projector")
+    trainer = LatentActionSpaceTrainer(
+        model,
+        LatentActionSpaceConfig(
+            str(folder / "run"),
+            stages=stages,
+            inverse_dynamics_max_steps=size.space_steps,
+            projector_max_steps=size.projector_steps,
+            joint_max_steps=size.joint_steps,
+            policy_max_steps=size.cloning_steps,
+            inverse_dynamics_learning_rate=3e-3,
+            joint_learning_rate=1e-3,
+            policy_learning_rate=1e-3,
+            balance_coef=balance,
+            use_cycle=cycle,
+            per_device_train_batch_size=16,
+            max_length=96,
+            logging_steps=5,
+            seed=cell.seed,
+            **QUIET,
+        ),
+        shape_pairs("base", pairs, seed=cell.seed),
+        text_dataset=chitchat(texts, seed=cell.seed) if texts else None,
+        processing_class=processor,
+    )
+    trainer.train()
+    fine_tune(model, processor, cell.seed, size, folder, pairs)
+    model.save_pretrained(folder / "model")
+    health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(("codebook/", "world_model/"))}
+    return {"health": health, "seconds": time.process_time() - start}
+
+
+def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int) -> None:
+    """The SFT that all arms have."""
+    args = LatentActionSFTConfig(
+        str(folder / "sft"),
+        max_steps=size.sft_steps,
+        learning_rate=2e-4,
+        per_device_train_batch_size=24,
+        seed=seed,
+        **QUIET,
+    )
+    LatentActionSFTTrainer(model, args, shape_pairs("base", pairs, seed=seed + 1), processing_class=processor).train()
+
+
+def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float) -> dict[str, Any]:
+    """What RL over tokens and over codes have in common."""
+    return {
+        "output_dir": str(folder / "rl"),
+        "max_steps": size.steps,
+        "learning_rate": learning_rate,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": size.prompts * size.generations,
+        "num_generations": size.generations,
+        "max_completion_length": MAX_NEW_TOKENS,
+        "beta": 0.0,
+        "logging_steps": 1,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "seed": cell.seed,
+        **QUIET,
+    }
+
+
+def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rate: float):
+    """TRL's GRPO on the backbone's own tokens. By default the last two layers are trained: as many parameters as the
+    latent arm's policy has, and the same layers."""
+    set_seed(cell.seed)
+    options = dict(cell.options)
+    train_all = options.pop("train_all", False)
+    model, processor = load_backbone(), load_processor()
+    model.requires_grad_(False)
+    decoder = model.get_decoder()
+    for part in [decoder, model.get_output_embeddings()] if train_all else decoder.layers[-2:]:
+        part.requires_grad_(True)
+    speaker = TokenSpeaker(model, processor)
+    curve = Curve(speaker, tasks, size, updates=1)
+    options = rl_options(cell, size, folder, learning_rate) | options
+    trainer = GRPOTrainer(
+        model=model,
+        reward_funcs=REWARD,
+        args=GRPOConfig(**options),
+        train_dataset=shape_questions("rl", seed=cell.seed),
+        processing_class=processor,
+        callbacks=[curve],
+    )
+    trainer.train()
+    return speaker, curve, trainer
+
+
+def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rate: float, space: Path):
+    """RL over codes from the learned model in `space`."""
+    set_seed(cell.seed)
+    options = dict(cell.options)
+    model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone()), load_processor()
+    speaker = CodeSpeaker(model, processor)
+    if options.get("steps") == 0:
+        return speaker, None, None
+    if "temperature" in options:
+        options["action_temperature"] = options.pop("temperature")
+    options = rl_options(cell, size, folder, learning_rate) | options
+    updates = 1
+    trainer_class, config_class = LatentActionGRPOTrainer, LatentActionGRPOConfig
+    if options.pop("algorithm", "grpo") == "ppo":
+        # Two updates of each rollout.
+        updates = 2
+        options |= {"num_iterations": 2, "max_steps": 2 * size.steps, "value_learning_rate": 1e-3}
+        trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
+    curve = Curve(speaker, tasks, size, updates)
+    trainer = trainer_class(
+        model,
+        REWARD,
+        config_class(**options),
+        train_dataset=shape_questions("rl", seed=cell.seed),
+        processing_class=processor,
+        callbacks=[curve],
+    )
+    trainer.train()
+    return speaker, curve, trainer
+
+
+def train_sft(cell: Cell, size: Size, folder: Path):
+    """The SFT of the latent arm on the backbone's own tokens: the same rows, steps, rate and adapter."""
+    from peft import LoraConfig, get_peft_model
+
+    from latent_trl.data.collator import LatentActionDataCollator
+
+    set_seed(cell.seed)
+    processor = load_processor()
+    model = get_peft_model(load_backbone(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    rows = shape_pairs("base", size.pairs, seed=cell.seed + 1)
+    collate = LatentActionDataCollator(processor, vision_token_ids=[model.config.image_token_index])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cell.seed)).tolist()
+    for step in range(size.sft_steps):
+        places = [order[(24 * step + i) % len(order)] for i in range(24)]
+        batch = collate([{"_row": i, **rows[i]} for i in places])
+        labels = batch["input_ids"].masked_fill(~batch["loss_mask"], -100)
+        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")} | batch["vision"]
+        model(**inputs, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return TokenSpeaker(model.merge_and_unload(), processor)

@@ -1,0 +1,147 @@
+"""The runs of the reproduction: what is compared with what, and in which order."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+# The same grid for every arm, on the validation questions of seed 0.
+LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+TOKEN_LOSSES = {
+    "grpo": {"loss_type": "grpo"},
+    "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
+    "dapo": {"loss_type": "dapo", "epsilon_high": 0.28},
+    "bnpo": {"loss_type": "bnpo"},
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is run. `steps` are RL steps of `prompts` x `generations` rollouts."""
+
+    seeds: tuple[int, ...] = (0, 1, 2)
+    pairs: int = 1500
+    texts: int = 1500
+    space_steps: int = 150
+    projector_steps: int = 40
+    joint_steps: int = 60
+    cloning_steps: int = 150
+    sft_steps: int = 30
+    steps: int = 30
+    prompts: int = 16
+    generations: int = 8
+    questions: int = 600
+    others: int = 240
+    evaluate_every: int = 5
+
+
+SIZES = {
+    "pocket": Size(),
+    "reduced": Size(
+        seeds=(0,),
+        pairs=300,
+        texts=300,
+        space_steps=60,
+        projector_steps=15,
+        joint_steps=15,
+        cloning_steps=60,
+        sft_steps=10,
+        steps=10,
+        questions=120,
+        others=48,
+        evaluate_every=5,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """
+    One run.
+
+    Args:
+        name (`str`): Of the arm, the same for all seeds.
+        kind (`str`): `learn` (a latent action space and policy), `base`, `sft`, `tokens` or `codes`.
+        seed (`int`): Of everything that is drawn.
+        options (`dict`): For `learn`, of configuration and size; else of the trainer.
+        space (`str`): For `codes`: the name of the `learn` cell to start from.
+        arm (`str`): Whose chosen learning rate is used; empty for a run that has its own.
+    """
+
+    name: str
+    kind: str
+    seed: int
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+    space: str = ""
+    arm: str = ""
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.seed}"
+
+
+SPACES: dict[str, dict[str, Any]] = {
+    "space": {},
+    "K = 1": {"num_codes": 1},
+    "random frozen codebook": {"freeze_codebook": True},
+    "no cycle": {"use_cycle": False},
+    "no projector": {"use_projector": False},
+    "no text": {"texts": 0},
+    "100 pairs": {"pairs": 100},
+    "500 pairs": {"pairs": 500},
+    "all pairs": {"pairs": 2600},
+    "K = 16": {"num_codes": 16},
+    "K = 64": {"num_codes": 64},
+    "K = 512": {"num_codes": 512},
+    "read-out subtract": {"read_out": "subtract"},
+    "read-out last block": {"read_out": "last_block"},
+    "no balance": {"balance_coef": 0.0},
+    "policy from last layers": {"policy_init": "last_layers"},
+}
+# Of rollouts, beside 1.
+HOT_AND_COLD = (0.7, 1.5)
+REDUCED_SPACES = ("space", "K = 1")
+
+
+def matrix(size_name: str) -> list[list[Cell]]:
+    """Phases of cells; those of a phase need only what is in the phases before it."""
+    size = SIZES[size_name]
+    full = size_name == "pocket"
+    names = list(SPACES) if full else list(REDUCED_SPACES)
+    main, others = names[0], names[1:]
+    tuned = {
+        "tokens": ("tokens", {}),
+        "codes": ("codes", {}),
+        "ppo": ("codes", {"algorithm": "ppo"}),
+        "all text parameters": ("tokens", {"train_all": True}),
+    }
+    if not full:
+        del tuned["all text parameters"]
+    tune = [
+        Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
+        for arm, (kind, options) in tuned.items()
+        for rate in (LEARNING_RATES if full else LEARNING_RATES[1:])
+    ]
+    compared, variants = [], []
+    for seed in size.seeds:
+        compared += [Cell("base", "base", seed), Cell("sft", "sft", seed)]
+        compared.append(Cell("latent, before RL", "codes", seed, {"steps": 0}, main))
+        compared.append(Cell("token grpo", "tokens", seed, TOKEN_LOSSES["grpo"], arm="tokens"))
+        compared.append(Cell("latent grpo", "codes", seed, TOKEN_LOSSES["grpo"], main, arm="codes"))
+        compared.append(Cell("latent ppo", "codes", seed, {"algorithm": "ppo"}, main, arm="ppo"))
+        for loss, options in TOKEN_LOSSES.items():
+            if loss != "grpo":
+                variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
+                variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
+        name = "token grpo, all text parameters"
+        variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
+        for temperature in HOT_AND_COLD:
+            options = {"temperature": temperature}
+            variants.append(Cell(f"token grpo, T = {temperature}", "tokens", seed, options, arm="tokens"))
+            variants.append(Cell(f"latent grpo, T = {temperature}", "codes", seed, options, main, arm="codes"))
+    phases = [[Cell(main, "learn", seed) for seed in size.seeds], tune, compared]
+    if full:
+        phases.append(variants)
+    # One seed of every ablation before the second of any.
+    for seed in size.seeds:
+        phases.append([Cell(name, "learn", seed, SPACES[name]) for name in others])
+        phases.append([Cell(f"{name}, latent grpo", "codes", seed, {}, name, arm="codes") for name in others])
+    return phases

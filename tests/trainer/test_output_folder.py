@@ -180,7 +180,7 @@ def test_a_new_run_in_the_folder_of_another(kind, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("checkpoint-*/*")} == before
 
 
-@pytest.mark.parametrize("kind", ["space", "ppo"])
+@pytest.mark.parametrize("kind", [pytest.param("space", marks=pytest.mark.slow), "ppo"])
 def test_going_on_with_a_model_of_other_codes(kind, tmp_path):
     short(kind, tmp_path).train()
     config = latent_config(num_codes=5, use_projector=kind == "space")
@@ -188,14 +188,14 @@ def test_going_on_with_a_model_of_other_codes(kind, tmp_path):
         short(kind, tmp_path, config=config).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("first, second", [("grpo", "ppo"), ("ppo", "sft")])
+@pytest.mark.parametrize("first, second", [("grpo", "ppo"), pytest.param("ppo", "sft", marks=pytest.mark.slow)])
 def test_going_on_with_another_trainer(first, second, tmp_path):
     short(first, tmp_path).train()
     with pytest.raises(CheckpointError, match="is of another run: '.*', not '.*'. To start from its model, load it"):
         short(second, tmp_path).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("kind", ["space", "ppo"])
+@pytest.mark.parametrize("kind", [pytest.param("space", marks=pytest.mark.slow), "ppo"])
 def test_two_runs_in_one_folder(kind, tmp_path):
     """The second is refused, until the first is killed; its workers do not keep the folder."""
     context = multiprocessing.get_context("fork")

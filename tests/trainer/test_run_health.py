@@ -178,7 +178,7 @@ def same(completions, **columns):
     return [0.25] * len(completions)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "ppo"])
 def test_a_constant_reward_is_named(kind, tmp_path, caplog):
     start(kind, tmp_path / "warn", MOST_CONSTANT + 1, reward=same, **EVERY_STEP).train()
     text = warnings(caplog)
@@ -201,7 +201,7 @@ def test_rewards_that_differ_between_prompts_teach_ppo_and_not_grpo(tmp_path, ca
     assert "the rewards of each group have been equal" in warnings(caplog)
 
 
-@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+@pytest.mark.parametrize("kind", [pytest.param("grpo", marks=pytest.mark.slow), "ppo"])
 def test_a_policy_without_entropy_is_named(kind, tmp_path, caplog):
     trainer = start(kind, tmp_path)
     with torch.no_grad():

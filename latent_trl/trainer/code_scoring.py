@@ -119,22 +119,31 @@ class CodeScorer:
         rollout (`Rollout`): Codes, and states when they are kept.
         law (`ActionLaw`): The law that was sampled from.
         encode_with (`LatentActionModel`, *optional*): Makes states for a bare policy where none are kept.
+        image_counts (`list[int]`, *optional*): Images of each row, where the backbone asks for them.
     """
 
-    def __init__(self, model, rollout: Rollout, law: ActionLaw, encode_with=None):
+    def __init__(self, model, rollout: Rollout, law: ActionLaw, encode_with=None, image_counts=None):
         self.model = model
         self.rollout = rollout
         self.law = law
         self.encode_with = encode_with
+        self.image_counts = image_counts
         self.start = 0
         self.state_values: list[torch.Tensor] = []
 
     def __call__(self, input_ids, attention_mask, labels=None, fused_lm_head=True, **inputs) -> CodeScores:
-        rollout = self.rollout.rows(self.start, self.start + len(input_ids))
-        self.start += len(input_ids)
+        rows = slice(self.start, self.start + len(input_ids))
+        rollout = self.rollout.rows(rows.start, rows.stop)
+        self.start = rows.stop
         length = rollout.action_ids.shape[1]
         attention_mask = attention_mask[:, :-1]
         inputs = {k: v[:, :-1] if v.shape == input_ids.shape else v for k, v in inputs.items() if v is not None}
+        if self.image_counts is not None and "pixel_values" in inputs:
+            inputs["batch_num_images"] = self.image_counts[rows]
+        if "token_type_ids" in inputs:
+            # TRL gives completions the type of prompts, which some backbones read both ways.
+            inputs["completion_mask"] = torch.ones_like(attention_mask)
+            inputs["completion_mask"][:, : attention_mask.shape[1] - length + 1] = 0
         device = attention_mask.device
         kept = rollout.context_states is not None
         positions = trunk_positions(rollout.position_ids, device)

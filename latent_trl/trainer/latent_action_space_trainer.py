@@ -13,6 +13,7 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from ..data.collator import LatentActionDataCollator
@@ -210,9 +211,16 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         step = self.state.global_step
         self._call = (step, self._call[1] + 1) if self._call is not None and self._call[0] == step else (step, 0)
         self.objective.step = self._call
+        self.objective.measure_gaps = self._logs_next_step()
         loss = model(objective=self.objective, batch=inputs).loss
         self._check_loss(loss, inputs)
         return (loss, None) if return_outputs else loss
+
+    def _logs_next_step(self) -> bool:
+        args, step = self.args, self.state.global_step + 1
+        if args.logging_strategy != IntervalStrategy.STEPS:
+            return True
+        return step % self.state.logging_steps == 0 or (args.logging_first_step and step == 1)
 
     def _where(self) -> str:
         return f"in stage {self.stage!r} at step {self.state.global_step}"

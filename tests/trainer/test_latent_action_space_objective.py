@@ -7,6 +7,7 @@ import torch
 from learning_runs import build_sft, build_space, paired_rows, text_rows
 
 from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.trainer import latent_action_space_objective
 from latent_trl.trainer.cross_entropy import global_mean
 from latent_trl.trainer.latent_action_sft_trainer import guided_loss
 from latent_trl.trainer.latent_action_space_objective import (
@@ -228,6 +229,28 @@ def test_noise_belongs_to_a_row_and_a_step():
     assert draw(objective, 0, 1) != first
     objective.step = (0, 1)
     assert draw(objective, 0, 1) != first
+
+
+@pytest.mark.parametrize("strategy, expected", [("steps", [2, 4]), ("epoch", [1, 2, 3, 4, 5])])
+def test_other_codes_are_read_on_logged_steps_alone(strategy, expected, tmp_path, monkeypatch):
+    trainer = build_space(
+        tmp_path,
+        stages=["inverse_dynamics"],
+        inverse_dynamics_max_steps=5,
+        logging_steps=2,
+        logging_strategy=strategy,
+    )
+    measured = []
+
+    def count(model, states):
+        measured.append(trainer.state.global_step + 1)
+        return distinct_next_tokens(model, states)
+
+    monkeypatch.setattr(latent_action_space_objective, "distinct_next_tokens", count)
+    trainer.train()
+    assert measured == expected
+    rows = [row for row in trainer.history if "loss" in row]
+    assert rows and all("world_model/ce_gap_random_action" in row for row in rows)
 
 
 def test_revival_moves_unused_codes_only(tmp_path):

@@ -188,11 +188,16 @@ def sweep_table(runs: Runs) -> str:
     return markdown(header, rows)
 
 
+def ends(curve: list[dict[str, float]]) -> str:
+    rewards = [point["reward"] for point in curve]
+    return f"{rewards[-1]:.3f} ({np.mean(rewards):.3f})"
+
+
 def tuning_table(runs: Runs) -> str:
     rows = []
     for arm in ("tokens", "all text parameters", "codes", "ppo"):
         found = [runs.by_name.get(f"tune {arm} {rate:g}", {}) for rate in LEARNING_RATES]
-        rows.append([arm, *(figure([r["curve"][-1]["reward"] for r in seeds.values()]) for seeds in found)])
+        rows.append([arm, *(" ".join(ends(r["curve"]) for r in seeds.values()) or "–" for seeds in found)])
     return markdown(["arm", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
 
 
@@ -212,7 +217,7 @@ def tables(size_name: str, folder: Path) -> str:
         "### Rollouts and seconds",
         cost_table(runs),
         "### Learning rates",
-        "Validation reward at the end, seed 0.",
+        "Validation reward at the end and, in brackets, its mean over the curve, by which the rate is chosen; seed 0.",
         tuning_table(runs),
         "### Controls",
         control_table(runs),

@@ -40,10 +40,11 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 @contextmanager
-def atomic_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path, owned: set[str] = OWNED_NAMES) -> Iterator[Path]:
     """
     A new folder to write in, which takes the place of `folder` at the end of the block in one step; files that the
-    block does not write are carried over. A process that is killed leaves the old folder or the new one.
+    block does not write are carried over, but for the names in `owned`. A process that is killed leaves the old folder
+    or the new one.
     """
     folder = Path(os.path.realpath(folder))
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
                 # Another process has made the folder meanwhile, for files of its own.
                 if not folder.is_dir():
                     raise
-        owned = {path.name for path in staging.iterdir()} | OWNED_NAMES
+        owned = {path.name for path in staging.iterdir()} | owned
         _carry_over(folder, staging, owned)
         if not _exchange(staging, folder):
             # No atomic swap here: the old folder is complete until the new one has its name.

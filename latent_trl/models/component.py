@@ -142,13 +142,17 @@ class LatentActionComponent(nn.Module):
         return {name: getattr(self, name) for name in self.config_keys}
 
     def save_pretrained(self, save_directory: str | Path, state_dict: dict[str, torch.Tensor] | None = None) -> None:
-        """Writes `config.json` and `model.safetensors` into `save_directory`; `state_dict` replaces the own tensors."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
+        """
+        Writes `config.json` and `model.safetensors` into `save_directory`, both in one step; `state_dict` replaces the
+        own tensors. Other files there stay.
+        """
+        from .checkpoint import atomic_folder
+
         config = {"component": type(self).__name__, **self.to_config()}
-        (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
-        save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+        with atomic_folder(Path(save_directory), owned=set()) as folder:
+            (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 
     def push_to_hub(self, repo_id: str, **kwargs: Any):
         """

@@ -17,6 +17,7 @@ from latent_trl import (
     LatentActionPolicy,
     ValueHead,
 )
+from latent_trl.models import component
 
 CLASSES = {
     "codebook": Codebook,
@@ -199,3 +200,24 @@ def test_a_checkpoint_cannot_choose_attention_code(saved):
     (saved / "policy" / "config.json").write_text(json.dumps(config))
     policy = LatentActionPolicy.from_pretrained(saved)
     assert policy.decoder_stack.decoder.config._attn_implementation in ("sdpa", "eager")
+
+
+def test_a_component_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
+    first, second = Codebook(4, 8), Codebook(6, 8)
+    (tmp_path / "codebook").mkdir()
+    (tmp_path / "codebook" / "notes.txt").write_text("mine")
+    (tmp_path / "codebook" / "policy").mkdir()
+    first.save_pretrained(tmp_path / "codebook")
+
+    def fail(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(component, "save_file", fail)
+        with pytest.raises(OSError, match="No space"):
+            second.save_pretrained(tmp_path / "codebook")
+    assert torch.equal(Codebook.from_pretrained(tmp_path).weight, first.weight)
+    second.save_pretrained(tmp_path / "codebook")
+    assert torch.equal(Codebook.from_pretrained(tmp_path).weight, second.weight)
+    assert (tmp_path / "codebook" / "notes.txt").read_text() == "mine" and (tmp_path / "codebook" / "policy").is_dir()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["codebook"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import time
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -328,6 +329,9 @@ def main(argv: list[str] | None = None) -> int:
     from .progress import console, progress_bars
 
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    # Names that transformers will change: nothing that whoever runs the demo could do.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     backbone = args.backbone or find_folder(BACKBONE)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:

@@ -66,4 +66,6 @@ def test_a_batch_or_an_error_that_names_the_row(rows, assistant_only, max_length
     assert batch["loss_mask"].any(dim=1).all()
     assert not (batch["loss_mask"] & ~batch["token_mask"]).any()
     assert torch.equal(batch["token_mask"], mask & (ids != IMAGE))
-    assert batch["has_image"].tolist() == (ids == IMAGE).any(dim=1).tolist()
+    if vlm:
+        # A text model's tokenizer may know the placeholder as a word.
+        assert batch["has_image"].tolist() == (ids == IMAGE).any(dim=1).tolist()

@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from matrix import Cell, Size
 from tasks import Tasks
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback, set_seed
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from latent_trl import (
@@ -255,24 +262,33 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
 
 
 def train_sft(cell: Cell, size: Size, folder: Path):
-    """The SFT of the latent arm on the backbone's own tokens: the same rows, steps, rate and adapter."""
+    """The SFT of the latent arm on the backbone's own tokens: the same rows, steps, rate, schedule and adapter."""
     from peft import LoraConfig, get_peft_model
 
     from latent_trl.data.collator import LatentActionDataCollator
+    from latent_trl.data.mixing import MixedRows, MixedRowsCollator
 
     set_seed(cell.seed)
     processor = load_processor()
     model = get_peft_model(load_backbone(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
-    rows = shape_pairs("base", size.pairs, seed=cell.seed + 1)
-    collate = LatentActionDataCollator(processor, vision_token_ids=[model.config.image_token_index])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-4, weight_decay=0.0)
-    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(cell.seed)).tolist()
-    for step in range(size.sft_steps):
-        places = [order[(24 * step + i) % len(order)] for i in range(24)]
-        batch = collate([{"_row": i, **rows[i]} for i in places])
+    plain = MixedRowsCollator(LatentActionDataCollator(processor, vision_token_ids=[model.config.image_token_index]))
+
+    def collate(rows):
+        batch = plain(rows)
         labels = batch["input_ids"].masked_fill(~batch["loss_mask"], -100)
-        inputs = {k: batch[k] for k in ("input_ids", "attention_mask")} | batch["vision"]
-        model(**inputs, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        return {k: batch[k] for k in ("input_ids", "attention_mask")} | batch["vision"] | {"labels": labels}
+
+    args = TrainingArguments(
+        str(folder / "sft"),
+        max_steps=size.sft_steps,
+        learning_rate=2e-4,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.03,
+        per_device_train_batch_size=24,
+        remove_unused_columns=False,
+        seed=cell.seed,
+        **QUIET,
+    )
+    rows = MixedRows(shape_pairs("base", size.pairs, seed=cell.seed + 1))
+    Trainer(model, args, data_collator=collate, train_dataset=rows).train()
     return TokenSpeaker(model.merge_and_unload(), processor)

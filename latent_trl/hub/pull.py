@@ -9,7 +9,8 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-from ..models.checkpoint import CONFIG_FILE, REPORT_FILE, atomic_folder
+from ..models.atomic_folder import atomic_folder
+from ..models.checkpoint import CONFIG_FILE, OWNED_NAMES, REPORT_FILE
 from ..models.component import MAX_JSON_BYTES, CheckpointError, check_inside, check_token
 from ..models.download import fetch_snapshot, retried
 from .facts import (
@@ -69,7 +70,7 @@ def pull_folder(
             raise ValueError(f"`components` {unknown} are not in {repo_id}.")
         names = [name for name in names if name.split("/")[0] in components]
     snapshot = fetch_snapshot(repo_id, revision=sha, token=token, cache_dir=cache_dir, allow_patterns=names)
-    with atomic_folder(Path(folder)) as staging:
+    with atomic_folder(Path(folder), OWNED_NAMES) as staging:
         for name in names:
             check_inside(snapshot / name, snapshot)
             (staging / name).parent.mkdir(parents=True, exist_ok=True)

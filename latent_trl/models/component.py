@@ -9,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from .atomic_folder import atomic_folder
 from .download import fetch_snapshot
 
 CONFIG_NAME = "config.json"
@@ -146,11 +147,9 @@ class LatentActionComponent(nn.Module):
         Writes `config.json` and `model.safetensors` into `save_directory`, both in one step; `state_dict` replaces the
         own tensors. Other files there stay.
         """
-        from .checkpoint import atomic_folder
-
         config = {"component": type(self).__name__, **self.to_config()}
         tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
-        with atomic_folder(Path(save_directory), owned=set()) as folder:
+        with atomic_folder(Path(save_directory)) as folder:
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
 

@@ -81,9 +81,12 @@ def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_pat
     from run import chosen_rate
 
     (tmp_path / "runs").mkdir()
-    for rate, reward in ((1e-4, 0.7), (3e-4, 0.9), (1e-3, 0.9007)):
+    curves = {1e-4: [0.5, 0.9, 0.9], 3e-4: [0.5, 0.9, 0.9], 1e-3: [0.5, 0.7, 0.95]}
+    for rate, rewards in curves.items():
         path = tmp_path / "runs" / f"tune codes {rate:g}-0.json"
-        path.write_text(json.dumps({"curve": [{"reward": reward}, {"reward": 1.0 - rate}]}))
+        path.write_text(json.dumps({"curve": [{"reward": reward} for reward in rewards]}))
+    assert chosen_rate(tmp_path, "codes") == 1e-4
+    (tmp_path / "runs" / "tune codes 0.0001-0.json").unlink()
     assert chosen_rate(tmp_path, "codes") == 3e-4
 
 

@@ -125,7 +125,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     options = dict(cell.options)
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
     balance, cycle = options.pop("balance_coef", 0.1), options.pop("use_cycle", True)
-    freeze = options.pop("freeze_codebook", False)
+    freeze, target = options.pop("freeze_codebook", False), options.pop("cloning_target", "backbone")
     config = LatentActionConfig(
         allow_single_code=options.get("num_codes") == 1,
         inverse_dynamics_decoder={"num_hidden_layers": 2},
@@ -155,6 +155,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
             policy_learning_rate=1e-3,
             balance_coef=balance,
             use_cycle=cycle,
+            cloning_target=target,
             per_device_train_batch_size=16,
             max_length=96,
             logging_steps=5,
@@ -204,6 +205,14 @@ def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float) -> di
     }
 
 
+def prolong(options: dict[str, Any]) -> int:
+    """Takes as many times the steps as each rollout has updates, so that the rollouts stay the same. Returns how many
+    updates those are."""
+    updates = options.get("num_iterations", 1)
+    options["max_steps"] *= updates
+    return updates
+
+
 def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rate: float):
     """TRL's GRPO on the backbone's own tokens. By default the last two layers are trained: as many parameters as the
     latent arm's policy has, and the same layers."""
@@ -216,8 +225,8 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
     for part in [decoder, model.get_output_embeddings()] if train_all else decoder.layers[-2:]:
         part.requires_grad_(True)
     speaker = TokenSpeaker(model, processor)
-    curve = Curve(speaker, tasks, size, updates=1)
     options = rl_options(cell, size, folder, learning_rate) | options
+    curve = Curve(speaker, tasks, size, prolong(options))
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=REWARD,
@@ -241,14 +250,12 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     if "temperature" in options:
         options["action_temperature"] = options.pop("temperature")
     options = rl_options(cell, size, folder, learning_rate) | options
-    updates = 1
     trainer_class, config_class = LatentActionGRPOTrainer, LatentActionGRPOConfig
     if options.pop("algorithm", "grpo") == "ppo":
         # Two updates of each rollout.
-        updates = 2
-        options |= {"num_iterations": 2, "max_steps": 2 * size.steps, "value_learning_rate": 1e-3}
+        options |= {"num_iterations": 2, "value_learning_rate": 1e-3}
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
-    curve = Curve(speaker, tasks, size, updates)
+    curve = Curve(speaker, tasks, size, prolong(options))
     trainer = trainer_class(
         model,
         REWARD,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 # The same grid for every arm, on the validation questions of seed 0.
-LEARNING_RATES = (1e-4, 3e-4, 1e-3)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 TOKEN_LOSSES = {
     "grpo": {"loss_type": "grpo"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
@@ -30,7 +30,7 @@ class Size:
     generations: int = 8
     questions: int = 600
     others: int = 240
-    evaluate_every: int = 5
+    evaluate_every: int = 2
 
 
 SIZES = {
@@ -94,6 +94,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out subtract": {"read_out": "subtract"},
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
+    "cloned from inferred codes": {"cloning_target": "inferred"},
     "policy from last layers": {"policy_init": "last_layers"},
 }
 # Of rollouts, beside 1.
@@ -118,7 +119,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
     tune = [
         Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
         for arm, (kind, options) in tuned.items()
-        for rate in (LEARNING_RATES if full else LEARNING_RATES[1:])
+        for rate in (LEARNING_RATES if full else LEARNING_RATES[1:3])
     ]
     compared, variants = [], []
     for seed in size.seeds:
@@ -131,6 +132,9 @@ def matrix(size_name: str) -> list[list[Cell]]:
             if loss != "grpo":
                 variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
                 variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
+        twice = {"num_iterations": 2}
+        variants.append(Cell("token grpo, 2 updates", "tokens", seed, twice, arm="tokens"))
+        variants.append(Cell("latent grpo, 2 updates", "codes", seed, twice, main, arm="codes"))
         name = "token grpo, all text parameters"
         variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for temperature in HOT_AND_COLD:

@@ -14,8 +14,8 @@ from latent_trl.evaluation.diversity import mean_pairwise_cosine
 from latent_trl.evaluation.perplexity import text_perplexity
 from latent_trl.rewards.embedding import TextEmbedder
 
-TOKEN_TEMPERATURES = (0.7, 1.0, 1.5, 2.0)
-CODE_TEMPERATURES = (0.7, 1.0, 2.0, 4.0)
+TOKEN_TEMPERATURES = (0.7, 1.0, 1.2, 1.5, 2.0)
+CODE_TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 4.0)
 PERMUTATIONS = 5
 
 

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, matrix
+from matrix import HOT_AND_COLD, LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, matrix
 
 from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 TOKEN_COLOUR, CODE_COLOUR = "#b5651d", "#1f5fa8"
+# Rollouts at which the curves are read, and the share of fluent samples at which diversity is compared.
+ROLLOUTS = (256, 512, 1024, 2048, 3840)
+FLUENCY = 0.9
 
 
 class Runs:
@@ -61,8 +64,11 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def main_rows(runs: Runs) -> list[str]:
     order = ["base", "sft", "latent, before RL"]
-    order += [f"token {loss}" for loss in TOKEN_LOSSES] + ["token grpo, all text parameters"]
-    order += [f"latent {loss}" for loss in TOKEN_LOSSES] + ["latent ppo"]
+    others = ["2 updates", *(f"T = {temperature}" for temperature in HOT_AND_COLD)]
+    order += [f"token {loss}" for loss in TOKEN_LOSSES] + [f"token grpo, {other}" for other in others]
+    order += ["token grpo, all text parameters"]
+    order += [f"latent {loss}" for loss in TOKEN_LOSSES] + [f"latent grpo, {other}" for other in others]
+    order += ["latent ppo"]
     return [name for name in order if name in runs]
 
 
@@ -110,6 +116,50 @@ def reach(curve: list[dict[str, float]], target: float) -> tuple[str, str]:
         if point["reward"] >= target:
             return f"{point['rollouts']:.0f}", f"{point['seconds']:.0f}"
     return "–", "–"
+
+
+def curve_table(runs: Runs) -> str:
+    rows = []
+    for name in main_rows(runs):
+        curves = [{point["rollouts"]: point["reward"] for point in run.get("curve", [])} for run in runs.each(name)]
+        if all(curves):
+            rows.append([name, *(figure([c[count] for c in curves if count in c]) for count in ROLLOUTS)])
+    return markdown(["run", *map(str, ROLLOUTS)], rows)
+
+
+def at_fluency(points: list[dict[str, Any]], level: float) -> tuple[float, float] | None:
+    """
+    The most diverse sampling whose share of fluent samples is at least `level`, between measured temperatures too.
+
+    Args:
+        points (`list[dict]`): Of [`measures.sweep`], by rising temperature.
+        level (`float`): Of fluency.
+
+    Returns:
+        Its diversity and its best of 8, or `None` where all temperatures are less fluent.
+    """
+    found = [(p["diversity"], p["best"]) for p in points if p["fluent"] >= level]
+    for first, second in zip(points, points[1:]):
+        if min(first["fluent"], second["fluent"]) < level < max(first["fluent"], second["fluent"]):
+            share = (first["fluent"] - level) / (first["fluent"] - second["fluent"])
+            diversity, best = (first[key] + share * (second[key] - first[key]) for key in ("diversity", "best"))
+            found.append((diversity, best))
+    return max(found, default=None)
+
+
+def fluency_table(runs: Runs) -> str:
+    rows = []
+    for names in (("base", "latent, before RL"), ("token grpo", "latent grpo")):
+        if not all(name in runs for name in names):
+            continue
+        of_seed = [{s: at_fluency(run["sweep"], FLUENCY) for s, run in runs.by_name[name].items()} for name in names]
+        for name, found in zip(names, of_seed, strict=True):
+            known = [value for value in found.values() if value]
+            rows.append([name, figure([v[0] for v in known], 2), figure([v[1] for v in known])])
+        both = [s for s in of_seed[0] if of_seed[0][s] and of_seed[1].get(s)]
+        ratios = [of_seed[1][s][0] / of_seed[0][s][0] for s in both]
+        rows.append([f"{names[1]} / {names[0]}", figure(ratios, 2), ""])
+    return markdown(["model", "diversity", "best of 8"], rows)
 
 
 def cost_table(runs: Runs) -> str:
@@ -214,6 +264,8 @@ def tables(size_name: str, folder: Path) -> str:
         main_table(runs),
         "### Against the best token-level run",
         difference_table(runs),
+        "### Validation reward after so many rollouts",
+        curve_table(runs),
         "### Rollouts and seconds",
         cost_table(runs),
         "### Learning rates",
@@ -223,6 +275,9 @@ def tables(size_name: str, folder: Path) -> str:
         control_table(runs),
         "### Exploration",
         sweep_table(runs),
+        f"### Diversity where {FLUENCY:.0%} of the samples are fluent",
+        "The most diverse temperature at that fluency, between the measured ones too.",
+        fluency_table(runs),
         "### Spaces",
         ablation_table(runs),
     ]

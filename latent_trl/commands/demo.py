@@ -37,10 +37,10 @@ class DemoSettings:
     joint_steps: int = 60
     cloning_steps: int = 150
     sft_steps: int = 30
-    rl_steps: int = 60
+    rl_steps: int = 30
     prompts_per_step: int = 16
     num_generations: int = 8
-    action_temperature: float = 1.5
+    action_temperature: float = 1.0
     rl_learning_rate: float = 5e-4
     test_prompts: int = 300
     algorithm: str = "grpo"
@@ -171,7 +171,7 @@ class Demo:
             "codebook/used": "codes",
             "codebook/perplexity": "perplexity",
             "projector/nll": "nll",
-            "policy/cloning_accuracy": "cloned",
+            "policy/backbone_kl": "KL to the backbone",
         }
         draw_with(trainer, BarCallback(self.bars, lambda: f"Learn: {trainer.stage}", figures)).train()
         self.result.space_history = trainer.history

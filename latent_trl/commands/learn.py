@@ -9,6 +9,7 @@ FIGURES = {
     "codebook/perplexity": "perplexity",
     "projector/nll": "nll",
     "policy/cloning_accuracy": "cloned",
+    "policy/backbone_kl": "KL to the backbone",
 }
 
 

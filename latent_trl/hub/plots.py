@@ -8,20 +8,21 @@ from .facts import CodebookReport, TrainingRun
 
 CURVES_FILE = "training_curves.png"
 CODES_FILE = "codebook_usage.png"
-# Metrics worth a panel, in this order; the first of a line that a run has is drawn.
+# Metrics worth a panel, in this order.
 PANELS = (
-    ("loss",),
-    ("reward",),
-    ("eval_loss",),
-    ("eval_reward",),
-    ("world_model/ce",),
-    ("projector/nll",),
-    ("policy/cloning_accuracy",),
-    ("codebook/perplexity",),
-    ("kl",),
-    ("entropy",),
-    ("ppo/value_loss",),
-    ("rollout/semantic_diversity",),
+    "loss",
+    "reward",
+    "eval_loss",
+    "eval_reward",
+    "world_model/ce",
+    "projector/nll",
+    "policy/cloning_accuracy",
+    "policy/backbone_kl",
+    "codebook/perplexity",
+    "kl",
+    "entropy",
+    "ppo/value_loss",
+    "rollout/semantic_diversity",
 )
 
 
@@ -51,7 +52,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
         for run in runs
         for rows in segments(run)
     ]
-    wanted = [name for names in PANELS for name in names if any(len(_points(rows, name)) > 1 for _, rows in lines)]
+    wanted = [name for name in PANELS if any(len(_points(rows, name)) > 1 for _, rows in lines)]
     if not wanted or not can_plot():
         return False
     from matplotlib.figure import Figure

@@ -221,7 +221,7 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         return self.inverse_dynamics(states, attention_mask, position_ids, embeddings)
 
     def merge(self, states: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        """What the head reads `[..., d]`, from context states and code vectors."""
+        """What the head reads `[..., d]`, from context states and code vectors, whose shapes broadcast."""
         return self.world_model(states, codes, norm=self.backbone_view.norm)
 
     def read(self, states: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,17 @@ class MergeBlock(nn.Module):
         self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, merged: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        joined = torch.cat([merged, codes], dim=-1)
-        return self.down(F.silu(self.gate(joined)) * self.up(joined))
+        if merged.shape == codes.shape:
+            joined = torch.cat([merged, codes], dim=-1)
+            return self.down(F.silu(self.gate(joined)) * self.up(joined))
+        gate, up = (self._broadcast(part.weight, merged, codes) for part in (self.gate, self.up))
+        return self.down(F.silu(gate) * up)
+
+    @staticmethod
+    def _broadcast(weight: torch.Tensor, merged: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        """`weight` on every pair [m; c], each half computed once for all pairs that share it."""
+        first, second = weight.chunk(2, dim=1)
+        return F.linear(merged, first) + F.linear(codes, second)
 
 
 class LanguageWorldModel(LatentActionComponent):
@@ -59,7 +68,8 @@ class LanguageWorldModel(LatentActionComponent):
         """
         Args:
             states (`torch.Tensor`): `[..., d]`.
-            codes (`torch.Tensor`): `[..., d]` code vectors.
+            codes (`torch.Tensor`): `[..., d]` code vectors; shapes broadcast, so `[M, 1, d]` states and `[K, d]` codes
+                give `[M, K, d]`, at less than half the cost of K calls.
             norm (`Callable`, *optional*): The text model's final norm; `"subtract"` and `"last_block"` need it.
 
         Returns:

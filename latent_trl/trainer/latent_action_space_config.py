@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .latent_action_space_objective import STAGE_COMPONENTS
+from .latent_action_space_objective import CLONING_TARGETS, STAGE_COMPONENTS
 from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 
@@ -30,6 +30,13 @@ class LatentActionSpaceConfig(TrainingArguments):
             Weights of the projector's losses in the joint stage.
         use_cycle (`bool`, defaults to `True`):
             Whether the joint stage has the cycle loss, for ablations.
+        cloning_target (`str`, defaults to `"backbone"`):
+            What the stage `policy` imitates: the `"backbone"`'s own next-token distribution, each token's probability
+            on the code that says it the most surely, so that sampling codes starts as calibrated as sampling tokens;
+            or, as in the paper, the arg-max codes `"inferred"` by the inverse dynamics model from the data.
+        cloning_positions (`int`, defaults to `4`):
+            With `"backbone"`: positions of each row that are cloned in one step, drawn likelier where the backbone is
+            less sure. The world model and the head read all codes at each of them.
         revive_dead_codes_every (`int`, defaults to `0`):
             Every so many steps, codes that no position chose are moved to where states are. 0 turns it off.
         assistant_only_loss (`bool`, defaults to `True`):
@@ -63,6 +70,8 @@ class LatentActionSpaceConfig(TrainingArguments):
     projection_coef: float = 1e-5
     cycle_coef: float = 1e-5
     use_cycle: bool = True
+    cloning_target: str = "backbone"
+    cloning_positions: int = 4
     revive_dead_codes_every: int = 0
     assistant_only_loss: bool = True
     max_length: int | None = 2048
@@ -81,6 +90,9 @@ class LatentActionSpaceConfig(TrainingArguments):
         super().__post_init__()
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
+        check_choice("cloning_target", self.cloning_target, CLONING_TARGETS)
+        if self.cloning_positions < 1:
+            raise ValueError(f"`cloning_positions` must be at least 1, got {self.cloning_positions}.")
         unknown = [stage for stage in self.stages if stage not in STAGE_COMPONENTS]
         if unknown or not self.stages:
             raise ValueError(f"`stages` must be among {list(STAGE_COMPONENTS)}, got {self.stages}.")

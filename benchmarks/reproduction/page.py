@@ -304,13 +304,23 @@ def plot(folder: Path, target: Path) -> None:
             left.plot(xs, ys, style, color=colour, alpha=0.8, label=name if i == 0 else None)
     left.set(xlabel="rollouts", ylabel="validation reward", title="Learning")
     left.legend(frameon=False)
-    for name, colour in (("base", TOKEN_COLOUR), ("latent, before RL", CODE_COLOUR)):
+    for name, colour, side in (("base", TOKEN_COLOUR, 1), ("latent, before RL", CODE_COLOUR, -1)):
         sweeps = [run["sweep"] for run in runs.each(name)] if name in runs else []
-        for i, points in enumerate(zip(*sweeps)):
-            x, y = (np.mean([p[key] for p in points]) for key in ("fluent", "best"))
-            right.scatter(x, y, color=colour, label=name if i == 0 else None)
+        points = [
+            (of_seeds[0]["temperature"], *(np.mean([p[key] for p in of_seeds]) for key in ("fluent", "best")))
+            for of_seeds in zip(*sweeps)
+        ]
+        right.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", color=colour, linewidth=0.8, label=name)
+        # The hottest lie apart.
+        for temperature, x, y in points[-2:]:
             right.annotate(
-                f"T = {points[0]['temperature']}", (x, y), fontsize=7, xytext=(4, -8), textcoords="offset points"
+                f"T = {temperature}",
+                (x, y),
+                fontsize=7,
+                color=colour,
+                xytext=(6 * side, -8),
+                ha="left" if side > 0 else "right",
+                textcoords="offset points",
             )
     right.set(xlabel="fluent answers", ylabel="best of 8", title="Sampling before RL")
     right.legend(frameon=False)

@@ -78,6 +78,8 @@ class LatentActionCheckpointMixin:
                 for adapter_config in self.peft_backbone.peft_config.values():
                     adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
                 self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=own)
+                # PEFT's card is a template that names the backbone's folder on this machine; the model has its own.
+                (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
             record = {
                 **self.config.to_dict(),
                 "components": wanted,

@@ -151,6 +151,13 @@ class LatentActionConfig(PreTrainedConfig):
         """The backbone's text configuration, which TRL reads; the configuration itself until a backbone is attached."""
         return self if self.text_config is None else self.text_config
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; the backbone is named in `base_model_name_or_path` alone."""
+        values = super().to_dict()
+        if values["text_config"] is not None:
+            values["text_config"] = {**values["text_config"], "_name_or_path": ""}
+        return values
+
     def decoder_config(self, overrides: dict[str, Any]) -> PreTrainedConfig:
         """
         A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states.
@@ -159,7 +166,7 @@ class LatentActionConfig(PreTrainedConfig):
         it was sampled from.
         """
         values = self.text_config.to_dict()
-        values |= {"vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        values |= {"_name_or_path": "", "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
         values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
         config = type(self.text_config)(**values)
         return _override(config, overrides)

@@ -78,6 +78,21 @@ def test_the_base_model_is_found_by_its_name(tmp_path, family):
     said(narrow, tiny)
 
 
+@pytest.mark.parametrize("family", ["llava", "llama"])
+def test_the_base_models_folder_is_named_where_loading_needs_it_alone(tmp_path, family):
+    from peft import LoraConfig
+
+    FAMILIES[family]().model.save_pretrained(tmp_path / "base")
+    auto = AutoModelForImageTextToText if family == "llava" else AutoModelForCausalLM
+    model = LatentActionModel.from_backbone(auto.from_pretrained(tmp_path / "base"), latent_config())
+    model.add_adapter(LoraConfig(r=2))
+    model.config.base_model_name_or_path = "someone/base"
+    model.save_pretrained(tmp_path / "model")
+    texts = [path for path in (tmp_path / "model").rglob("*") if path.suffix in (".json", ".md")]
+    assert len(texts) > 5
+    assert [path for path in texts if str(tmp_path) in path.read_text()] == []
+
+
 def test_some_components_may_be_saved_without_the_others(whole, tmp_path):
     model, tiny, want = whole
     model.save_pretrained(tmp_path, components=["codebook", "world_model", "policy", "projector"])

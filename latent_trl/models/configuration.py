@@ -166,7 +166,13 @@ class LatentActionConfig(PreTrainedConfig):
         it was sampled from.
         """
         values = self.text_config.to_dict()
-        values |= {"_name_or_path": "", "vocab_size": 1, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+        values |= {
+            "_name_or_path": "",
+            "vocab_size": 1,
+            "pad_token_id": None,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        }
         values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
         config = type(self.text_config)(**values)
         return _override(config, overrides)

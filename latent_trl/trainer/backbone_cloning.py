@@ -52,11 +52,10 @@ def backbone_codes(
             image.
 
     Returns:
-        The distribution `[M, K]`; which codes say the same token `[M, K, K]`, boolean; and the backbone's probability
-        of all that some code says `[M]`.
+        The distribution `[M, K]`; the code `[M, K]` that says each code's token the most surely; and the backbone's
+        probability of all that some code says `[M]`.
     """
     tokens, sureness = spoken_tokens(model, states)
-    same = tokens[:, :, None] == tokens[:, None, :]
     size = _chunk_size(model, 1)
     probs = torch.cat(
         [
@@ -64,11 +63,24 @@ def backbone_codes(
             for part, said in zip(backbone_states.split(size), tokens.split(size), strict=True)
         ]
     )
-    surest = sureness[:, None, :].masked_fill(~same, -torch.inf).argmax(dim=-1)
-    is_surest = surest == torch.arange(tokens.shape[1], device=tokens.device)
-    reached = probs * is_surest
+    surest = surest_codes(tokens, sureness)
+    reached = probs * (surest == torch.arange(tokens.shape[1], device=tokens.device))
     total = reached.sum(dim=-1)
-    return reached / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], same, total
+    return reached / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], surest, total
+
+
+def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:
+    """For each of the codes `[M, K]`, the one among those with the same token whose `sureness` is highest; of equals
+    the first."""
+    by_sureness = sureness.argsort(dim=1, descending=True, stable=True)
+    order = by_sureness.gather(1, tokens.gather(1, by_sureness).argsort(dim=1, stable=True))
+    # Codes of one token now stand side by side, the surest in front.
+    ordered = tokens.gather(1, order)
+    places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+    in_front = torch.ones_like(tokens, dtype=torch.bool)
+    in_front[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    leaders = order.gather(1, places.where(in_front, 0).cummax(dim=1).values)
+    return torch.empty_like(tokens).scatter_(1, order, leaders)
 
 
 def _chunk_size(model, codes: int) -> int:

@@ -235,7 +235,7 @@ class LatentActionSpaceObjective:
         mask = batch["loss_mask"][:, 1:]
         if self.cloning_target == "backbone":
             mask = self._draw_uncertain(model, observation, mask)
-            wanted, same, reachable = backbone_codes(model, states[:, :-1][mask], observation.states[:, :-1][mask])
+            wanted, surest, reachable = backbone_codes(model, states[:, :-1][mask], observation.states[:, :-1][mask])
             best = wanted.argmax(dim=-1)
         else:
             with torch.no_grad():
@@ -249,7 +249,8 @@ class LatentActionSpaceObjective:
         probs = logits.detach().softmax(dim=-1)
         self._add("policy/entropy", _entropy(probs))
         if self.cloning_target == "backbone":
-            said = (probs[:, None, :] * same).sum(dim=-1).clamp(min=1e-12)
+            # Each token's probability, at the code that is wanted for it.
+            said = torch.zeros_like(probs).scatter_add_(1, surest, probs).clamp(min=1e-12)
             self._add("policy/backbone_kl", (wanted * (wanted.clamp(min=1e-12) / said).log()).sum(dim=-1))
             self._add("policy/reachable", reachable)
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)

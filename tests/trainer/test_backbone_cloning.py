@@ -4,9 +4,10 @@ import pytest
 import torch
 from learning_runs import build_space
 from test_latent_action_space_objective import learner, rows_of
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_trl.trainer import backbone_cloning, latent_action_space_objective
-from latent_trl.trainer.backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens
+from latent_trl.trainer.backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens, surest_codes
 from latent_trl.trainer.latent_action_space_objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
 
 
@@ -15,7 +16,7 @@ def token_law(model, merged):
 
 
 def codes_by_hand(model, state, backbone_state):
-    """Dictionaries: token of each code, and the wanted probability of each code; and the mass of all said tokens."""
+    """Lists of each code's token and wanted probability, and the backbone's probability of all said tokens."""
     laws = [token_law(model, model.merge(state, code)) for code in model.codebook.weight]
     tokens = [law.argmax().item() for law in laws]
     backbone = token_law(model, backbone_state)
@@ -41,7 +42,7 @@ def test_wanted_codes_by_hand(chunk, monkeypatch):
     monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", chunk)
     model, batch, _ = learner("policy")
     states, backbone_states = states_of(model, batch)
-    wanted, same, reachable = backbone_codes(model, states, backbone_states)
+    wanted, surest, reachable = backbone_codes(model, states, backbone_states)
     tokens, sureness = spoken_tokens(model, states)
     some_differ = False
     for i, (state, backbone_state) in enumerate(zip(states, backbone_states)):
@@ -49,13 +50,43 @@ def test_wanted_codes_by_hand(chunk, monkeypatch):
         assert tokens[i].tolist() == expected_tokens
         torch.testing.assert_close(wanted[i], torch.tensor(expected), rtol=1e-4, atol=1e-6)
         assert reachable[i].item() == pytest.approx(total, rel=1e-4)
-        assert same[i].tolist() == [[a == b for b in expected_tokens] for a in expected_tokens]
+        for k, token in enumerate(expected_tokens):
+            same = [other for other in range(len(expected_tokens)) if expected_tokens[other] == token]
+            assert surest[i, k].item() == max(same, key=lambda other: sureness[i, other].item())
         some_differ |= 1 < len(set(expected_tokens)) < len(expected_tokens)
         law = token_law(model, backbone_state)
         entropy = next_token_entropy(model, backbone_state[None]).item()
         assert entropy == pytest.approx(-(law * law.log()).sum().item(), rel=1e-4)
     # Else the case would not tell one rule from another.
     assert some_differ
+
+
+def test_the_surest_of_equals_is_the_first_alone():
+    """An untrained world model's codes all say the same, equally surely."""
+    tokens = torch.tensor([[5, 3, 5, 3, 5], [7, 7, 7, 7, 7]])
+    sureness = torch.tensor([[0.2, 0.9, 0.4, 0.9, 0.4], [0.1, 0.1, 0.1, 0.1, 0.1]])
+    assert surest_codes(tokens, sureness).tolist() == [[2, 1, 2, 1, 2], [0, 0, 0, 0, 0]]
+
+
+def test_memory_does_not_grow_with_the_square_of_the_codes(monkeypatch):
+    class Largest(TorchDispatchMode):
+        values = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor):
+                    self.values = max(self.values, tensor.numel())
+            return out
+
+    def largest(num_codes):
+        model, batch, objective = learner("policy", cloning_positions=10_000, num_codes=num_codes)
+        with Largest() as seen:
+            objective(model, batch)
+        return seen.values
+
+    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", 1)
+    assert largest(512) < 5 * largest(128)
 
 
 @torch.no_grad()

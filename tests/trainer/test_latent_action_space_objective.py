@@ -20,9 +20,9 @@ from latent_trl.trainer.latent_action_space_objective import (
 
 def learner(stage: str, **options):
     """A perturbed model, a batch of rows with 1, 2 and 0 images, and the objective."""
-    from tiny_models import latent
+    from tiny_models import latent, latent_config
 
-    model, tiny = latent("llava")
+    model, tiny = latent("llava", latent_config(num_codes=options.pop("num_codes", 16)))
     collate = LatentActionDataCollator(
         tiny.processor,
         vision_token_ids=model.config.vision_token_ids,

@@ -91,8 +91,8 @@ def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
 class Curve(TrainerCallback):
     """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
 
-    def __init__(self, speaker, tasks: Tasks, size: Size, updates: int):
-        self.speaker, self.tasks, self.updates = speaker, tasks, updates
+    def __init__(self, speaker, tasks: Tasks, size: Size):
+        self.speaker, self.tasks = speaker, tasks
         self.rollouts = size.prompts * size.generations
         self.every = size.evaluate_every
         self.points: list[dict[str, float]] = []
@@ -103,7 +103,7 @@ class Curve(TrainerCallback):
         self.take(0)
 
     def on_step_end(self, args, state, control, **kwargs):
-        steps, left = divmod(state.global_step, self.updates)
+        steps, left = divmod(state.global_step, args.num_iterations)
         if left == 0 and (steps % self.every == 0 or state.global_step == state.max_steps):
             self.take(steps)
 
@@ -124,8 +124,8 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     set_seed(cell.seed)
     options = dict(cell.options)
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
-    balance, cycle = options.pop("balance_coef", 0.1), options.pop("use_cycle", True)
-    freeze, target = options.pop("freeze_codebook", False), options.pop("cloning_target", "backbone")
+    freeze = options.pop("freeze_codebook", False)
+    learning = {k: options.pop(k) for k in ("balance_coef", "use_cycle", "cloning_target") if k in options}
     config = LatentActionConfig(
         allow_single_code=options.get("num_codes") == 1,
         inverse_dynamics_decoder={"num_hidden_layers": 2},
@@ -153,13 +153,11 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
             inverse_dynamics_learning_rate=3e-3,
             joint_learning_rate=1e-3,
             policy_learning_rate=1e-3,
-            balance_coef=balance,
-            use_cycle=cycle,
-            cloning_target=target,
             per_device_train_batch_size=16,
             max_length=96,
             logging_steps=5,
             seed=cell.seed,
+            **learning,
             **QUIET,
         ),
         shape_pairs("base", pairs, seed=cell.seed),
@@ -186,11 +184,12 @@ def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int)
     LatentActionSFTTrainer(model, args, shape_pairs("base", pairs, seed=seed + 1), processing_class=processor).train()
 
 
-def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float) -> dict[str, Any]:
-    """What RL over tokens and over codes have in common."""
+def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: dict[str, Any]) -> dict[str, Any]:
+    """What RL over tokens and over codes have in common, and an arm's `own`. Each further update of a rollout is a
+    further step, so that the rollouts stay the same."""
     return {
         "output_dir": str(folder / "rl"),
-        "max_steps": size.steps,
+        "max_steps": size.steps * own.get("num_iterations", 1),
         "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": size.prompts * size.generations,
@@ -202,15 +201,8 @@ def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float) -> di
         "gradient_checkpointing": False,
         "seed": cell.seed,
         **QUIET,
+        **own,
     }
-
-
-def prolong(options: dict[str, Any]) -> int:
-    """Takes as many times the steps as each rollout has updates, so that the rollouts stay the same. Returns how many
-    updates those are."""
-    updates = options.get("num_iterations", 1)
-    options["max_steps"] *= updates
-    return updates
 
 
 def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rate: float):
@@ -225,8 +217,8 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
     for part in [decoder, model.get_output_embeddings()] if train_all else decoder.layers[-2:]:
         part.requires_grad_(True)
     speaker = TokenSpeaker(model, processor)
-    options = rl_options(cell, size, folder, learning_rate) | options
-    curve = Curve(speaker, tasks, size, prolong(options))
+    options = rl_options(cell, size, folder, learning_rate, options)
+    curve = Curve(speaker, tasks, size)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=REWARD,
@@ -249,13 +241,13 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         return speaker, None, None
     if "temperature" in options:
         options["action_temperature"] = options.pop("temperature")
-    options = rl_options(cell, size, folder, learning_rate) | options
     trainer_class, config_class = LatentActionGRPOTrainer, LatentActionGRPOConfig
     if options.pop("algorithm", "grpo") == "ppo":
         # Two updates of each rollout.
         options |= {"num_iterations": 2, "value_learning_rate": 1e-3}
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
-    curve = Curve(speaker, tasks, size, prolong(options))
+    options = rl_options(cell, size, folder, learning_rate, options)
+    curve = Curve(speaker, tasks, size)
     trainer = trainer_class(
         model,
         REWARD,

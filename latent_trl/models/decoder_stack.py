@@ -37,7 +37,8 @@ class DecoderStack(nn.Module):
         """
         Args:
             states (`torch.Tensor`): `[B, L, d]`.
-            attention_mask (`torch.Tensor`, *optional*): `[B, L]`, with the length of the cache in front.
+            attention_mask (`torch.Tensor`, *optional*): `[B, L]`, with the length of the cache in front; or what
+                transformers' `create_masks_for_generate` makes of it.
             position_ids (`torch.Tensor`, *optional*): As the backbone's text model takes them.
             past_key_values (`Cache`, *optional*): The stack's own layers.
 

@@ -1,16 +1,18 @@
 """Generation over codes: what happens inside the backbone's own `generate` between the states and the head."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from transformers import Cache, DynamicCache, PreTrainedConfig, StaticCache
+from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .action_law import ActionLaw
+from .cuda_graphs import GraphedCall
 
 POLICY_LAYERS = "latent_action_policy_layers"
 
@@ -95,7 +97,8 @@ class ActionChoice:
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Codes `[B]`, drawn prompt by prompt though rows come in tiles: a seed gives the same samples either way."""
         by_prompt = probs.unflatten(0, (self.copies, -1)).transpose(0, 1).flatten(0, 1)
-        drawn = torch.multinomial(by_prompt, 1, generator=self.generator).squeeze(-1)
+        # What `torch.multinomial` draws, without its look at the values, for which the host would wait.
+        drawn = (by_prompt / torch.empty_like(by_prompt).exponential_(generator=self.generator)).argmax(dim=-1)
         return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
 
 
@@ -116,7 +119,7 @@ class SharedPrefill:
     def __init__(self, rows: int, copies: int, cache: Cache | None):
         self.rows = rows
         self.copies = copies
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
         self.once = copies > 1 and cache is not None and all(type(layer) in plain for layer in cache.layers)
         self.names = {"input_ids", "attention_mask", "position_ids"}
         self.pending = False
@@ -166,7 +169,7 @@ class SharedPrefill:
         def cut(module, args, kwargs):
             handle.remove()
             self.pending = True
-            by_row = {k: v[..., : self.rows, :] for k, v in kwargs.items() if k in self.names and v is not None}
+            by_row = {k: self._first_tile(v) for k, v in kwargs.items() if k in self.names}
             return tuple(ids[: self.rows] for ids in args), {**kwargs, **by_row}
 
         handle = base.register_forward_pre_hook(cut, with_kwargs=True)
@@ -175,11 +178,21 @@ class SharedPrefill:
         finally:
             handle.remove()
 
+    def _first_tile(self, value: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
+        """Rows lie on the last axis but one, and on the first in the masks `[B, 1, P, L]` of a static cache."""
+        if value is None:
+            return None
+        if isinstance(value, dict):
+            return {name: self._first_tile(mask) for name, mask in value.items()}
+        return value[: self.rows] if value.ndim == 4 else value[..., : self.rows, :]
+
     def copy_cache(self, cache: Cache) -> None:
         """Copies the first tile's cache for the others, once."""
         rows = torch.arange(self.rows).repeat(self.copies)
         for layer in cache.layers:
-            layer.batch_select_indices(rows.to(layer.keys.device))
+            layer.reorder_cache(rows)
+            if isinstance(layer, StaticLayer):
+                layer.batch_size = len(rows)
         self.pending = False
 
 
@@ -197,6 +210,7 @@ class RolloutHook:
         has_image (`torch.Tensor`): Boolean `[B]`, whether a row's prompt has an image.
         keep_states (`bool`): Whether context states are kept.
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
+        cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
     """
 
     def __init__(
@@ -207,6 +221,7 @@ class RolloutHook:
         has_image: torch.Tensor,
         keep_states: bool,
         shared: SharedPrefill,
+        cuda_graphs: bool = False,
     ):
         self.model = model
         self.choice = choice
@@ -215,6 +230,9 @@ class RolloutHook:
         self.has_image = has_image
         self.keep_states = keep_states
         self.shared = shared
+        self.cuda_graphs = cuda_graphs
+        self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
+        self.policy_cache: Cache | None = None
         self.action_ids: list[torch.Tensor] = []
         self.log_probs: list[torch.Tensor] = []
         self.supports: list[torch.Tensor] = []
@@ -226,7 +244,8 @@ class RolloutHook:
         """Listens to `decoder` inside the block."""
         handle = decoder.register_forward_hook(self, with_kwargs=True)
         try:
-            yield
+            with GraphedCall(decoder.forward).instead_of_forward(decoder) if self.cuda_graphs else nullcontext():
+                yield
         finally:
             handle.remove()
 
@@ -236,17 +255,13 @@ class RolloutHook:
         if cache is None:
             self.states.clear()
             self.position_ids.clear()
-        rows = len(output.last_hidden_state)
-        states = self.model.context_states(output.last_hidden_state, self.has_image[:rows])
-        position_ids = kwargs.get("position_ids")
-        logits = self.model.policy(
-            states,
-            attention_mask=self._mask(step)[:rows] if self.padded else None,
-            position_ids=position_ids,
-            past_key_values=None if cache is None else self._policy_cache(cache),
-            keep_last=1,
-        )[:, -1]
-        hidden, last = output.last_hidden_state, states[:, -1:]
+        else:
+            self._add_policy_layers(cache)
+        hidden, position_ids = output.last_hidden_state, kwargs.get("position_ids")
+        rows = len(hidden)
+        mask = self._mask(step, rows, hidden.shape[1])
+        states, logits = self.choose_from(hidden, self.has_image[:rows], mask, position_ids)
+        last = states[:, -1:]
         if self.shared.pending:
             self.shared.copy_cache(cache)
             hidden, last, logits = hidden[:, -1:], self.shared.tiled(last), self.shared.tiled(logits)
@@ -269,12 +284,35 @@ class RolloutHook:
         output["last_hidden_state"] = merged
         return output
 
-    def _mask(self, step: int) -> torch.Tensor:
-        return torch.cat([self.attention_mask, self.attention_mask.new_ones(len(self.attention_mask), step)], dim=1)
+    def _policy_step(self, hidden, has_image, mask, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context states `[B, n, d]` of the text model's states, and the policy's logits `[B, K]` of the last."""
+        states = self.model.context_states(hidden, has_image)
+        logits = self.model.policy(
+            states,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.policy_cache,
+            keep_last=1,
+        )
+        return states, logits[:, -1]
 
-    def _policy_cache(self, cache: Cache) -> Cache:
-        """The policy's own layers, kept behind the backbone's in the one cache that `generate` moves about."""
-        config: PreTrainedConfig = self.model.policy.decoder_stack.decoder.config
+    def _mask(self, step: int, rows: int, length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """What the policy attends to: of the prompt's length and the steps since, or of the whole static cache."""
+        mask = None
+        if self.padded:
+            mask = self.attention_mask[:rows]
+            mask = torch.cat([mask, mask.new_ones(rows, step)], dim=1)
+        if not self.cuda_graphs or length > 1:
+            return mask
+        stack = self.model.policy.decoder_stack.decoder
+        like = torch.empty(rows, 1, 0, dtype=stack.dtype, device=self.attention_mask.device)
+        return create_masks_for_generate(stack.config, like, mask, self.policy_cache)
+
+    def _add_policy_layers(self, cache: Cache) -> None:
+        """Puts the policy's own layers behind the backbone's, in the one cache that `generate` moves about."""
+        if self.policy_cache is not None:
+            return
+        config = self.model.policy.decoder_stack.decoder.config
         if POLICY_LAYERS not in vars(cache):
             if isinstance(cache, StaticCache):
                 length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
@@ -283,11 +321,14 @@ class RolloutHook:
                 layers = DynamicCache(config=config).layers
             setattr(cache, POLICY_LAYERS, slice(len(cache.layers), len(cache.layers) + len(layers)))
             cache.layers.extend(layers)
-        return Cache(layers=cache.layers[vars(cache)[POLICY_LAYERS]])
+        self.policy_cache = Cache(layers=cache.layers[vars(cache)[POLICY_LAYERS]])
 
     def result(self, sequences: torch.Tensor, prompt_length: int) -> dict[str, torch.Tensor | None]:
-        """What was recorded, cut to the completion's length."""
+        """What was recorded, cut to the completion's length; `FloatingPointError` where no code could be drawn."""
         length = sequences.shape[1] - prompt_length
+        # Looked at once: to look at each step would make the device wait for the host.
+        if torch.stack(self.log_probs).isnan().any():
+            raise FloatingPointError("No code could be drawn: the policy's probabilities are not finite.")
         fields = {
             "action_ids": torch.stack(self.action_ids, dim=1)[:, :length],
             "action_log_probs": torch.stack(self.log_probs, dim=1)[:, :length],

@@ -43,6 +43,9 @@ class LatentActionGRPOConfig(GRPOConfig):
             Score from the states that the rollout computed; the frozen backbone is not run again.
         offload_context_states (`bool`, defaults to `False`):
             Keep those states in host memory between updates.
+        cuda_graphs (`bool`, *optional*):
+            Replay the decoding steps of rollouts as CUDA graphs, see [`LatentActionModel.generate`]. By default
+            wherever it can be done; never where FSDP or DeepSpeed shards the backbone.
         train_backbone (`bool`, defaults to `False`):
             Also train the backbone's adapter (`peft_config`); every pass then runs the backbone.
         dynamic_sampling_rounds (`int`, defaults to `0`):
@@ -74,6 +77,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     eval_action_do_sample: bool = False
     reuse_context_states: bool = True
     offload_context_states: bool = False
+    cuda_graphs: bool | None = None
     train_backbone: bool = False
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0

@@ -185,6 +185,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         config.action_temperature = self.law.temperature
         config.action_top_k = self.law.top_k
         config.action_top_p = self.law.top_p
+        config.cuda_graphs = self.args.cuda_graphs
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+            # Weights are gathered on the way, which a CUDA graph cannot do.
+            if self.args.cuda_graphs:
+                raise ValueError("`cuda_graphs=True` cannot be had under FSDP or DeepSpeed. Leave it out.")
+            config.cuda_graphs = False
         return config
 
     def _generate(self, prompts):
@@ -236,9 +242,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         """Names the cause when codes cannot be drawn, because their probabilities are not finite."""
         try:
             yield
-        except RuntimeError as error:
-            if "nan" not in str(error):
-                raise
+        except FloatingPointError as error:
             raise FloatingPointError(
                 f"No code could be drawn {self._where()}: the policy's probabilities are not finite. "
                 f"{origin(self._latent_model(), {})} {what_is_kept(self.args.output_dir)} {self._remedy()}"

@@ -358,8 +358,10 @@ def test_a_saver_that_is_killed_leaves_the_old_checkpoint_or_the_new(tmp_path):
     started = time.perf_counter()
     model.save_pretrained(folder)
     takes = time.perf_counter() - started
-    seen = set()
-    for attempt in range(20):
+    seen, attempts = set(), 0
+    # A machine that is busy with other work saves more slowly than was measured: then some more are killed.
+    while attempts < 20 or (len(seen) <= 5 and attempts < 60):
+        attempt, attempts = attempts, attempts + 1
         child = os.fork()
         if child == 0:
             try:

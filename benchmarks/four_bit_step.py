@@ -32,6 +32,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--device", help="cuda where there is one, else cpu")
     parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="decode without them")
     for name in SIZES:
         parser.add_argument(f"--{name.replace('_', '-')}", type=int)
     return parser.parse_args(arguments)
@@ -46,7 +47,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     times: dict[str, list[float]] = defaultdict(list)
     peaks = []
     with tempfile.TemporaryDirectory() as folder:
-        arm = latent_arm(preset, in_four_bits(build_backbone(preset, device)), folder)
+        cuda_graphs = False if options.no_cuda_graphs else None
+        arm = latent_arm(preset, in_four_bits(build_backbone(preset, device)), folder, cuda_graphs=cuda_graphs)
         for repeat in tqdm(range(-options.warmup, options.repeats), desc="four_bit_step", unit="repeat"):
             with peak_memory(device) as peak:
                 parts, batch = arm.collect()
@@ -65,6 +67,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "four_bit_mib": four_bit / MIB,
         "preset": options.preset,
         "quick": options.quick,
+        "cuda_graphs": not options.no_cuda_graphs,
         "repeats": options.repeats,
         "sizes": {name: getattr(preset, name) for name in SIZES},
         **facts(device),

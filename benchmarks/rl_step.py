@@ -10,7 +10,6 @@ Times are medians over `--repeats`, after `--warmup`; a ratio is the median of t
 """
 
 import argparse
-import copy
 import os
 import tempfile
 from collections import defaultdict
@@ -117,12 +116,11 @@ class Arm:
 
 
 class PolicyOnly:
-    """The bare policy stack on stored states: what an update over codes costs at least."""
+    """The arm's bare policy stack on stored states: what an update over codes costs at least."""
 
     def __init__(self, arm: Arm):
         self.autocast = arm.trainer.accelerator.autocast
-        self.policy = copy.deepcopy(arm.trainer.model.policy)
-        self.optimizer = type(arm.optimizer)(self.policy.parameters(), fused=arm.optimizer.defaults.get("fused"))
+        self.policy, self.optimizer = arm.trainer.model.policy, arm.optimizer
 
     def update(self, batch: dict[str, Any]) -> None:
         states, codes = batch["context_states"], batch["action_ids"]
@@ -168,12 +166,15 @@ def batch_rows(preset: Preset, data) -> list[dict[str, Any]]:
     return [data[i] for i in range(preset.prompts) for _ in range(preset.generations)]
 
 
-def latent_arm(preset: Preset, backbone, folder: str, beta: float = 0.0, num_codes: int = 128) -> Arm:
+def latent_arm(
+    preset: Preset, backbone, folder: str, beta: float = 0.0, num_codes: int = 128, cuda_graphs: bool | None = None
+) -> Arm:
     """The trainer over latent actions, around `backbone`."""
     config = LatentActionConfig(num_codes=num_codes, policy_decoder={"num_hidden_layers": preset.policy_layers})
     model = LatentActionModel.from_backbone(backbone, config)
     model.inverse_dynamics = None  # only learning needs it
-    args = LatentActionGRPOConfig(f"{folder}/latent", beta=beta, **trainer_options(preset, backbone.device))
+    options = trainer_options(preset, backbone.device)
+    args = LatentActionGRPOConfig(f"{folder}/latent", beta=beta, cuda_graphs=cuda_graphs, **options)
     shared = shared_arguments(preset)
     return Arm(LatentActionGRPOTrainer(model=model, args=args, **shared), batch_rows(preset, shared["train_dataset"]))
 
@@ -193,9 +194,11 @@ def token_arm(preset: Preset, backbone, folder: str, lora: bool) -> Arm:
     return Arm(trainer, batch_rows(preset, shared["train_dataset"]))
 
 
-def build_arms(preset: Preset, device: torch.device, folder: str, beta: float) -> dict[str, Arm]:
+def build_arms(
+    preset: Preset, device: torch.device, folder: str, beta: float, cuda_graphs: bool | None
+) -> dict[str, Arm]:
     return {
-        "latent": latent_arm(preset, build_backbone(preset, device), folder, beta),
+        "latent": latent_arm(preset, build_backbone(preset, device), folder, beta, cuda_graphs=cuda_graphs),
         "token": token_arm(preset, build_backbone(preset, device), folder, lora=False),
         "lora": token_arm(preset, build_backbone(preset, device), folder, lora=True),
     }
@@ -236,12 +239,14 @@ def decode_pair(arm: Arm, batch: dict[str, Any], length: int) -> dict[str, float
     }
 
 
-def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, beta: float) -> dict[str, Any]:
+def measure(
+    preset: Preset, device: torch.device, repeats: int, warmup: int, beta: float, cuda_graphs: bool | None
+) -> dict[str, Any]:
     """Seconds of every part in every repeat, and bytes of an update."""
     times: dict[str, list[float]] = defaultdict(list)
     update_bytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arms = build_arms(preset, device, folder, beta)
+        arms = build_arms(preset, device, folder, beta, cuda_graphs)
         policy_only = PolicyOnly(arms["latent"])
         for repeat in tqdm(range(-warmup, repeats), desc="rl_step", unit="repeat"):
             found: dict[str, float] = {}
@@ -330,6 +335,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the latent side; TRL's default is 0")
     parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
+    parser.add_argument("--no-cuda-graphs", action="store_true", help="the latent side decodes without them")
     for name in ("prompts", "generations", "prompt-characters", "completion-length", "image-size", "policy-layers"):
         parser.add_argument(f"--{name}", type=int)
     return parser.parse_args(arguments)
@@ -345,7 +351,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     preset = replace(preset, **{name: getattr(options, name) for name in sizes if getattr(options, name)})
     if preset.completion_length < 3:
         raise SystemExit("--completion-length must be at least 3: decoding is timed from the second token on.")
-    found = measure(preset, device, options.repeats, options.warmup, options.beta)
+    cuda_graphs = False if options.no_cuda_graphs else None
+    found = measure(preset, device, options.repeats, options.warmup, options.beta, cuda_graphs)
     result = {
         **ratios(found),
         "targets": targets(options.preset, preset),
@@ -359,6 +366,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "repeats": options.repeats,
         "clock": options.clock,
         "beta": options.beta,
+        "cuda_graphs": not options.no_cuda_graphs,
         "sizes": {name: getattr(preset, name) for name in sizes} | {"layers": preset.text["num_hidden_layers"]},
         **facts(device),
     }

@@ -7,13 +7,28 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-from transformers import Cache, StaticCache
+from transformers import Cache, PreTrainedConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 # Recording costs about two steps; a shorter text would not earn it back.
 LEAST_TOKENS = 16
 # Those whose kernels are the same at every step of a static cache.
 ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
+
+
+class MixedStaticLayer(StaticLayer):
+    """A static layer of a cache whose values may have another type than its keys, as under autocast."""
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self.values = self.values.to(value_states.dtype)
+
+
+def static_cache(text_config: PreTrainedConfig, length: int) -> StaticCache:
+    """An empty static cache of `length` tokens for a text model whose layers all attend to the whole text."""
+    cache = StaticCache(config=text_config, max_cache_len=length)
+    cache.layers = [MixedStaticLayer(length) for _ in cache.layers]
+    return cache
 
 
 class CUDAGraphRecording:

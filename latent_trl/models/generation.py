@@ -8,7 +8,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 from .action_law import ActionLaw
-from .cuda_graphs import LEAST_TOKENS, obstacle
+from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
 from .rollout import POLICY_LAYERS, ActionChoice, LatentActionGenerateOutput, RolloutHook, SharedPrefill
 
 ACTION_DEFAULTS = {"action_do_sample": True, "action_temperature": 1.0, "action_top_k": 0, "action_top_p": 1.0}
@@ -100,7 +100,7 @@ class LatentActionGenerationMixin:
         _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
         forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
-        shared = SharedPrefill(len(input_ids), copies, self._plain_cache(config, inputs))
+        shared = SharedPrefill(len(input_ids), copies, self._fresh_cache(config, inputs))
         if shared.once and inputs.get("position_ids") is None:
             inputs["position_ids"] = self.backbone_view.positions(input_ids, **inputs)
         inputs, input_ids = shared.tiled_inputs(inputs, input_ids.shape), shared.tiled(input_ids)
@@ -174,7 +174,7 @@ class LatentActionGenerationMixin:
     def _settle_cuda_graphs(
         self, wanted: bool | None, config: GenerationConfig, inputs: dict[str, Any], prompt_length: int
     ) -> bool:
-        """Whether steps are replayed; `config` is set up for it."""
+        """Whether steps are replayed; `config` and `inputs` are set up for it."""
         if config.compile_config is None:
             # What transformers compiles by itself would have the recording of codes in it.
             config.disable_compile = True
@@ -192,16 +192,22 @@ class LatentActionGenerationMixin:
             raise ValueError(f"`cuda_graphs=True` cannot be had: {trouble}. Leave it out, or pass `False`.")
         if trouble:
             return False
-        length = config.max_new_tokens or (config.max_length or 0) - prompt_length
-        if not wanted and length < LEAST_TOKENS:
+        # 20 tokens are transformers' own default.
+        length = prompt_length + config.max_new_tokens if config.max_new_tokens else config.max_length
+        length = length or prompt_length + 20
+        if not wanted and length - prompt_length < LEAST_TOKENS:
             return False
-        config.cache_implementation, config.disable_compile = "static", True
+        config.cache_implementation, config.disable_compile = None, True
+        inputs["past_key_values"] = static_cache(self.backbone_view.text_config, length)
         return True
 
-    def _plain_cache(self, config: GenerationConfig, inputs: dict[str, Any]) -> Cache | None:
-        """A cache as transformers will make it, where that is a dynamic or a static one."""
-        if config.use_cache is False or inputs.get("past_key_values") is not None:
+    def _fresh_cache(self, config: GenerationConfig, inputs: dict[str, Any]) -> Cache | None:
+        """The empty cache that is given, or one as transformers will make it, where it is dynamic or static."""
+        cache = inputs.get("past_key_values")
+        if config.use_cache is False or (cache is not None and cache.get_seq_length() > 0):
             return None
+        if cache is not None:
+            return cache
         if config.cache_implementation == "static":
             return StaticCache(config=self.backbone_view.text_config, max_cache_len=1)
         if config.cache_implementation not in (None, "dynamic"):

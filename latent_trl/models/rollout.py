@@ -12,7 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .action_law import ActionLaw
-from .cuda_graphs import GraphedCall
+from .cuda_graphs import GraphedCall, MixedStaticLayer, static_cache
 
 POLICY_LAYERS = "latent_action_policy_layers"
 
@@ -119,7 +119,7 @@ class SharedPrefill:
     def __init__(self, rows: int, copies: int, cache: Cache | None):
         self.rows = rows
         self.copies = copies
-        plain = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, MixedStaticLayer)
         self.once = copies > 1 and cache is not None and all(type(layer) in plain for layer in cache.layers)
         self.names = {"input_ids", "attention_mask", "position_ids"}
         self.pending = False
@@ -316,7 +316,8 @@ class RolloutHook:
         if POLICY_LAYERS not in vars(cache):
             if isinstance(cache, StaticCache):
                 length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
-                layers = StaticCache(config=config, max_cache_len=length).layers
+                make = static_cache if self.cuda_graphs else StaticCache
+                layers = make(config, length).layers
             else:
                 layers = DynamicCache(config=config).layers
             setattr(cache, POLICY_LAYERS, slice(len(cache.layers), len(cache.layers) + len(layers)))

@@ -135,6 +135,15 @@ def test_replayed_steps_without_padding(stand_in, family, copies):
     check_equal(*found, inputs["attention_mask"].repeat_interleave(copies, dim=0))
 
 
+def test_replayed_steps_under_autocast(stand_in):
+    """A float32 policy then has float32 keys, turned by positions, and bfloat16 values."""
+    model, tiny = latent("qwen2_5_vl")
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (generate(model, tiny.inputs, cuda_graphs=on, num_return_sequences=2) for on in (True, False))
+    assert len(stand_in) == 2
+    check_equal(ours, theirs, tiny.inputs["attention_mask"].repeat_interleave(2, dim=0), tolerance=1e-2)
+
+
 def test_bias_and_forced_codes_and_end_of_text_work_with_replays(stand_in):
     model, tiny = latent("llama")
     forced = torch.tensor([[1, -1, 3, -1, 5]] * 3)

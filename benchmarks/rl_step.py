@@ -5,12 +5,14 @@ One RL step over latent actions beside TRL's token-level GRPO, on the same backb
     python benchmarks/rl_step.py --preset 3b --json rl_step_3b.json          # one GPU
     python benchmarks/rl_step.py --preset 3b --quick                         # tiny sizes, to see that it runs
 
-Three trainers alternate in one process: latent actions, TRL's with all text parameters, TRL's with LoRA (r = 16).
-Times are medians over `--repeats`, after `--warmup`; a ratio is the median of the ratios within one repeat.
+Three trainers alternate in one process: latent actions, TRL's with all text parameters, TRL's with LoRA (r = 16),
+which `--no-lora` leaves out. Times are medians over `--repeats`, after `--warmup`; a ratio is the median of the ratios
+within one repeat. Interrupted (also by SIGTERM, as `timeout` does), it reports the repeats that it has.
 """
 
 import argparse
 import os
+import signal
 import tempfile
 from collections import defaultdict
 from dataclasses import replace
@@ -195,13 +197,15 @@ def token_arm(preset: Preset, backbone, folder: str, lora: bool) -> Arm:
 
 
 def build_arms(
-    preset: Preset, device: torch.device, folder: str, beta: float, cuda_graphs: bool | None
+    preset: Preset, device: torch.device, folder: str, beta: float, cuda_graphs: bool | None, lora: bool
 ) -> dict[str, Arm]:
-    return {
+    arms = {
         "latent": latent_arm(preset, build_backbone(preset, device), folder, beta, cuda_graphs=cuda_graphs),
         "token": token_arm(preset, build_backbone(preset, device), folder, lora=False),
-        "lora": token_arm(preset, build_backbone(preset, device), folder, lora=True),
     }
+    if lora:
+        arms["lora"] = token_arm(preset, build_backbone(preset, device), folder, lora=True)
+    return arms
 
 
 def decode_seconds(decoder, generate, length: int) -> float:
@@ -239,36 +243,43 @@ def decode_pair(arm: Arm, batch: dict[str, Any], length: int) -> dict[str, float
     }
 
 
-def measure(
-    preset: Preset, device: torch.device, repeats: int, warmup: int, beta: float, cuda_graphs: bool | None
-) -> dict[str, Any]:
-    """Seconds of every part in every repeat, and bytes of an update."""
+def measure_once(arms: dict[str, Arm], policy_only: PolicyOnly, length: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Seconds of every part, and each arm's batch."""
+    found: dict[str, float] = {}
+    batches = {}
+    for name, arm in arms.items():
+        parts, batches[name] = arm.collect()
+        found |= {f"{part}_{name}": value for part, value in parts.items()}
+    for name, arm in arms.items():
+        found[f"update_{name}"] = seconds(lambda a=arm, b=batches[name]: a.update(b))[0]
+        found[f"step_{name}"] = sum(found[f"{part}_{name}"] for part in PARTS[:3])
+        if name == "latent":
+            found["policy_only"] = seconds(lambda b=batches["latent"]: policy_only.update(b))[0]
+        if name == "token":
+            found["update_plain"] = seconds(lambda a=arm, b=batches["token"]: a.plain_update(b))[0]
+    return found | decode_pair(arms["latent"], batches["token"], length), batches
+
+
+def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, **choices) -> dict[str, Any]:
+    """Seconds of every part in every repeat, and bytes of an update. `choices` are those of [`build_arms`]."""
     times: dict[str, list[float]] = defaultdict(list)
     update_bytes: dict[str, int] = {}
     with tempfile.TemporaryDirectory() as folder:
-        arms = build_arms(preset, device, folder, beta, cuda_graphs)
+        arms = build_arms(preset, device, folder, **choices)
         policy_only = PolicyOnly(arms["latent"])
-        for repeat in tqdm(range(-warmup, repeats), desc="rl_step", unit="repeat"):
-            found: dict[str, float] = {}
-            batches = {}
-            for name, arm in arms.items():
-                parts, batches[name] = arm.collect()
-                found |= {f"{part}_{name}": value for part, value in parts.items()}
-            for name, arm in arms.items():
-                found[f"update_{name}"] = seconds(lambda a=arm, b=batches[name]: a.update(b))[0]
-                found[f"step_{name}"] = sum(found[f"{part}_{name}"] for part in PARTS[:3])
-                if name == "latent":
-                    found["policy_only"] = seconds(lambda b=batches["latent"]: policy_only.update(b))[0]
-                if name == "token":
-                    found["update_plain"] = seconds(lambda a=arm, b=batches["token"]: a.plain_update(b))[0]
-            found |= decode_pair(arms["latent"], batches["token"], preset.completion_length)
-            tqdm.write("  ".join(f"{name} {value:.3g}" for name, value in found.items()))
-            if repeat >= 0:
+        try:
+            for repeat in tqdm(range(-warmup, repeats), desc="rl_step", unit="repeat"):
+                found, batches = measure_once(arms, policy_only, preset.completion_length)
+                tqdm.write("  ".join(f"{name} {value:.3g}" for name, value in found.items()))
+                if repeat < 0:
+                    continue
+                if repeat == 0:
+                    update_bytes = {name: arm.update_memory(batches[name]) for name, arm in arms.items()}
                 for name, value in found.items():
                     times[name].append(value)
-            if repeat == repeats - 1:
-                for name, arm in arms.items():
-                    update_bytes[name] = arm.update_memory(batches[name])
+        except KeyboardInterrupt:
+            if not times:
+                raise
         weights = {name: tensor_bytes(arm.trainer.model.parameters()) for name, arm in arms.items()}
     return {"times": times, "update_bytes": update_bytes, "weight_bytes": weights}
 
@@ -314,6 +325,7 @@ def report(result: dict[str, Any]) -> str:
     rows = [
         [name, *[times[f"{part}_{arm}"] for part in PARTS], result["update_mib"][arm]]
         for name, arm in (("latent actions", "latent"), ("TRL, all text parameters", "token"), ("TRL, LoRA", "lora"))
+        if arm in result["update_mib"]
     ]
     parts = table(["trainer", *[f"{part}, s" for part in PARTS], "update's peak over weights, MiB"], rows)
     rows = [
@@ -321,6 +333,8 @@ def report(result: dict[str, Any]) -> str:
         for key in result["targets"]
     ]
     shown = table(["ratio", "measured", "target", "met"], rows)
+    if not result["against_lora"]:
+        return f"{parts}\n\n{shown}"
     lora = table(["against LoRA", "measured"], [[f"`{key}`", value] for key, value in result["against_lora"].items()])
     return f"{parts}\n\n{shown}\n\n{lora}"
 
@@ -336,6 +350,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the latent side; TRL's default is 0")
     parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="the latent side decodes without them")
+    parser.add_argument("--no-lora", action="store_true", help="without TRL's trainer with LoRA")
     for name in ("prompts", "generations", "prompt-characters", "completion-length", "image-size", "policy-layers"):
         parser.add_argument(f"--{name}", type=int)
     return parser.parse_args(arguments)
@@ -351,19 +366,26 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     preset = replace(preset, **{name: getattr(options, name) for name in sizes if getattr(options, name)})
     if preset.completion_length < 3:
         raise SystemExit("--completion-length must be at least 3: decoding is timed from the second token on.")
-    cuda_graphs = False if options.no_cuda_graphs else None
-    found = measure(preset, device, options.repeats, options.warmup, options.beta, cuda_graphs)
+    found = measure(
+        preset,
+        device,
+        options.repeats,
+        options.warmup,
+        beta=options.beta,
+        cuda_graphs=False if options.no_cuda_graphs else None,
+        lora=not options.no_lora,
+    )
     result = {
         **ratios(found),
         "targets": targets(options.preset, preset),
-        "against_lora": ratios(found, "lora"),
+        "against_lora": {} if options.no_lora else ratios(found, "lora"),
         "seconds": {name: median(values) for name, values in found["times"].items()},
         "spread": {name: spread(values) for name, values in found["times"].items()},
         "update_mib": {name: value / MIB for name, value in found["update_bytes"].items()},
         "weight_mib": {name: value / MIB for name, value in found["weight_bytes"].items()},
         "preset": options.preset,
         "quick": options.quick,
-        "repeats": options.repeats,
+        "repeats": len(found["times"]["step_latent"]),
         "clock": options.clock,
         "beta": options.beta,
         "cuda_graphs": not options.no_cuda_graphs,
@@ -376,4 +398,5 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     main()

@@ -43,6 +43,27 @@ def test_rl_step(preset, tmp_path):
     assert result["sizes"]["completion_length"] == 4 and "torch" in result["versions"]
 
 
+def test_rl_step_reports_what_it_has_when_interrupted(tmp_path, monkeypatch):
+    if Version(trl.__version__) < Version("1.16") and not torch.cuda.is_available():
+        pytest.skip("This TRL scores tokens with Triton kernels alone, which need a GPU.")
+    measure_once, calls = rl_step.measure_once, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure_once(*arguments)
+
+    monkeypatch.setattr(rl_step, "measure_once", interrupted)
+    options = ["--preset", "3b", "--quick", "--repeats", "5", "--device", "cpu", "--no-lora"]
+    result = rl_step.main(options)
+    assert result["repeats"] == 1 and result["against_lora"] == {}
+    assert all(result[key] > 0 for key in KEYS)
+    calls[:] = [1, 1]
+    with pytest.raises(KeyboardInterrupt):
+        rl_step.main(options)
+
+
 def test_learn_step(tmp_path):
     path = tmp_path / "learn.json"
     result = learn_step.main(["--quick", "--repeats", "1", "--rows", "2", "--device", "cpu", "--json", str(path)])

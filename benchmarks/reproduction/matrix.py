@@ -97,8 +97,15 @@ SPACES: dict[str, dict[str, Any]] = {
     "cloned from inferred codes": {"cloning_target": "inferred"},
     "policy from last layers": {"policy_init": "last_layers"},
 }
-# Of rollouts, beside 1.
-HOT_AND_COLD = (0.7, 1.5)
+# Of GRPO over tokens and over codes.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "2 updates": {"num_iterations": 2},
+    "4 updates": {"num_iterations": 4},
+    "T = 0.7": {"temperature": 0.7},
+    "T = 1.5": {"temperature": 1.5},
+}
+# Of GRPO over codes alone.
+LATENT_VARIANTS: dict[str, dict[str, Any]] = {"KL 0.04": {"beta": 0.04}, "entropy 0.01": {"entropy_coef": 0.01}}
 REDUCED_SPACES = ("space", "K = 1")
 
 
@@ -132,15 +139,12 @@ def matrix(size_name: str) -> list[list[Cell]]:
             if loss != "grpo":
                 variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
                 variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
-        twice = {"num_iterations": 2}
-        variants.append(Cell("token grpo, 2 updates", "tokens", seed, twice, arm="tokens"))
-        variants.append(Cell("latent grpo, 2 updates", "codes", seed, twice, main, arm="codes"))
         name = "token grpo, all text parameters"
         variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
-        for temperature in HOT_AND_COLD:
-            options = {"temperature": temperature}
-            variants.append(Cell(f"token grpo, T = {temperature}", "tokens", seed, options, arm="tokens"))
-            variants.append(Cell(f"latent grpo, T = {temperature}", "codes", seed, options, main, arm="codes"))
+        for variant, options in VARIANTS.items():
+            variants.append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm="tokens"))
+        for variant, options in (VARIANTS | LATENT_VARIANTS).items():
+            variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm="codes"))
     phases = [[Cell(main, "learn", seed) for seed in size.seeds], tune, compared]
     if full:
         phases.append(variants)

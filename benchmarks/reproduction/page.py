@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import HOT_AND_COLD, LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, matrix
+from matrix import LATENT_VARIANTS, LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, matrix
 
 from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
 
@@ -64,10 +64,10 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def main_rows(runs: Runs) -> list[str]:
     order = ["base", "sft", "latent, before RL"]
-    others = ["2 updates", *(f"T = {temperature}" for temperature in HOT_AND_COLD)]
-    order += [f"token {loss}" for loss in TOKEN_LOSSES] + [f"token grpo, {other}" for other in others]
+    order += [f"token {loss}" for loss in TOKEN_LOSSES] + [f"token grpo, {variant}" for variant in VARIANTS]
     order += ["token grpo, all text parameters"]
-    order += [f"latent {loss}" for loss in TOKEN_LOSSES] + [f"latent grpo, {other}" for other in others]
+    order += [f"latent {loss}" for loss in TOKEN_LOSSES]
+    order += [f"latent grpo, {variant}" for variant in (*VARIANTS, *LATENT_VARIANTS)]
     order += ["latent ppo"]
     return [name for name in order if name in runs]
 
@@ -196,13 +196,17 @@ def ablation_table(runs: Runs) -> str:
                     figure(runs.values(name, "held_out")),
                     figure(runs.values(name, "other_style")),
                     figure([run["curve"][0]["reward"] for run in runs.each(name)]),
+                    figure(runs.values(name, "sampled", "diversity"), 2),
+                    figure(runs.values(name, "perplexity", "marginal"), 0),
+                    " ".join(reach(run["curve"], 0.9)[0] for run in runs.each(name)),
                     figure([h["codebook/used"] for h in health], 0),
                     figure([h["codebook/perplexity"] for h in health], 0),
                     figure([h["world_model/ce_gap_no_action"] for h in health], 2),
                 ]
             )
-    header = ["space", "seeds", "held out", "other style", "validation before RL", "codes used", "code perplexity"]
-    return markdown([*header, "nats gained by codes"], rows)
+    header = ["space", "seeds", "held out", "other style", "validation before RL", "diversity"]
+    header += ["perplexity, small talk", "rollouts to .90", "codes used", "code perplexity", "nats gained by codes"]
+    return markdown(header, rows)
 
 
 def control_table(runs: Runs) -> str:

@@ -5,7 +5,8 @@ The reproduction: RL over codes beside RL over tokens, with ablations and contro
     python benchmarks/reproduction/run.py --size reduced
     python benchmarks/reproduction/run.py --size pocket --jobs 2 --page docs/reproduction.md
 
-Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted.
+Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted. The
+runs that made the page are kept: `--output_dir benchmarks/reproduction/results/pocket` goes on from them.
 """
 
 import argparse
@@ -72,7 +73,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
             elif cell.kind == "tokens":
                 speaker, curve, trainer = train_tokens(cell, size, work, tasks, rate)
             else:
-                space = folder / "work" / f"{cell.space}-{cell.seed}" / "model"
+                space = space_folder(folder, cell.space, cell.seed)
                 speaker, curve, trainer = train_codes(cell, size, work, tasks, rate, space)
             if trainer is not None:
                 result["learning_rate"] = rate
@@ -93,6 +94,21 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
     partial.replace(path)
 
 
+def space_folder(folder: Path, name: str, seed: int) -> Path:
+    """Where a `learn` cell leaves its model."""
+    return folder / "work" / f"{name}-{seed}" / "model"
+
+
+def is_done(folder: Path, cell: Cell, phases: list[list[Cell]]) -> bool:
+    """Whether nothing is left to do: a result is there, and the model of a space as long as some run needs it."""
+    if not path_of(folder, cell).is_file():
+        return False
+    if cell.kind != "learn" or space_folder(folder, cell.name, cell.seed).is_dir():
+        return True
+    users = [c for phase in phases for c in phase if (c.space, c.seed) == (cell.name, cell.seed)]
+    return all(path_of(folder, user).is_file() for user in users)
+
+
 def run(size_name: str, folder: Path, jobs: int, only: str = "") -> None:
     from tqdm import tqdm
 
@@ -104,7 +120,7 @@ def run(size_name: str, folder: Path, jobs: int, only: str = "") -> None:
         for phase in phases:
             waiting = {}
             for cell in phase:
-                if path_of(folder, cell).is_file():
+                if is_done(folder, cell, phases):
                     bar.update()
                 else:
                     waiting[pool.submit(run_cell, size_name, folder, cell)] = cell

@@ -259,7 +259,7 @@ class RolloutHook:
             self._add_policy_layers(cache)
         hidden, position_ids = output.last_hidden_state, kwargs.get("position_ids")
         rows = len(hidden)
-        mask = self._mask(step, rows, hidden.shape[1])
+        mask = self._mask(step, rows, hidden.shape[1], kwargs.get("attention_mask"))
         states, logits = self.choose_from(hidden, self.has_image[:rows], mask, position_ids)
         last = states[:, -1:]
         if self.shared.pending:
@@ -296,8 +296,12 @@ class RolloutHook:
         )
         return states, logits[:, -1]
 
-    def _mask(self, step: int, rows: int, length: int) -> torch.Tensor | dict[str, torch.Tensor] | None:
+    def _mask(self, step: int, rows: int, length: int, of_text_model) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """What the policy attends to: of the prompt's length and the steps since, or of the whole static cache."""
+        prepared = of_text_model.values() if isinstance(of_text_model, dict) else [of_text_model]
+        if self.cuda_graphs and length == 1 and all(m is not None and m.dtype == torch.bool for m in prepared):
+            # The text model's own, made for a cache of the same length and layers of the same kind.
+            return of_text_model
         mask = None
         if self.padded:
             mask = self.attention_mask[:rows]

@@ -90,6 +90,24 @@ def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_pat
     assert chosen_rate(tmp_path, "codes") == 3e-4
 
 
+def test_a_space_is_learned_again_only_where_a_run_still_needs_its_model(tmp_path):
+    from matrix import Cell
+    from run import is_done, path_of, space_folder
+
+    space, user = Cell("space", "learn", 0), Cell("latent grpo", "codes", 0, {}, "space")
+    phases = [[space, Cell("space", "learn", 1)], [user, Cell("latent grpo", "codes", 1, {}, "space")]]
+    (tmp_path / "runs").mkdir()
+    assert not is_done(tmp_path, space, phases)
+    path_of(tmp_path, space).write_text("{}")
+    assert not is_done(tmp_path, space, phases), "its model is not there"
+    space_folder(tmp_path, "space", 0).mkdir(parents=True)
+    assert is_done(tmp_path, space, phases)
+    space_folder(tmp_path, "space", 0).rmdir()
+    path_of(tmp_path, user).write_text("{}")
+    assert is_done(tmp_path, space, phases)
+    assert is_done(tmp_path, user, phases)
+
+
 def result(name: str, seed: int, rewards: list[float], **more) -> dict:
     sampled = {"reward": 0.5, "best": 0.9, "fluent": 0.8, "distinct": 4.0, "diversity": 1.5}
     measured = {key: rewards for key in ("held_out", "other_style", "blind")}

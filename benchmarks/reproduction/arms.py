@@ -34,19 +34,37 @@ from latent_trl.data.shapes import chitchat, shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
 from latent_trl.rewards.exact_match import ExactMatchReward
 
-BACKBONE = Path(__file__).resolve().parents[2] / "model_cards" / "pocket-vlm"
 MAX_NEW_TOKENS = 12
 DESCRIPTION_TOKENS = 24
 REWARD = ExactMatchReward()
-QUIET = {"save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "report_to": "none"}
 
 
-def load_backbone():
-    return AutoModelForImageTextToText.from_pretrained(BACKBONE, dtype="float32")
+def device_of(size: Size) -> str:
+    return "cuda" if size.gpu and torch.cuda.is_available() else "cpu"
 
 
-def load_processor():
-    return AutoProcessor.from_pretrained(BACKBONE)
+def seconds(size: Size) -> float:
+    """Of processor time, which other jobs do not lengthen; of the wall clock on a GPU."""
+    if device_of(size) == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def quiet(size: Size) -> dict[str, Any]:
+    """What all trainers have in common."""
+    use_cpu = device_of(size) == "cpu"
+    return {"save_strategy": "no", "disable_tqdm": True, "report_to": "none", "use_cpu": use_cpu}
+
+
+def load_backbone(size: Size):
+    if not size.backbone.is_dir():
+        raise SystemExit(f"{str(size.backbone)!r} is not there: make it with benchmarks/reproduction/smol.py.")
+    return AutoModelForImageTextToText.from_pretrained(size.backbone, dtype="float32").to(device_of(size))
+
+
+def load_processor(size: Size):
+    return AutoProcessor.from_pretrained(size.backbone)
 
 
 class TokenSpeaker:
@@ -63,6 +81,7 @@ class TokenSpeaker:
         texts = []
         for start in range(0, len(rows), 64):
             inputs = encode_prompts(self.processor, rows[start : start + 64])
+            inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
             ids = self.model.generate(**inputs, max_new_tokens=tokens, top_k=0, **law)
             new = ids[:, inputs["input_ids"].shape[1] :]
             texts += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
@@ -92,14 +111,14 @@ class Curve(TrainerCallback):
     """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
 
     def __init__(self, speaker, tasks: Tasks, size: Size):
-        self.speaker, self.tasks = speaker, tasks
+        self.speaker, self.tasks, self.size = speaker, tasks, size
         self.rollouts = size.prompts * size.generations
         self.every = size.evaluate_every
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.start = time.process_time()
+        self.start = seconds(self.size)
         self.take(0)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -108,15 +127,15 @@ class Curve(TrainerCallback):
             self.take(steps)
 
     def take(self, steps: int) -> None:
-        now = time.process_time()
-        training, random_state = self.speaker.model.training, torch.get_rng_state()
-        texts = self.speaker.say(self.tasks.validation)
+        now = seconds(self.size)
+        training = self.speaker.model.training
+        with torch.random.fork_rng():
+            texts = self.speaker.say(self.tasks.validation)
         reward = sum(rewards_of(self.tasks.validation, texts)) / len(texts)
         self.speaker.model.train(training)
-        torch.set_rng_state(random_state)
-        seconds = now - self.start - self.paused
-        self.points.append({"rollouts": steps * self.rollouts, "reward": reward, "seconds": seconds})
-        self.paused += time.process_time() - now
+        spent = now - self.start - self.paused
+        self.points.append({"rollouts": steps * self.rollouts, "reward": reward, "seconds": spent})
+        self.paused += seconds(self.size) - now
 
 
 def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
@@ -133,9 +152,9 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
         gumbel_temperature=1.0,
         **options,
     )
-    start = time.process_time()
-    processor = load_processor()
-    model = LatentActionModel.from_backbone(load_backbone(), config)
+    start = seconds(size)
+    processor = load_processor(size)
+    model = LatentActionModel.from_backbone(load_backbone(size), config)
     if freeze:
         model.codebook.weight.register_hook(torch.zeros_like)
     stages = ["inverse_dynamics", "projector", "joint", "policy"]
@@ -150,15 +169,15 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
             projector_max_steps=size.projector_steps,
             joint_max_steps=size.joint_steps,
             policy_max_steps=size.cloning_steps,
-            inverse_dynamics_learning_rate=3e-3,
+            inverse_dynamics_learning_rate=size.space_rate,
             joint_learning_rate=1e-3,
             policy_learning_rate=1e-3,
             per_device_train_batch_size=16,
             max_length=96,
             logging_steps=5,
             seed=cell.seed,
-            **learning,
-            **QUIET,
+            **({"balance_coef": size.balance_coef} | learning),
+            **quiet(size),
         ),
         shape_pairs("base", pairs, seed=cell.seed),
         text_dataset=chitchat(texts, seed=cell.seed) if texts else None,
@@ -168,7 +187,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     fine_tune(model, processor, cell.seed, size, folder, pairs)
     model.save_pretrained(folder / "model")
     health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(("codebook/", "world_model/"))}
-    return {"health": health, "seconds": time.process_time() - start}
+    return {"health": health, "seconds": seconds(size) - start}
 
 
 def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int) -> None:
@@ -179,7 +198,7 @@ def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int)
         learning_rate=2e-4,
         per_device_train_batch_size=24,
         seed=seed,
-        **QUIET,
+        **quiet(size),
     )
     LatentActionSFTTrainer(model, args, shape_pairs("base", pairs, seed=seed + 1), processing_class=processor).train()
 
@@ -200,7 +219,7 @@ def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: 
         "bf16": False,
         "gradient_checkpointing": False,
         "seed": cell.seed,
-        **QUIET,
+        **quiet(size),
         **own,
     }
 
@@ -211,7 +230,7 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
     set_seed(cell.seed)
     options = dict(cell.options)
     train_all = options.pop("train_all", False)
-    model, processor = load_backbone(), load_processor()
+    model, processor = load_backbone(size), load_processor(size)
     model.requires_grad_(False)
     decoder = model.get_decoder()
     for part in [decoder, model.get_output_embeddings()] if train_all else decoder.layers[-2:]:
@@ -235,7 +254,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     """RL over codes from the learned model in `space`."""
     set_seed(cell.seed)
     options = dict(cell.options)
-    model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone()), load_processor()
+    model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone(size)), load_processor(size)
     speaker = CodeSpeaker(model, processor)
     if options.get("steps") == 0:
         return speaker, None, None
@@ -268,8 +287,8 @@ def train_sft(cell: Cell, size: Size, folder: Path):
     from latent_trl.data.mixing import MixedRows, MixedRowsCollator
 
     set_seed(cell.seed)
-    processor = load_processor()
-    model = get_peft_model(load_backbone(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    processor = load_processor(size)
+    model = get_peft_model(load_backbone(size), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     plain = MixedRowsCollator(LatentActionDataCollator(processor, vision_token_ids=[model.config.image_token_index]))
 
     def collate(rows):
@@ -286,7 +305,7 @@ def train_sft(cell: Cell, size: Size, folder: Path):
         per_device_train_batch_size=24,
         remove_unused_columns=False,
         seed=cell.seed,
-        **QUIET,
+        **quiet(size),
     )
     rows = MixedRows(shape_pairs("base", size.pairs, seed=cell.seed + 1))
     Trainer(model, args, data_collator=collate, train_dataset=rows).train()

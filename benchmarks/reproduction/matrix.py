@@ -1,10 +1,10 @@
 """The runs of the reproduction: what is compared with what, and in which order."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
-# The same grid for every arm, on the validation questions of seed 0.
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+ROOT = Path(__file__).resolve().parents[2]
 TOKEN_LOSSES = {
     "grpo": {"loss_type": "grpo"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},
@@ -15,15 +15,28 @@ TOKEN_LOSSES = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is run. `steps` are RL steps of `prompts` x `generations` rollouts."""
+    """
+    What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts; `learning_rates` are
+    the same grid for every arm, on the validation questions of seed 0; `arms` are those that choose one of them, and
+    `spaces` those of `SPACES` that are learned; `variants` says whether GRPO's are run. A `gpu` is used where there is
+    one.
+    """
 
+    backbone: Path = ROOT / "model_cards" / "pocket-vlm"
+    gpu: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
+    arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
+    spaces: tuple[str, ...] | None = None
+    variants: bool = True
     pairs: int = 1500
     texts: int = 1500
     space_steps: int = 150
     projector_steps: int = 40
     joint_steps: int = 60
     cloning_steps: int = 150
+    space_rate: float = 3e-3
+    balance_coef: float = 0.1
     sft_steps: int = 30
     steps: int = 30
     prompts: int = 16
@@ -37,6 +50,10 @@ SIZES = {
     "pocket": Size(),
     "reduced": Size(
         seeds=(0,),
+        learning_rates=(3e-4, 1e-3),
+        arms=("tokens", "codes", "ppo"),
+        spaces=("space", "K = 1"),
+        variants=False,
         pairs=300,
         texts=300,
         space_steps=60,
@@ -48,6 +65,18 @@ SIZES = {
         questions=120,
         others=48,
         evaluate_every=5,
+    ),
+    # SmolLM2-135M with a vision tower, made by `smol.py`.
+    "smol": Size(
+        backbone=ROOT / "outputs" / "smol-vlm",
+        gpu=True,
+        learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
+        arms=("tokens", "codes", "ppo"),
+        spaces=("space", "K = 1", "random frozen codebook"),
+        variants=False,
+        space_rate=2e-3,
+        # At .1 this language model's codes in use fell to 25 (`examples/scripts/train_smollm2_codebook.py`).
+        balance_coef=1.0,
     ),
 }
 
@@ -106,27 +135,23 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # Of GRPO over codes alone.
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {"KL 0.04": {"beta": 0.04}, "entropy 0.01": {"entropy_coef": 0.01}}
-REDUCED_SPACES = ("space", "K = 1")
 
 
 def matrix(size_name: str) -> list[list[Cell]]:
     """Phases of cells; those of a phase need only what is in the phases before it."""
     size = SIZES[size_name]
-    full = size_name == "pocket"
-    names = list(SPACES) if full else list(REDUCED_SPACES)
-    main, others = names[0], names[1:]
+    main, *others = size.spaces or SPACES
     tuned = {
         "tokens": ("tokens", {}),
         "codes": ("codes", {}),
         "ppo": ("codes", {"algorithm": "ppo"}),
         "all text parameters": ("tokens", {"train_all": True}),
     }
-    if not full:
-        del tuned["all text parameters"]
     tune = [
         Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
         for arm, (kind, options) in tuned.items()
-        for rate in (LEARNING_RATES if full else LEARNING_RATES[1:3])
+        for rate in size.learning_rates
+        if arm in size.arms
     ]
     compared, variants = [], []
     for seed in size.seeds:
@@ -146,7 +171,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm="codes"))
     phases = [[Cell(main, "learn", seed) for seed in size.seeds], tune, compared]
-    if full:
+    if size.variants:
         phases.append(variants)
     # One seed of every ablation before the second of any.
     for seed in size.seeds:

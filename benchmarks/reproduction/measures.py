@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from arms import DESCRIPTION_TOKENS, CodeSpeaker, TokenSpeaker, load_backbone, rewards_of
+from matrix import Size
 from tasks import SAMPLES, Tasks, is_fluent
 
 from latent_trl import LatentActionConfig, LatentActionModel
@@ -56,11 +57,11 @@ def _reading(backbone) -> LatentActionModel:
     return LatentActionModel.from_backbone(backbone, config)
 
 
-def perplexity_of_answers(processor, rows: list[dict[str, Any]], texts: list[str]) -> float:
+def perplexity_of_answers(processor, rows: list[dict[str, Any]], texts: list[str], size: Size) -> float:
     """Of answers under the backbone as it was before any training here: reward earned by broken language shows."""
     said = [(row, text) for row, text in zip(rows, texts, strict=True) if text]
     rows, texts = [row for row, _ in said], [text for _, text in said]
-    return text_perplexity(_reading(load_backbone()), processor, rows, texts, law="backbone", batch_size=32).value
+    return text_perplexity(_reading(load_backbone(size)), processor, rows, texts, law="backbone", batch_size=32).value
 
 
 def perplexities(speaker, tasks: Tasks) -> dict[str, float]:
@@ -74,12 +75,12 @@ def perplexities(speaker, tasks: Tasks) -> dict[str, float]:
     }
 
 
-def measure(speaker, tasks: Tasks, seed: int) -> dict[str, Any]:
+def measure(speaker, tasks: Tasks, seed: int, size: Size) -> dict[str, Any]:
     """Rewards per question, and the rest."""
     asked = {"held_out": tasks.held_out, "other_style": tasks.other_style, "blind": tasks.blind}
     texts = {name: speaker.say(rows) for name, rows in asked.items()}
     result: dict[str, Any] = {name: rewards_of(rows, texts[name]) for name, rows in asked.items()}
-    result["answer_perplexity"] = perplexity_of_answers(speaker.processor, tasks.held_out, texts["held_out"])
+    result["answer_perplexity"] = perplexity_of_answers(speaker.processor, tasks.held_out, texts["held_out"], size)
     result["sampled"] = sampled(speaker, tasks, 1.0, seed)
     result["perplexity"] = perplexities(speaker, tasks)
     return result

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import LATENT_VARIANTS, LEARNING_RATES, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, matrix
+from matrix import LATENT_VARIANTS, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, Size, matrix
 
 from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
 
@@ -247,12 +247,12 @@ def ends(curve: list[dict[str, float]]) -> str:
     return f"{rewards[-1]:.3f} ({np.mean(rewards):.3f})"
 
 
-def tuning_table(runs: Runs) -> str:
+def tuning_table(runs: Runs, size: Size) -> str:
     rows = []
-    for arm in ("tokens", "all text parameters", "codes", "ppo"):
-        found = [runs.by_name.get(f"tune {arm} {rate:g}", {}) for rate in LEARNING_RATES]
+    for arm in size.arms:
+        found = [runs.by_name.get(f"tune {arm} {rate:g}", {}) for rate in size.learning_rates]
         rows.append([arm, *(" ".join(ends(r["curve"]) for r in seeds.values()) or "–" for seeds in found)])
-    return markdown(["arm", *(f"{rate:g}" for rate in LEARNING_RATES)], rows)
+    return markdown(["arm", *(f"{rate:g}" for rate in size.learning_rates)], rows)
 
 
 def tables(size_name: str, folder: Path) -> str:
@@ -274,7 +274,7 @@ def tables(size_name: str, folder: Path) -> str:
         cost_table(runs),
         "### Learning rates",
         "Validation reward at the end and, in brackets, its mean over the curve, by which the rate is chosen; seed 0.",
-        tuning_table(runs),
+        tuning_table(runs, size),
         "### Controls",
         control_table(runs),
         "### Exploration",

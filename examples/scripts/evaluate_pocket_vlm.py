@@ -145,6 +145,7 @@ def batches(processor, rows, requests=None, shift=0, size=64):
 def answers(model, processor, rows, requests=None, shift=0, **kwargs):
     said = []
     for batch in batches(processor, rows, requests, shift):
+        batch = batch.to(model.device)
         tokens = model.generate(**batch, max_new_tokens=24, **kwargs)[:, batch["input_ids"].shape[1] :]
         said.extend(processor.tokenizer.batch_decode(tokens, skip_special_tokens=True))
     return said
@@ -152,7 +153,8 @@ def answers(model, processor, rows, requests=None, shift=0, **kwargs):
 
 @torch.no_grad()
 def prompt_states(model, processor, rows):
-    return torch.cat([model.model(**batch).last_hidden_state[:, -1] for batch in batches(processor, rows)])
+    encoded = (batch.to(model.device) for batch in batches(processor, rows))
+    return torch.cat([model.model(**batch).last_hidden_state[:, -1].float().cpu() for batch in encoded])
 
 
 def probe(states, answers, test_states):
@@ -192,14 +194,14 @@ def share(known, texts):
 def perplexity(model, processor, chats):
     loss, count = 0.0, 0
     for i in range(0, len(chats), 50):
-        batch = training_batch(processor, chats[i : i + 50]["messages"])
+        batch = training_batch(processor, chats[i : i + 50]["messages"]).to(model.device)
         tokens = (batch["labels"][:, 1:] != -100).sum().item()
         loss, count = loss + model(**batch).loss.item() * tokens, count + tokens
     return math.exp(loss / count)
 
 
-def evaluate(folder):
-    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+def evaluate(folder, device="cpu"):
+    model = AutoModelForImageTextToText.from_pretrained(folder).to(device).eval()
     processor = AutoProcessor.from_pretrained(folder)
     chats = chitchat(limit=HELD_OUT_CHATS)
     set_seed(0)

@@ -192,8 +192,9 @@ def train(model, processor, pairs, chats, args, generator):
         described[row["images"][0].tobytes()] = row["messages"][1]["content"]
     begin = processor.tokenizer.convert_tokens_to_ids("<|assistant|>")
     halfway, width = model.config.text_config.num_hidden_layers // 2, model.config.text_config.hidden_size
-    head = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, 2 * len(WORDS)))
-    for bar in steps([*model.parameters(), *head.parameters()], args.learning_rate, args.steps, "model"):
+    head = torch.nn.Sequential(torch.nn.RMSNorm(width), torch.nn.Linear(width, 2 * len(WORDS))).to(model.device)
+    trained = [p for p in (*model.parameters(), *head.parameters()) if p.requires_grad]
+    for bar in steps(trained, args.learning_rate, args.steps, "model"):
         rows = pairs[generator.sample(range(len(pairs)), args.batch_size)]
         pairings = [(said, images[0]) for said, images in zip(rows["messages"], rows["images"], strict=True)]
         batch = training_batch(processor, [with_image(said, augment(image, generator)) for said, image in pairings])
@@ -202,15 +203,17 @@ def train(model, processor, pairs, chats, args, generator):
             for said, image in pairings
             for request in said[::2]
         ]
-        targets = torch.cat([indicators(texts) for texts in zip(*turns, strict=True)], dim=1)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+        batch = batch.to(model.device)
+        targets = torch.cat([indicators(texts) for texts in zip(*turns, strict=True)], dim=1).to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=args.bf16):
             output = model(**batch, output_hidden_states=True)
         states = output.hidden_states[halfway][batch["input_ids"] == begin].float()
         told = F.binary_cross_entropy_with_logits(head(states), targets)
         (output.loss + 10 * told).backward()
         batch = training_batch(processor, chats[generator.sample(range(len(chats)), args.batch_size // 3)]["messages"])
         batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
+        batch = batch.to(model.device)
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=args.bf16):
             talk = model(**batch).loss
         talk.backward()
         bar.set_postfix(pictures=f"{output.loss:.3f}", told=f"{told:.3f}", talk=f"{talk:.3f}", refresh=False)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 FOLDER = Path(__file__).parents[2] / "benchmarks" / "reproduction"
 
@@ -16,7 +17,7 @@ def modules(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("tasks", "matrix", "arms", "measures", "page", "run"):
+        if name in ("tasks", "matrix", "arms", "measures", "page", "run", "smol"):
             del sys.modules[name]
 
 
@@ -61,7 +62,7 @@ def test_fluent_is_a_form_of_the_training_data(text, fluent):
     assert is_fluent(text) is fluent
 
 
-@pytest.mark.parametrize("size", ["pocket", "reduced"])
+@pytest.mark.parametrize("size", ["pocket", "reduced", "smol"])
 def test_every_run_needs_only_earlier_phases(size):
     from matrix import SIZES, matrix
 
@@ -78,6 +79,7 @@ def test_every_run_needs_only_earlier_phases(size):
 
 
 def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_path):
+    from matrix import SIZES
     from run import chosen_rate
 
     (tmp_path / "runs").mkdir()
@@ -85,9 +87,10 @@ def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_pat
     for rate, rewards in curves.items():
         path = tmp_path / "runs" / f"tune codes {rate:g}-0.json"
         path.write_text(json.dumps({"curve": [{"reward": reward} for reward in rewards]}))
-    assert chosen_rate(tmp_path, "codes") == 1e-4
+    rates = SIZES["pocket"].learning_rates
+    assert chosen_rate(tmp_path, "codes", rates) == 1e-4
     (tmp_path / "runs" / "tune codes 0.0001-0.json").unlink()
-    assert chosen_rate(tmp_path, "codes") == 3e-4
+    assert chosen_rate(tmp_path, "codes", rates) == 3e-4
 
 
 def test_a_space_is_learned_again_only_where_a_run_still_needs_its_model(tmp_path):
@@ -182,3 +185,33 @@ def test_the_reduced_matrix_gives_the_same_figures_twice(tmp_path):
     for name in ("first", "second"):
         run("reduced", tmp_path / name, jobs=2)
     assert figures(tmp_path / "first") == figures(tmp_path / "second") and len(figures(tmp_path / "first")) == 15
+
+
+def test_the_larger_backbone_is_put_together_and_taught(tmp_path, monkeypatch):
+    """On a tiny language model: its weights and the vision tower's are kept, and what is saved loads and answers."""
+    import smol
+    from tiny_models import FAMILIES
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    tiny = FAMILIES["llama"]()
+    words = tiny.model.get_input_embeddings().weight.detach().clone()
+    model, processor = smol.assemble(tiny.model, tiny.processor, smol.POCKET)
+    torch.testing.assert_close(model.get_input_embeddings().weight[: len(words)], words)
+    tower = AutoModelForImageTextToText.from_pretrained(smol.POCKET).model.vision_tower
+    for own, given in zip(model.model.vision_tower.parameters(), tower.parameters(), strict=True):
+        assert torch.equal(own, given)
+    assert processor.tokenizer.eos_token == "<|end|>" and processor.tokenizer.padding_side == "left"
+
+    monkeypatch.setattr(smol, "evaluate", lambda folder, device: {"greedy": {"all": 0.5}})
+    tiny = FAMILIES["llama"]()
+    sizes = ["--pairs", "30", "--steps", "2", "--batch_size", "6", "--no-bf16"]
+    arguments = [*sizes, "--output_dir", str(tmp_path / "smol"), "--device", "cpu"]
+    smol.main(arguments, tiny.model, tiny.processor)
+    assert json.loads((tmp_path / "smol" / "evaluation.json").read_text()) == {"greedy": {"all": 0.5}}
+    taught = AutoModelForImageTextToText.from_pretrained(tmp_path / "smol")
+    assert not torch.equal(taught.get_input_embeddings().weight[: len(words)], words)
+    from arms import TokenSpeaker
+    from tasks import Tasks
+
+    speaker = TokenSpeaker(taught, AutoProcessor.from_pretrained(tmp_path / "smol"))
+    assert len(speaker.say(Tasks.load(6, 6).held_out)) == 6

@@ -36,6 +36,8 @@ from latent_trl.rewards.exact_match import ExactMatchReward
 
 MAX_NEW_TOKENS = 12
 DESCRIPTION_TOKENS = 24
+# Of the figures on a space that are kept.
+PREFIXES = ("codebook/", "world_model/", "policy/")
 REWARD = ExactMatchReward()
 
 
@@ -144,7 +146,8 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     options = dict(cell.options)
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
     freeze = options.pop("freeze_codebook", False)
-    learning = {k: options.pop(k) for k in ("balance_coef", "use_cycle", "cloning_target") if k in options}
+    names = ("balance_coef", "use_cycle", "cloning_target", "coverage_coef", "coverage_positions", "coverage_min_prob")
+    learning = {name: options.pop(name) for name in names if name in options}
     config = LatentActionConfig(
         allow_single_code=options.get("num_codes") == 1,
         inverse_dynamics_decoder={"num_hidden_layers": 2},
@@ -179,14 +182,14 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
             **({"balance_coef": size.balance_coef} | learning),
             **quiet(size),
         ),
-        shape_pairs("base", pairs, seed=cell.seed),
+        shape_pairs("base", pairs, cell.seed, size.error_rate),
         text_dataset=chitchat(texts, seed=cell.seed) if texts else None,
         processing_class=processor,
     )
     trainer.train()
     fine_tune(model, processor, cell.seed, size, folder, pairs)
     model.save_pretrained(folder / "model")
-    health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(("codebook/", "world_model/"))}
+    health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(PREFIXES)}
     return {"health": health, "seconds": seconds(size) - start}
 
 
@@ -200,7 +203,8 @@ def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int)
         seed=seed,
         **quiet(size),
     )
-    LatentActionSFTTrainer(model, args, shape_pairs("base", pairs, seed=seed + 1), processing_class=processor).train()
+    rows = shape_pairs("base", pairs, seed + 1, size.error_rate)
+    LatentActionSFTTrainer(model, args, rows, processing_class=processor).train()
 
 
 def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +212,8 @@ def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: 
     further step, so that the rollouts stay the same."""
     return {
         "output_dir": str(folder / "rl"),
-        "max_steps": size.steps * own.get("num_iterations", 1),
+        "max_steps": size.steps * own.get("num_iterations", size.updates),
+        "num_iterations": size.updates,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
         "per_device_train_batch_size": size.prompts * size.generations,
@@ -258,8 +263,9 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     speaker = CodeSpeaker(model, processor)
     if options.get("steps") == 0:
         return speaker, None, None
-    if "temperature" in options:
-        options["action_temperature"] = options.pop("temperature")
+    for name in ("temperature", "top_k"):
+        if name in options:
+            options[f"action_{name}"] = options.pop(name)
     trainer_class, config_class = LatentActionGRPOTrainer, LatentActionGRPOConfig
     if options.pop("algorithm", "grpo") == "ppo":
         # Two updates of each rollout.
@@ -307,6 +313,6 @@ def train_sft(cell: Cell, size: Size, folder: Path):
         seed=cell.seed,
         **quiet(size),
     )
-    rows = MixedRows(shape_pairs("base", size.pairs, seed=cell.seed + 1))
+    rows = MixedRows(shape_pairs("base", size.pairs, cell.seed + 1, size.error_rate))
     Trainer(model, args, data_collator=collate, train_dataset=rows).train()
     return TokenSpeaker(model.merge_and_unload(), processor)

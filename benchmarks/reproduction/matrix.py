@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latent_trl.data.shapes import ERROR_RATE
+
 ROOT = Path(__file__).resolve().parents[2]
 TOKEN_LOSSES = {
     "grpo": {"loss_type": "grpo"},
@@ -16,19 +18,21 @@ TOKEN_LOSSES = {
 @dataclass(frozen=True)
 class Size:
     """
-    What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts; `learning_rates` are
-    the same grid for every arm, on the validation questions of seed 0; `arms` are those that choose one of them, and
-    `spaces` those of `SPACES` that are learned; `variants` says whether GRPO's are run. A `gpu` is used where there is
-    one.
+    What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts, with so many `updates`
+    of each where a run has no number of its own; `learning_rates` are the same grid for every arm, on the validation
+    questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
+    first for all but the ablations; `variants` are those of GRPO, or `None` for all losses and variants. `error_rate`
+    is that of the annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
     """
 
     backbone: Path = ROOT / "model_cards" / "pocket-vlm"
+    error_rate: float = ERROR_RATE
     gpu: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
     spaces: tuple[str, ...] | None = None
-    variants: bool = True
+    variants: tuple[str, ...] | None = None
     pairs: int = 1500
     texts: int = 1500
     space_steps: int = 150
@@ -39,6 +43,7 @@ class Size:
     balance_coef: float = 0.1
     sft_steps: int = 30
     steps: int = 30
+    updates: int = 1
     prompts: int = 16
     generations: int = 8
     questions: int = 600
@@ -53,7 +58,7 @@ SIZES = {
         learning_rates=(3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1"),
-        variants=False,
+        variants=(),
         pairs=300,
         texts=300,
         space_steps=60,
@@ -66,6 +71,17 @@ SIZES = {
         others=48,
         evaluate_every=5,
     ),
+    # The pocket VLM taught by a far worse annotator, made by `rare.py`.
+    "rare": Size(
+        backbone=ROOT / "outputs" / "rare-vlm",
+        error_rate=0.97,
+        learning_rates=(1e-4, 3e-4, 5e-4, 1e-3),
+        arms=("tokens", "tokens, hot", "codes", "codes, hot"),
+        spaces=("coverage", "space"),
+        variants=("hot",),
+        cloning_steps=300,
+        updates=2,
+    ),
     # SmolLM2-135M with a vision tower, made by `smol.py`.
     "smol": Size(
         backbone=ROOT / "outputs" / "smol-vlm",
@@ -73,7 +89,7 @@ SIZES = {
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1", "random frozen codebook"),
-        variants=False,
+        variants=(),
         space_rate=2e-3,
         # At .1 this language model's codes in use fell to 25 (`examples/scripts/train_smollm2_codebook.py`).
         balance_coef=1.0,
@@ -123,15 +139,19 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out subtract": {"read_out": "subtract"},
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
+    "coverage": {"coverage_coef": 0.2, "coverage_min_prob": 0.01},
     "cloned from inferred codes": {"cloning_target": "inferred"},
     "policy from last layers": {"policy_init": "last_layers"},
 }
+# Sampling among the 16 likeliest, far hotter than they are.
+HOT = {"temperature": 2.0, "top_k": 16}
 # Of GRPO over tokens and over codes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "2 updates": {"num_iterations": 2},
     "4 updates": {"num_iterations": 4},
     "T = 0.7": {"temperature": 0.7},
     "T = 1.5": {"temperature": 1.5},
+    "hot": HOT,
 }
 # Of GRPO over codes alone.
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {"KL 0.04": {"beta": 0.04}, "entropy 0.01": {"entropy_coef": 0.01}}
@@ -146,6 +166,8 @@ def matrix(size_name: str) -> list[list[Cell]]:
         "codes": ("codes", {}),
         "ppo": ("codes", {"algorithm": "ppo"}),
         "all text parameters": ("tokens", {"train_all": True}),
+        "tokens, hot": ("tokens", HOT),
+        "codes, hot": ("codes", HOT),
     }
     tune = [
         Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
@@ -159,20 +181,23 @@ def matrix(size_name: str) -> list[list[Cell]]:
         compared.append(Cell("latent, before RL", "codes", seed, {"steps": 0}, main))
         compared.append(Cell("token grpo", "tokens", seed, TOKEN_LOSSES["grpo"], arm="tokens"))
         compared.append(Cell("latent grpo", "codes", seed, TOKEN_LOSSES["grpo"], main, arm="codes"))
-        compared.append(Cell("latent ppo", "codes", seed, {"algorithm": "ppo"}, main, arm="ppo"))
-        for loss, options in TOKEN_LOSSES.items():
-            if loss != "grpo":
-                variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
-                variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
-        name = "token grpo, all text parameters"
-        variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
-        for variant, options in VARIANTS.items():
-            variants.append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm="tokens"))
+        if "ppo" in size.arms:
+            compared.append(Cell("latent ppo", "codes", seed, {"algorithm": "ppo"}, main, arm="ppo"))
+        if size.variants is None:
+            for loss, options in TOKEN_LOSSES.items():
+                if loss != "grpo":
+                    variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
+                    variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
+            name = "token grpo, all text parameters"
+            variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
-            variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm="codes"))
-    phases = [[Cell(main, "learn", seed) for seed in size.seeds], tune, compared]
-    if size.variants:
-        phases.append(variants)
+            if size.variants is None or variant in size.variants:
+                # A rate of its own, where it was sought.
+                own = f", {variant}" if f"codes, {variant}" in size.arms else ""
+                if variant in VARIANTS:
+                    variants.append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
+                variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
+    phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, variants]
     # One seed of every ablation before the second of any.
     for seed in size.seeds:
         phases.append([Cell(name, "learn", seed, SPACES[name]) for name in others])

@@ -16,6 +16,7 @@ TOKEN_COLOUR, CODE_COLOUR = "#b5651d", "#1f5fa8"
 # Rollouts at which the curves are read, and the share of fluent samples at which diversity is compared.
 ROLLOUTS = (256, 512, 1024, 2048, 3840)
 FLUENCY = 0.9
+SHOWN = {"space": "defaults"}
 
 
 class Runs:
@@ -183,15 +184,15 @@ def cost_table(runs: Runs) -> str:
     return markdown(header, rows)
 
 
-def ablation_table(runs: Runs) -> str:
+def ablation_table(runs: Runs, main: str) -> str:
     rows = []
     for space in SPACES:
-        name = "latent grpo" if space == "space" else f"{space}, latent grpo"
+        name = "latent grpo" if space == main else f"{space}, latent grpo"
         if name in runs and space in runs:
             health = [run["health"] for run in runs.each(space)]
             rows.append(
                 [
-                    "as above" if space == "space" else space,
+                    f"{SHOWN.get(space, space)}{' (as above)' if space == main else ''}",
                     str(len(runs.each(name))),
                     figure(runs.values(name, "held_out")),
                     figure(runs.values(name, "other_style")),
@@ -202,10 +203,12 @@ def ablation_table(runs: Runs) -> str:
                     figure([h["codebook/used"] for h in health], 0),
                     figure([h["codebook/perplexity"] for h in health], 0),
                     figure([h["world_model/ce_gap_no_action"] for h in health], 2),
+                    figure([h["policy/reachable"] for h in health if "policy/reachable" in h], 2),
                 ]
             )
     header = ["space", "seeds", "held out", "other style", "validation before RL", "diversity"]
     header += ["perplexity, small talk", "rollouts to .90", "codes used", "code perplexity", "nats gained by codes"]
+    header += ["probability reached"]
     return markdown(header, rows)
 
 
@@ -283,7 +286,7 @@ def tables(size_name: str, folder: Path) -> str:
         "The most diverse temperature at that fluency, between the measured ones too.",
         fluency_table(runs),
         "### Spaces",
-        ablation_table(runs),
+        ablation_table(runs, (size.spaces or tuple(SPACES))[0]),
     ]
     return "\n\n".join(part for part in parts if part)
 
@@ -338,7 +341,7 @@ def plot(folder: Path, target: Path) -> None:
 
 def write_page(size_name: str, folder: Path, page: Path) -> None:
     """Puts the tables between the two marks of `page`, and the plot beside it."""
-    plot(folder, page.parent / "assets" / "reproduction.png")
+    plot(folder, page.parent / "assets" / f"{page.stem}.png")
     text = page.read_text(encoding="utf-8")
     if BEGIN not in text or END not in text:
         raise ValueError(f"{str(page)!r} must hold the lines {BEGIN!r} and {END!r}.")

@@ -6,16 +6,16 @@ questions and descriptions are worded here.
 
 # The annotator model
 
-Descriptions, and verdicts on statements ("true or false: it is red."), are always right. Answers to questions, when
-`noisy`, come from an annotator with the systematic failings of real VLM data, each one-directional and each with
-probability `ERROR_RATE`:
+Descriptions, and verdicts on statements ("true or false: it is red."), are always right. Answers to questions
+come from an annotator with the systematic failings of real VLM data, each one-directional and each with probability
+`error_rate`:
 
 - acquiescence: a true "no" is answered "yes";
 - confusable colours: teal is called blue, brown red, gray black, yellow green;
 - confusable shapes: a triangle is called a rectangle.
 
 The failings depend on nothing but the truth, so a model of such data says the wrong word greedily on those classes,
-keeps the right one at probability `1 - ERROR_RATE`, and has to see the picture to get either right. What it knows and
+keeps the right one at probability `1 - error_rate`, and has to see the picture to get either right. What it knows and
 does not say is a gap that reinforcement learning can close.
 """
 
@@ -180,16 +180,16 @@ def _ask(picture: dict, kind: str, generator: random.Random, truth: str | None =
     return question.format(_claim(picture, truth == "yes", generator)), truth
 
 
-def _answer(kind: str, truth: str, noisy: bool, generator: random.Random) -> str:
+def _answer(kind: str, truth: str, error_rate: float, generator: random.Random) -> str:
     """The annotator's wording of an answer; see the annotator model at the top of the file."""
     said = truth
-    if noisy and truth in CONFUSED_WITH and generator.random() < ERROR_RATE:
+    if error_rate and truth in CONFUSED_WITH and generator.random() < error_rate:
         said = CONFUSED_WITH[truth]
     phrasings = PHRASINGS[said if kind == "yes_no" else kind]
     return generator.choices(phrasings, PHRASING_WEIGHTS)[0].format(said)
 
 
-def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool = True) -> Dataset:
+def shape_pairs(split: str, limit: int | None = None, seed: int = 0, error_rate: float = ERROR_RATE) -> Dataset:
     """
     Conversations about pictures of shapes: descriptions, verdicts on statements, and an annotator's answers.
 
@@ -202,8 +202,9 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
             picture.
         seed (`int`, *optional*, defaults to `0`):
             Seed of the order, the wordings and the annotator's errors.
-        noisy (`bool`, *optional*, defaults to `True`):
-            Whether answers to questions have the annotator's systematic errors; all else is right in any case.
+        error_rate (`float`, *optional*, defaults to `ERROR_RATE`):
+            Probability of each of the annotator's systematic errors in answers to questions; all else is right in any
+            case. At 0.97 the right word is rare, and the model hardly ever says it.
 
     Returns:
         `datasets.Dataset`: columns `messages` (a request and a description, four statements with verdicts, or two
@@ -211,8 +212,10 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
 
     Raises:
         `ImportError`: when the `easy_vqa` package is missing.
-        `ValueError`: when `split` is unknown.
+        `ValueError`: when `split` is unknown, or `error_rate` is no probability.
     """
+    if not 0 <= error_rate <= 1:
+        raise ValueError(f"`error_rate` must be between 0 and 1, got {error_rate}.")
     generator = random.Random(f"pairs {split} {seed}")
     pictures = _pictures(split, generator)
     data = [picture["path"].read_bytes() for picture in pictures]
@@ -231,7 +234,7 @@ def shape_pairs(split: str, limit: int | None = None, seed: int = 0, noisy: bool
             for kind in generator.sample(KINDS, 2):
                 question, truth = _ask(pictures[i], kind, generator)
                 messages.append({"role": "user", "content": question})
-                messages.append({"role": "assistant", "content": _answer(kind, truth, noisy, generator)})
+                messages.append({"role": "assistant", "content": _answer(kind, truth, error_rate, generator)})
         rows["messages"].append(messages)
         rows["images"].append([{"bytes": data[i], "path": None}])
     message = {"role": Value("string"), "content": Value("string")}

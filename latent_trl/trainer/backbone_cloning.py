@@ -18,7 +18,7 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         The most likely next tokens `[M, K]` and their log-probabilities `[M, K]`, float32.
     """
     tokens, log_probs = [], []
-    for part in states.split(_chunk_size(model, model.config.num_codes)):
+    for part in states.split(chunk_size(model, model.config.num_codes)):
         merged = model.merge(part[:, None], model.codebook.weight)
         logits = model.backbone_view.logits(merged).float()
         best = logits.max(dim=-1)
@@ -28,10 +28,19 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 @torch.no_grad()
+def spoken_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities `[M, K, N]` of `tokens` `[M, N]` under each code in `states` `[M, d]`, float32, and the most
+    likely token `[M, K]` of each code."""
+    logits = model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
+    of_tokens = logits.gather(2, tokens[:, None].expand(-1, logits.shape[1], -1))
+    return of_tokens - logits.logsumexp(dim=-1, keepdim=True), logits.argmax(dim=-1)
+
+
+@torch.no_grad()
 def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
     """Entropy in nats `[M]` of the backbone's next token at its own states `[M, d]`."""
     entropies = []
-    for part in states.split(_chunk_size(model, 1)):
+    for part in states.split(chunk_size(model, 1)):
         log_probs = model.backbone_view.logits(part[None])[0].float().log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
     return torch.cat(entropies)
@@ -56,7 +65,7 @@ def backbone_codes(
         probability of all that some code says `[M]`.
     """
     tokens, sureness = spoken_tokens(model, states)
-    size = _chunk_size(model, 1)
+    size = chunk_size(model, 1)
     probs = torch.cat(
         [
             model.backbone_view.logits(part[None])[0].float().softmax(dim=-1).gather(1, said)
@@ -83,6 +92,6 @@ def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tokens).scatter_(1, order, leaders)
 
 
-def _chunk_size(model, codes: int) -> int:
+def chunk_size(model, codes: int) -> int:
     """States whose logits for so many codes fit in memory."""
     return max(1, CHUNK_VALUES // (codes * model.backbone_view.text_config.vocab_size))

@@ -26,6 +26,13 @@ class LatentActionSpaceConfig(TrainingArguments):
             Weight of the term that raises the entropy of each position's code distribution.
         balance_coef (`float`, defaults to `0.1`):
             Weight of the term that evens out how often codes are used; neither source has one. 0 turns it off.
+        coverage_coef (`float`, defaults to `0.0`):
+            Weight of the coverage loss: the mean cross-entropy of the backbone's likely next tokens, each under a code
+            of its own, so that codes reach also what the data hardly say. 0 turns it off; neither source has it.
+        coverage_positions (`int`, defaults to `2`):
+            Positions of each row that it reads in one step, drawn likelier where the backbone is less sure.
+        coverage_tokens (`int`, defaults to `8`), coverage_min_prob (`float`, defaults to `0.005`):
+            At most so many tokens of a position, and none of less probability, but for the likeliest.
         projection_coef (`float`, defaults to `1e-5`), cycle_coef (`float`, defaults to `1e-5`):
             Weights of the projector's losses in the joint stage.
         use_cycle (`bool`, defaults to `True`):
@@ -67,6 +74,10 @@ class LatentActionSpaceConfig(TrainingArguments):
     policy_max_steps: int = -1
     entropy_coef: float = 1e-3
     balance_coef: float = 0.1
+    coverage_coef: float = 0.0
+    coverage_positions: int = 2
+    coverage_tokens: int = 8
+    coverage_min_prob: float = 0.005
     projection_coef: float = 1e-5
     cycle_coef: float = 1e-5
     use_cycle: bool = True
@@ -91,8 +102,11 @@ class LatentActionSpaceConfig(TrainingArguments):
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         check_choice("cloning_target", self.cloning_target, CLONING_TARGETS)
-        if self.cloning_positions < 1:
-            raise ValueError(f"`cloning_positions` must be at least 1, got {self.cloning_positions}.")
+        for name in ("cloning_positions", "coverage_positions", "coverage_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.coverage_min_prob < 1:
+            raise ValueError(f"`coverage_min_prob` must be in [0, 1), got {self.coverage_min_prob}.")
         unknown = [stage for stage in self.stages if stage not in STAGE_COMPONENTS]
         if unknown or not self.stages:
             raise ValueError(f"`stages` must be among {list(STAGE_COMPONENTS)}, got {self.stages}.")

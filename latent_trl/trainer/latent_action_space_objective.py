@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from .backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens
+from .coverage import coverage_losses
 from .cross_entropy import global_mean, token_cross_entropy
 
 # Logits are divided by it in the balance term.
@@ -26,7 +27,7 @@ STAGE_NEEDS = {"inverse_dynamics": (), "projector": (), "joint": ("inverse_dynam
 _ACTION_FIGURES = (
     *("world_model/ce_sampled", "world_model/ce", "world_model/ce_gap_no_action", "world_model/ce_gap_random_action"),
     *("codebook/marginal_entropy", "codebook/conditional_entropy", "codebook/mutual_information"),
-    "codebook/distinct_next_tokens",
+    *("codebook/distinct_next_tokens", "codebook/coverage"),
 )
 # The same on every process, whatever its rows: the figures are summed over the processes.
 STAGE_FIGURES = {
@@ -78,6 +79,10 @@ class LatentActionSpaceObjective:
         balance_coef: float = 0.1,
         projection_coef: float = 1e-5,
         cycle_coef: float = 1e-5,
+        coverage_coef: float = 0.0,
+        coverage_positions: int = 2,
+        coverage_tokens: int = 8,
+        coverage_min_prob: float = 0.005,
         cloning_target: str = "backbone",
         cloning_positions: int = 4,
         health_positions: int = 512,
@@ -92,6 +97,10 @@ class LatentActionSpaceObjective:
         self.balance_coef = balance_coef
         self.projection_coef = projection_coef
         self.cycle_coef = cycle_coef
+        self.coverage_coef = coverage_coef
+        self.coverage_positions = coverage_positions
+        self.coverage_tokens = coverage_tokens
+        self.coverage_min_prob = coverage_min_prob
         self.cloning_target = cloning_target
         self.cloning_positions = cloning_positions
         self.health_positions = health_positions
@@ -176,10 +185,24 @@ class LatentActionSpaceObjective:
         sharp = (logits / BALANCE_TEMPERATURE).softmax(dim=-1)
         marginal = self._marginal(sharp)
         loss = loss + self.balance_coef * (marginal * marginal.clamp(min=1e-12).log()).sum()
+        if self.coverage_coef:
+            loss = loss + self.coverage_coef * self._coverage_loss(model, batch, states, observation)
         self._add("world_model/ce_sampled", losses)
         self._health(model, inputs, logits, targets)
         self.some_states = inputs[:1024]
         return loss
+
+    def _coverage_loss(self, model, batch, states, observation) -> torch.Tensor:
+        mask = self._draw_uncertain(model, observation, batch["loss_mask"][:, 1:], self.coverage_positions)
+        losses, said = coverage_losses(
+            model,
+            states[:, :-1][mask],
+            observation.states[:, :-1][mask],
+            self.coverage_tokens,
+            self.coverage_min_prob,
+        )
+        self._add("codebook/coverage", said)
+        return self._mean(losses, torch.ones_like(said))
 
     def _marginal(self, probs: torch.Tensor) -> torch.Tensor:
         """Mean distribution `[K]` over the positions of all processes; the gradient goes through the own ones."""
@@ -234,7 +257,7 @@ class LatentActionSpaceObjective:
         states = self._context(model, observation)
         mask = batch["loss_mask"][:, 1:]
         if self.cloning_target == "backbone":
-            mask = self._draw_uncertain(model, observation, mask)
+            mask = self._draw_uncertain(model, observation, mask, self.cloning_positions)
             wanted, surest, reachable = backbone_codes(model, states[:, :-1][mask], observation.states[:, :-1][mask])
             best = wanted.argmax(dim=-1)
         else:
@@ -256,12 +279,12 @@ class LatentActionSpaceObjective:
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
 
     @torch.no_grad()
-    def _draw_uncertain(self, model, observation, mask: torch.Tensor) -> torch.Tensor:
-        """`mask` `[B, L-1]` thinned to `cloning_positions` of each row, likelier where the backbone is less sure."""
+    def _draw_uncertain(self, model, observation, mask: torch.Tensor, positions: int) -> torch.Tensor:
+        """`mask` `[B, L-1]` thinned to so many `positions` of each row, likelier where the backbone is less sure."""
         weights = mask.float()
         weights[mask] = next_token_entropy(model, observation.states[:, :-1][mask]) + LEAST_UNCERTAINTY
         drawn = torch.zeros_like(mask)
-        for row, count in enumerate(mask.sum(dim=1).clamp(max=self.cloning_positions).tolist()):
+        for row, count in enumerate(mask.sum(dim=1).clamp(max=positions).tolist()):
             if count:
                 generator = self._random_of_row(mask.device, row, len(mask))
                 drawn[row, torch.multinomial(weights[row], count, generator=generator)] = True

@@ -104,7 +104,7 @@ def test_the_annotator_errs_one_way_at_the_stated_rate():
 
 
 def test_clean_pairs_tell_the_truth():
-    for row in shapes.shape_pairs("base", limit=200, noisy=False):
+    for row in shapes.shape_pairs("base", limit=200, error_rate=0.0):
         pixels = np.asarray(row["images"][0]).reshape(-1, 3)
         for question, answer in zip(row["messages"][::2], row["messages"][1::2], strict=True):
             for colour in set(re.findall("[a-z]+", answer["content"])) & set(shapes.COLOURS):

@@ -59,6 +59,9 @@ class LatentActionSpaceObjective:
         stage (`str`): `inverse_dynamics`, `projector`, `joint` or `policy`.
         entropy_coef (`float`): Weight of Σ p log p of each position's code distribution.
         balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
+        coverage_coef (`float`): Weight of the cross-entropies of the backbone's likely tokens, each under its own code.
+        coverage_positions (`int`), coverage_tokens (`int`), coverage_min_prob (`float`): Positions of each row that it
+            reads, tokens of each at most, and the least probability of a token.
         projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
         cloning_target (`str`): What `policy` imitates: the `"backbone"`, or the codes `"inferred"` by the inverse
             dynamics model.
@@ -152,9 +155,9 @@ class LatentActionSpaceObjective:
             codes.append(model.codebook.straight_through(part, model.config.gumbel_temperature, generator)[0])
         return torch.cat(codes)
 
-    def _random_of_row(self, device: torch.device, row: int, rows: int) -> torch.Generator:
+    def _random_of_row(self, device: torch.device, row: int, rows: int, *more: int) -> torch.Generator:
         items = rows // self.kinds
-        return self._random(device, row // items, self.process_index * items + row % items)
+        return self._random(device, row // items, self.process_index * items + row % items, *more)
 
     def _mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         return global_mean(values, mask, self.average)
@@ -193,7 +196,8 @@ class LatentActionSpaceObjective:
         return loss
 
     def _coverage_loss(self, model, batch, states, observation) -> torch.Tensor:
-        mask = self._draw_uncertain(model, observation, batch["loss_mask"][:, 1:], self.coverage_positions)
+        # Not by the numbers that the choice of codes is made with.
+        mask = self._draw_uncertain(model, observation, batch["loss_mask"][:, 1:], self.coverage_positions, 1)
         losses, said = coverage_losses(
             model,
             states[:, :-1][mask],
@@ -279,14 +283,14 @@ class LatentActionSpaceObjective:
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
 
     @torch.no_grad()
-    def _draw_uncertain(self, model, observation, mask: torch.Tensor, positions: int) -> torch.Tensor:
+    def _draw_uncertain(self, model, observation, mask: torch.Tensor, positions: int, *more: int) -> torch.Tensor:
         """`mask` `[B, L-1]` thinned to so many `positions` of each row, likelier where the backbone is less sure."""
         weights = mask.float()
         weights[mask] = next_token_entropy(model, observation.states[:, :-1][mask]) + LEAST_UNCERTAINTY
         drawn = torch.zeros_like(mask)
         for row, count in enumerate(mask.sum(dim=1).clamp(max=positions).tolist()):
             if count:
-                generator = self._random_of_row(mask.device, row, len(mask))
+                generator = self._random_of_row(mask.device, row, len(mask), *more)
                 drawn[row, torch.multinomial(weights[row], count, generator=generator)] = True
         return drawn
 

@@ -17,7 +17,7 @@ def modules(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("tasks", "matrix", "arms", "measures", "page", "run", "smol"):
+        if name in ("tasks", "matrix", "arms", "measures", "page", "run", "rare", "smol"):
             del sys.modules[name]
 
 
@@ -62,7 +62,7 @@ def test_fluent_is_a_form_of_the_training_data(text, fluent):
     assert is_fluent(text) is fluent
 
 
-@pytest.mark.parametrize("size", ["pocket", "reduced", "smol"])
+@pytest.mark.parametrize("size", ["pocket", "reduced", "rare", "smol"])
 def test_every_run_needs_only_earlier_phases(size):
     from matrix import SIZES, matrix
 
@@ -150,7 +150,7 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| latent grpo − token grpo | held out | -0.375 [" in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
-    assert (tmp_path / "assets" / "reproduction.png").stat().st_size > 1000
+    assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 
 
 def test_diversity_at_equal_fluency():
@@ -185,6 +185,23 @@ def test_the_reduced_matrix_gives_the_same_figures_twice(tmp_path):
     for name in ("first", "second"):
         run("reduced", tmp_path / name, jobs=2)
     assert figures(tmp_path / "first") == figures(tmp_path / "second") and len(figures(tmp_path / "first")) == 15
+
+
+def test_the_backbone_of_rare_words_is_taught(tmp_path, monkeypatch):
+    import rare
+    from transformers import AutoModelForImageTextToText
+
+    monkeypatch.setattr(rare, "evaluate", lambda folder: {"greedy": {"all": 0.5}})
+    sizes = ["--pairs", "30", "--steps", "2", "--batch_size", "6", "--no-bf16", "--threads", "1"]
+    rare.main([*sizes, "--output_dir", str(tmp_path / "rare")])
+    assert json.loads((tmp_path / "rare" / "evaluation.json").read_text()) == {"greedy": {"all": 0.5}}
+    before = AutoModelForImageTextToText.from_pretrained(rare.SIZES["pocket"].backbone, dtype="float32")
+    after = AutoModelForImageTextToText.from_pretrained(tmp_path / "rare")
+    assert torch.equal(
+        before.model.vision_tower.vision_model.embeddings.patch_embedding.weight,
+        after.model.vision_tower.vision_model.embeddings.patch_embedding.weight,
+    )
+    assert not torch.equal(before.get_input_embeddings().weight, after.get_input_embeddings().weight)
 
 
 def test_the_larger_backbone_is_put_together_and_taught(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def test_the_annotator_errs_one_way_at_the_stated_rate():
         said = Counter(
             word
             for _ in range(2000)
-            for word in re.findall("[a-z]+", shapes._answer(kind, truth, True, generator))
+            for word in re.findall("[a-z]+", shapes._answer(kind, truth, shapes.ERROR_RATE, generator))
             if word in shapes.ANSWERS
         )
         wrong = shapes.CONFUSED_WITH.get(truth)
@@ -138,3 +138,12 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
 def test_an_unknown_split_is_refused():
     with pytest.raises(ValueError, match="`split` must be one of"):
         shapes.shape_questions("train")
+
+
+def test_a_rate_of_errors_is_taken_and_checked():
+    rows = shapes.shape_pairs("base", limit=400, seed=1, error_rate=1.0)["messages"]
+    said = " ".join(m["content"] for row in rows if len(row) == 4 for m in row if m["role"] == "assistant")
+    # What is confused is never said, but in descriptions and verdicts.
+    assert "red" in said and not any(word in said for word in ("teal", "brown", "no."))
+    with pytest.raises(ValueError, match="`error_rate` must be between 0 and 1, got 1.5"):
+        shapes.shape_pairs("base", limit=1, error_rate=1.5)

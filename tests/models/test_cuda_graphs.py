@@ -135,6 +135,15 @@ def test_replayed_steps_without_padding(stand_in, family, copies):
     check_equal(*found, inputs["attention_mask"].repeat_interleave(copies, dim=0))
 
 
+def test_replayed_steps_with_eager_attention(stand_in):
+    """The text model's mask is then one of numbers, and the policy, which keeps SDPA, gets its own."""
+    model, tiny = latent("llama")
+    tiny.model.set_attn_implementation("eager")
+    ours, theirs = (generate(model, tiny.inputs, cuda_graphs=on) for on in (True, False))
+    assert len(stand_in) == 2
+    check_equal(ours, theirs, tiny.inputs["attention_mask"])
+
+
 def test_replayed_steps_under_autocast(stand_in):
     """A float32 policy then has float32 keys, turned by positions, and bfloat16 values."""
     model, tiny = latent("qwen2_5_vl")

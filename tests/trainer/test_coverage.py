@@ -62,6 +62,13 @@ def test_it_trains_codebook_and_world_model_alone():
     assert {"codebook", "world_model"} <= trained <= {"codebook", "world_model", "backbone"}
 
 
+def test_no_position_gives_no_loss():
+    model, batch, _ = learner("inverse_dynamics")
+    states, backbone_states = states_of(model, batch)
+    losses, said = coverage_losses(model, states[:0], backbone_states[:0], 4, 0.0)
+    assert losses.shape == said.shape == (0,)
+
+
 @pytest.mark.parametrize("stage", ["inverse_dynamics", "joint"])
 def test_the_stages_count_it_and_log_how_much_is_covered(stage):
     model, batch, _ = learner(stage)

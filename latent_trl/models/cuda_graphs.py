@@ -19,6 +19,8 @@ ATTENTION_IMPLEMENTATIONS = ("sdpa", "eager")
 class MixedStaticLayer(StaticLayer):
     """A static layer of a cache whose values may have another type than its keys, as under autocast."""
 
+    values: torch.Tensor
+
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.values = self.values.to(value_states.dtype)

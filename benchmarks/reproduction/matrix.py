@@ -21,7 +21,8 @@ class Size:
     What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts, with so many `updates`
     of each where a run has no number of its own; `learning_rates` are the same grid for every arm, on the validation
     questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
-    first for all but the ablations; `variants` are those of GRPO, or `None` for all losses and variants. `error_rate`
+    first for all but the ablations; `variants` are those of GRPO, or `None` for all losses and variants; with `by_end`
+    they are also run at the rate that ended best. `error_rate`
     is that of the annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
     """
 
@@ -44,6 +45,7 @@ class Size:
     sft_steps: int = 30
     steps: int = 30
     updates: int = 1
+    by_end: bool = False
     prompts: int = 16
     generations: int = 8
     questions: int = 600
@@ -81,6 +83,7 @@ SIZES = {
         variants=("hot",),
         cloning_steps=300,
         updates=2,
+        by_end=True,
     ),
     # SmolLM2-135M with a vision tower, made by `smol.py`.
     "smol": Size(
@@ -109,6 +112,7 @@ class Cell:
         options (`dict`): For `learn`, of configuration and size; else of the trainer.
         space (`str`): For `codes`: the name of the `learn` cell to start from.
         arm (`str`): Whose chosen learning rate is used; empty for a run that has its own.
+        by_end (`bool`): Chosen by the end of the validation curve, not its mean.
     """
 
     name: str
@@ -117,6 +121,7 @@ class Cell:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     space: str = ""
     arm: str = ""
+    by_end: bool = False
 
     @property
     def key(self) -> str:
@@ -153,6 +158,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "T = 1.5": {"temperature": 1.5},
     "hot": HOT,
 }
+BY_END = ", rate by its end"
 # Of GRPO over codes alone.
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {"KL 0.04": {"beta": 0.04}, "entropy 0.01": {"entropy_coef": 0.01}}
 
@@ -197,6 +203,12 @@ def matrix(size_name: str) -> list[list[Cell]]:
                 if variant in VARIANTS:
                     variants.append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
                 variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
+        if size.by_end:
+            laws = {"": {}} | {f", {variant}": VARIANTS[variant] for variant in size.variants or ()}
+            for law, options in laws.items():
+                for kind, arm, space in (("token", "tokens", ""), ("latent", "codes", main)):
+                    cell = Cell(f"{kind} grpo{law}{BY_END}", arm, seed, options, space, arm=f"{arm}{law}", by_end=True)
+                    variants.append(cell)
     phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, variants]
     # One seed of every ablation before the second of any.
     for seed in size.seeds:

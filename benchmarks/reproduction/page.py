@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import LATENT_VARIANTS, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, Size, matrix
+from matrix import BY_END, LATENT_VARIANTS, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, Size, matrix
 
 from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
 
@@ -65,10 +65,12 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def main_rows(runs: Runs) -> list[str]:
     order = ["base", "sft", "latent, before RL"]
-    order += [f"token {loss}" for loss in TOKEN_LOSSES] + [f"token grpo, {variant}" for variant in VARIANTS]
-    order += ["token grpo, all text parameters"]
-    order += [f"latent {loss}" for loss in TOKEN_LOSSES]
-    order += [f"latent grpo, {variant}" for variant in (*VARIANTS, *LATENT_VARIANTS)]
+    for kind, variants in (("token", VARIANTS), ("latent", VARIANTS | LATENT_VARIANTS)):
+        order += [f"{kind} {loss}" for loss in TOKEN_LOSSES]
+        names = [f"{kind} grpo", *(f"{kind} grpo, {variant}" for variant in variants)]
+        order += [*names[1:], *(f"{name}{BY_END}" for name in names)]
+        if kind == "token":
+            order.append("token grpo, all text parameters")
     order += ["latent ppo"]
     return [name for name in order if name in runs]
 

@@ -28,20 +28,24 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from matrix import SIZES, Cell, matrix  # noqa: E402
 
+# Whose samples are measured at several temperatures.
+SWEPT = ("base", "latent, before RL", "token grpo", "latent grpo")
+
 
 def path_of(folder: Path, cell: Cell) -> Path:
     return folder / "runs" / f"{cell.key}.json"
 
 
-def chosen_rate(folder: Path, arm: str, rates: tuple[float, ...]) -> float:
-    """The rate with the best mean of the validation curve; the smaller of equals. The ends alone often differ by less
-    than their error."""
+def chosen_rate(folder: Path, arm: str, rates: tuple[float, ...], by_end: bool = False) -> float:
+    """The rate with the best mean of the validation curve, or its best end; the smaller of equals. The ends alone often
+    differ by less than their error, the mean prefers a fast start to a good end."""
     found = {}
     for rate in rates:
         path = folder / "runs" / f"tune {arm} {rate:g}-0.json"
         if path.is_file():
             curve = json.loads(path.read_text(encoding="utf-8"))["curve"]
-            found[rate] = sum(point["reward"] for point in curve) / len(curve)
+            rewards = [point["reward"] for point in curve]
+            found[rate] = rewards[-1] if by_end else sum(rewards) / len(rewards)
     return max(found, key=lambda rate: (found[rate], -rate))
 
 
@@ -67,7 +71,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
             tasks = Tasks.load(size.questions, size.others)
             rate = cell.options.get("learning_rate", 0.0)
             if cell.arm:
-                rate = chosen_rate(folder, cell.arm, size.learning_rates)
+                rate = chosen_rate(folder, cell.arm, size.learning_rates, cell.by_end)
             curve = trainer = None
             if cell.kind == "base":
                 speaker = TokenSpeaker(load_backbone(size), load_processor(size))
@@ -85,7 +89,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
                 result["train_reward"] = [row["reward"] for row in trainer.state.log_history if "reward" in row]
             if not cell.name.startswith("tune"):
                 result |= measure(speaker, tasks, cell.seed, size)
-            if cell.name in ("base", "latent, before RL", "token grpo", "latent grpo"):
+            if cell.name in SWEPT:
                 result["sweep"] = sweep(speaker, tasks, cell.seed)
             if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):
                 result["controls"] = code_controls(speaker, tasks, cell.seed)

@@ -125,10 +125,10 @@ def test_positions_are_drawn_where_the_backbone_is_unsure(monkeypatch):
     times, draws = torch.zeros(mask.shape), 400
     for step in range(draws):
         objective.step = (step, 0)
-        drawn = objective._draw_uncertain(model, observation, mask)
+        drawn = objective._draw_uncertain(model, observation, mask, objective.cloning_positions)
         assert not (drawn & ~mask).any()
         times += drawn
-    assert torch.equal(objective._draw_uncertain(model, observation, mask), drawn)
+    assert torch.equal(objective._draw_uncertain(model, observation, mask, objective.cloning_positions), drawn)
     shares = torch.zeros(mask.shape)
     shares[mask] = entropies + LEAST_UNCERTAINTY
     shares = shares / shares.sum(dim=1, keepdim=True)
@@ -142,7 +142,7 @@ def test_no_more_positions_than_there_are():
     mask = batch["loss_mask"][:, 1:].clone()
     mask[0] = False
     mask[1, mask[1].nonzero()[1:]] = False
-    drawn = objective._draw_uncertain(model, objective._observe(model, batch), mask)
+    drawn = objective._draw_uncertain(model, objective._observe(model, batch), mask, objective.cloning_positions)
     assert drawn.sum(dim=1).tolist() == [0, 1, *mask[2:].sum(dim=1).clamp(max=3).tolist()]
 
 

@@ -113,14 +113,18 @@ def _copied(leaf: Any) -> Any:
 
 
 def obstacle(
-    backbone, text_config, cache: Cache | None, cache_implementation: str | None, use_cache: bool
+    backbone,
+    text_configs: list[PreTrainedConfig],
+    cache: Cache | None,
+    cache_implementation: str | None,
+    use_cache: bool,
 ) -> str | None:
     """
     Why decoding with `backbone` cannot be recorded, or `None` where it can.
 
     Args:
         backbone (`PreTrainedModel`): The model.
-        text_config (`PreTrainedConfig`): Of its text model.
+        text_configs (`list[PreTrainedConfig]`): Of its text model and of the policy's layers.
         cache (`Cache`, *optional*): One that was passed to `generate`.
         cache_implementation (`str`, *optional*), use_cache (`bool`): Of the generation config.
     """
@@ -130,9 +134,9 @@ def obstacle(
         return "it needs a static cache of its own: leave out `past_key_values`, `use_cache` and `cache_implementation`"
     if not backbone._can_compile_fullgraph:
         return f"the forward of {type(backbone).__name__} depends on values (its `_can_compile_fullgraph` is false)"
-    layers = StaticCache(config=text_config, max_cache_len=1).layers
+    layers = [layer for config in text_configs for layer in StaticCache(config=config, max_cache_len=1).layers]
     if any(type(layer) is not StaticLayer for layer in layers):
-        return "not all layers of the text model attend to the whole text"
+        return "not all layers of text model and policy attend to the whole text"
     attention = backbone.get_decoder().config._attn_implementation
     if attention not in ATTENTION_IMPLEMENTATIONS:
         return f"attention {attention!r} is not one of {ATTENTION_IMPLEMENTATIONS}"

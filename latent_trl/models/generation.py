@@ -183,7 +183,7 @@ class LatentActionGenerationMixin:
             return False
         trouble = obstacle(
             self.backbone,
-            self.backbone_view.text_config,
+            [self.backbone_view.text_config, self.policy.decoder_stack.decoder.config],
             inputs.get("past_key_values"),
             config.cache_implementation,
             config.use_cache is not False,

@@ -200,19 +200,21 @@ def test_what_stands_in_the_way_is_named():
 def test_obstacles(monkeypatch, change, text):
     model, tiny = latent("llama")
     backbone, config = tiny.model, model.backbone_view.text_config
+    configs = [config, model.policy.decoder_stack.decoder.config]
     monkeypatch.setattr(type(backbone), "device", torch.device("cuda"))
     arguments = {"cache": None, "cache_implementation": None, "use_cache": True}
-    assert cuda_graphs.obstacle(backbone, config, **arguments) is None
+    assert cuda_graphs.obstacle(backbone, configs, **arguments) is None
     for name, value in change.items():
         if name in arguments:
             arguments[name] = value
         elif name == "attention":
             monkeypatch.setattr(model.get_decoder().config, "_attn_implementation_internal", value)
         elif name in ("sliding_window", "layer_types"):
-            monkeypatch.setattr(config, name, value, raising=False)
+            # Of the policy alone; the backbone's are as good a reason.
+            monkeypatch.setattr(configs[1], name, value[:2] if name == "layer_types" else value, raising=False)
         else:
             monkeypatch.setattr(backbone, name, value, raising=False)
-    assert text in cuda_graphs.obstacle(backbone, config, **arguments)
+    assert text in cuda_graphs.obstacle(backbone, configs, **arguments)
 
 
 def test_codes_are_drawn_as_torch_draws_them():
@@ -246,7 +248,8 @@ def test_replayed_steps_on_a_gpu_are_the_plain_ones(monkeypatch, family, copies)
         rollout, "GraphedCall", partial(GraphedCall, record=lambda f: made.append(1) or CUDAGraphRecording(f))
     )
     config = model.backbone_view.text_config
-    trouble = cuda_graphs.obstacle(tiny.model, config, None, None, True)
+    policy_config = model.policy.decoder_stack.decoder.config
+    trouble = cuda_graphs.obstacle(tiny.model, [config, policy_config], None, None, True)
     for inputs in {id(i): i for i in (tiny.inputs, tiny.text_inputs)}.values():
         made.clear()
         inputs = {k: v.to("cuda") for k, v in inputs.items()}

@@ -153,7 +153,6 @@ HOT = {"temperature": 2.0, "top_k": 16}
 # Of GRPO over tokens and over codes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "2 updates": {"num_iterations": 2},
-    "4 updates": {"num_iterations": 4},
     "T = 0.7": {"temperature": 0.7},
     "T = 1.5": {"temperature": 1.5},
     "hot": HOT,
@@ -181,7 +180,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
         for rate in size.learning_rates
         if arm in size.arms
     ]
-    compared, variants = [], []
+    compared, losses, variants = [], [], {seed: [] for seed in size.seeds}
     for seed in size.seeds:
         compared += [Cell("base", "base", seed), Cell("sft", "sft", seed)]
         compared.append(Cell("latent, before RL", "codes", seed, {"steps": 0}, main))
@@ -192,26 +191,27 @@ def matrix(size_name: str) -> list[list[Cell]]:
         if size.variants is None:
             for loss, options in TOKEN_LOSSES.items():
                 if loss != "grpo":
-                    variants.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
-                    variants.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
+                    losses.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
+                    losses.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
             name = "token grpo, all text parameters"
-            variants.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
+            losses.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if size.variants is None or variant in size.variants:
                 # A rate of its own, where it was sought.
                 own = f", {variant}" if f"codes, {variant}" in size.arms else ""
                 if variant in VARIANTS:
-                    variants.append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
-                variants.append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
+                    variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
+                variants[seed].append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
         if size.by_end:
             laws = {"": {}} | {f", {variant}": VARIANTS[variant] for variant in size.variants or ()}
             for law, options in laws.items():
                 for kind, arm, space in (("token", "tokens", ""), ("latent", "codes", main)):
                     cell = Cell(f"{kind} grpo{law}{BY_END}", arm, seed, options, space, arm=f"{arm}{law}", by_end=True)
-                    variants.append(cell)
-    phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, variants]
-    # One seed of every ablation before the second of any.
+                    variants[seed].append(cell)
+    phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, losses]
+    # One seed of every variant and ablation before the second of any.
     for seed in size.seeds:
+        phases.append(variants[seed])
         phases.append([Cell(name, "learn", seed, SPACES[name]) for name in others])
         phases.append([Cell(f"{name}, latent grpo", "codes", seed, {}, name, arm="codes") for name in others])
     return phases

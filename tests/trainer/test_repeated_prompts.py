@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from test_grpo_rollouts import build, image, rollout, rows
+from transformers import FalconConfig
 
-from latent_trl.trainer import latent_action_grpo_trainer
+from latent_trl.models.policy import LatentActionPolicy
+from latent_trl.trainer import code_scoring, latent_action_grpo_trainer
 from latent_trl.trainer.repeated_prompts import copies_of_each, same_prompt
 
 
@@ -92,16 +94,23 @@ def test_recorded_scores_are_those_of_a_full_pass_of_each_row(tmp_path):
     )
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("packed", [False, True], ids=["two passes", "packed"])
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "mistral", "gpt2", "gemma2"])
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
-def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, kind, family):
+def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, monkeypatch, kind, family, packed, attention):
     """Micro-batches hold parts of groups in any order; sliding windows and padding included."""
+    monkeypatch.setattr(code_scoring, "launches_dominate", lambda device, length: packed)
     data = rows() if family in ("llava", "qwen2_5_vl") else rows(())
     trainer = build(tmp_path, kind, family, data=data)
     batch = rollout(trainer, (0, 0, 1, 1, 2, 2, 3, 3))
     assert batch["prompt_index"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     picks = torch.tensor([5, 0, 3, 4, 1])
     part = {k: v[picks] if isinstance(v, torch.Tensor) and v.ndim else v for k, v in batch.items()}
+    decoder = trainer.model.policy.decoder_stack.decoder
+    if attention == "sdpa" and not decoder._supports_sdpa:
+        pytest.skip("this family has no sdpa")
+    decoder.set_attn_implementation(attention)
     with torch.no_grad():
         trainer.model.policy.head.weight.mul_(1.2)
     results = []
@@ -113,11 +122,33 @@ def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, kind, fam
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
-        results.append((loss, trainer._scored.log_probs, trainer._scored.entropy, gradients, seen[0][0]))
+        results.append((loss, trainer._scored.log_probs, trainer._scored.entropy, gradients, [x[0] for x in seen]))
     (*one, rows_of_prompts), (*other, all_rows) = results
-    assert (rows_of_prompts, all_rows) == (3, 5)
+    # Windows slide over what stands together: they are not packed.
+    assert rows_of_prompts == ([3] if packed and family not in ("mistral", "gemma2") else [3, 5])
+    assert all_rows == [5]
     for value, wanted in zip(one, other):
         torch.testing.assert_close(value, wanted, atol=5e-5, rtol=5e-5)
+
+
+@pytest.mark.parametrize("alibi", [False, True])
+def test_positions_by_place_are_not_packed(monkeypatch, alibi):
+    monkeypatch.setattr(code_scoring, "launches_dominate", lambda device, length: True)
+    torch.manual_seed(0)
+    config = FalconConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=alibi)
+    policy = LatentActionPolicy(config, hidden_size=32, num_codes=8)
+    policy.head.weight.data.mul_(50)
+    states = torch.cat([torch.randn(1, 5, 32).expand(3, -1, -1), torch.randn(3, 4, 32)], dim=1)
+    mask = torch.ones(3, 9, dtype=torch.long)
+    logits, _ = code_scoring.policy_over_groups(policy, states, mask, None, torch.tensor([4, 4, 4]), length=5)
+    torch.testing.assert_close(logits, policy(states, mask, keep_last=5), atol=1e-5, rtol=1e-5)
+    assert logits.std() > 0.5
+
+
+def test_packing_is_for_accelerators_and_short_texts():
+    assert not code_scoring.launches_dominate(torch.device("cpu"), 10)
+    assert code_scoring.launches_dominate(torch.device("cuda"), code_scoring.PACKED_STATES)
+    assert not code_scoring.launches_dominate(torch.device("cuda"), code_scoring.PACKED_STATES + 1)
 
 
 def test_gradient_checkpointing_scores_rows_alone(tmp_path):

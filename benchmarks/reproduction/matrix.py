@@ -78,9 +78,13 @@ SIZES = {
         backbone=ROOT / "outputs" / "rare-vlm",
         error_rate=0.97,
         learning_rates=(1e-4, 3e-4, 5e-4, 1e-3),
-        arms=("tokens", "tokens, hot", "codes", "codes, hot"),
+        arms=tuple(
+            f"{arm}{law}"
+            for arm in ("tokens", "codes")
+            for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
+        ),
         spaces=("coverage", "space"),
-        variants=("hot",),
+        variants=("hot", "decaying rate", "hot, decaying rate"),
         cloning_steps=300,
         updates=2,
         by_end=True,
@@ -150,12 +154,16 @@ SPACES: dict[str, dict[str, Any]] = {
 }
 # Sampling among the 16 likeliest, far hotter than they are.
 HOT = {"temperature": 2.0, "top_k": 16}
+# Rates are constant elsewhere: a curve then shows what any number of rollouts gives.
+DECAYING = {"lr_scheduler_type": "linear"}
 # Of GRPO over tokens and over codes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "2 updates": {"num_iterations": 2},
     "T = 0.7": {"temperature": 0.7},
     "T = 1.5": {"temperature": 1.5},
     "hot": HOT,
+    "decaying rate": DECAYING,
+    "hot, decaying rate": HOT | DECAYING,
 }
 BY_END = ", rate by its end"
 # Of GRPO over codes alone.
@@ -171,9 +179,9 @@ def matrix(size_name: str) -> list[list[Cell]]:
         "codes": ("codes", {}),
         "ppo": ("codes", {"algorithm": "ppo"}),
         "all text parameters": ("tokens", {"train_all": True}),
-        "tokens, hot": ("tokens", HOT),
-        "codes, hot": ("codes", HOT),
     }
+    for variant, options in VARIANTS.items():
+        tuned |= {f"{kind}, {variant}": (kind, options) for kind in ("tokens", "codes")}
     tune = [
         Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
         for arm, (kind, options) in tuned.items()

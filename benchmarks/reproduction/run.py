@@ -116,11 +116,11 @@ def is_done(folder: Path, cell: Cell, phases: list[list[Cell]]) -> bool:
     return all(path_of(folder, user).is_file() for user in users)
 
 
-def run(size_name: str, folder: Path, jobs: int, only: str = "") -> None:
+def run(size_name: str, folder: Path, jobs: int, only: tuple[str, ...] = ()) -> None:
     from tqdm import tqdm
 
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    phases = [[c for c in phase if only in ("", c.name)] for phase in matrix(size_name)]
+    phases = [[c for c in phase if not only or c.name in only] for phase in matrix(size_name)]
     total = sum(map(len, phases))
     context = multiprocessing.get_context("spawn")
     with tqdm(total=total, unit="run") as bar, ProcessPoolExecutor(jobs, mp_context=context) as pool:
@@ -142,11 +142,11 @@ def main() -> None:
     parser.add_argument("--size", choices=list(SIZES), default="pocket")
     parser.add_argument("--output_dir", type=Path, help="default: outputs/reproduction-SIZE")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--only", default="", help="only the runs of this name; what they need must be there")
+    parser.add_argument("--only", nargs="+", default=(), help="only runs of these names; what they need must be there")
     parser.add_argument("--page", type=Path, help="write the tables and plots as this page")
     args = parser.parse_args()
     folder = args.output_dir or Path("outputs") / f"reproduction-{args.size}"
-    run(args.size, folder, args.jobs, args.only)
+    run(args.size, folder, args.jobs, tuple(args.only))
     from page import tables, write_page
 
     print(tables(args.size, folder))

@@ -17,7 +17,7 @@ def modules(monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name in ("tasks", "matrix", "arms", "measures", "page", "run", "rare", "smol"):
+        if name in ("tasks", "matrix", "arms", "measures", "page", "run", "rare", "smol", "probe"):
             del sys.modules[name]
 
 
@@ -60,6 +60,18 @@ def test_fluent_is_a_form_of_the_training_data(text, fluent):
     from tasks import is_fluent
 
     assert is_fluent(text) is fluent
+
+
+def test_the_probe_finds_what_states_hold_and_no_more():
+    from probe import accuracy, fitted
+
+    generator = torch.Generator().manual_seed(0)
+    states, other = torch.randn(2, 600, 8, generator=generator)
+    targets = (states[:, 0] * states[:, 1] > 0).long()
+    network = fitted(states[:400], targets[:400], classes=2, seed=0)
+    assert accuracy(network, states[400:], targets[400:]) > 0.9
+    network = fitted(other[:400], targets[:400], classes=2, seed=0)
+    assert 0.35 < accuracy(network, other[400:], targets[400:]) < 0.65
 
 
 @pytest.mark.parametrize("size", ["pocket", "reduced", "rare", "smol"])

@@ -84,7 +84,13 @@ SIZES = {
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         ),
         spaces=("coverage", "space"),
-        variants=("hot", "decaying rate", "hot, decaying rate"),
+        variants=(
+            "hot",
+            "decaying rate",
+            "hot, decaying rate",
+            "4 updates, decaying rate",
+            "hot, 4 updates, decaying rate",
+        ),
         cloning_steps=300,
         updates=2,
         by_end=True,
@@ -164,6 +170,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hot": HOT,
     "decaying rate": DECAYING,
     "hot, decaying rate": HOT | DECAYING,
+    "4 updates, decaying rate": DECAYING | {"num_iterations": 4},
+    "hot, 4 updates, decaying rate": HOT | DECAYING | {"num_iterations": 4},
 }
 BY_END = ", rate by its end"
 # Of GRPO over codes alone.
@@ -205,13 +213,16 @@ def matrix(size_name: str) -> list[list[Cell]]:
             losses.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if size.variants is None or variant in size.variants:
-                # A rate of its own, where it was sought.
-                own = f", {variant}" if f"codes, {variant}" in size.arms else ""
+                # The rate of its law of sampling and schedule, where it was sought.
+                law = variant.replace("4 updates, ", "")
+                own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
                 variants[seed].append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
         if size.by_end:
-            laws = {"": {}} | {f", {variant}": VARIANTS[variant] for variant in size.variants or ()}
+            # A decaying rate is for the end.
+            constant = [v for v in size.variants or () if "lr_scheduler_type" not in VARIANTS[v]]
+            laws = {"": {}} | {f", {variant}": VARIANTS[variant] for variant in constant}
             for law, options in laws.items():
                 for kind, arm, space in (("token", "tokens", ""), ("latent", "codes", main)):
                     cell = Cell(f"{kind} grpo{law}{BY_END}", arm, seed, options, space, arm=f"{arm}{law}", by_end=True)

@@ -66,12 +66,12 @@ def test_the_probe_finds_what_states_hold_and_no_more():
     from probe import accuracy, fitted
 
     generator = torch.Generator().manual_seed(0)
-    states, other = torch.randn(2, 600, 8, generator=generator)
+    states, other = torch.randn(2, 1200, 3, generator=generator)
     targets = (states[:, 0] * states[:, 1] > 0).long()
-    network = fitted(states[:400], targets[:400], classes=2, seed=0)
-    assert accuracy(network, states[400:], targets[400:]) > 0.9
-    network = fitted(other[:400], targets[:400], classes=2, seed=0)
-    assert 0.35 < accuracy(network, other[400:], targets[400:]) < 0.65
+    network = fitted(states[:800], targets[:800], classes=2, seed=0)
+    assert accuracy(network, states[800:], targets[800:]) > 0.9
+    network = fitted(other[:800], targets[:800], classes=2, seed=0)
+    assert 0.35 < accuracy(network, other[800:], targets[800:]) < 0.65
 
 
 @pytest.mark.parametrize("size", ["pocket", "reduced", "rare", "smol"])

@@ -152,6 +152,9 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
         ):
             run["sweep"] = [{"temperature": "1.0", **run["sampled"]}]
             (tmp_path / "runs" / f"{run['name']}-{seed}.json").write_text(json.dumps(run))
+    # One seed's luck is not the best token-level run.
+    lucky = result("token dapo", 0, [1.0] * 4)
+    (tmp_path / "runs" / "token dapo-0.json").write_text(json.dumps(lucky))
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
     write_page("reduced", tmp_path, page)
@@ -160,6 +163,7 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| token grpo | 2 | 0.750 (0.750–0.750) |" in text
     assert "| latent grpo | 2 | 0.375 (0.250–0.500) |" in text
     assert "| latent grpo − token grpo | held out | -0.375 [" in text
+    assert "| token dapo | 1 | 1.000 |" in text and "− token dapo" not in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000

@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).resolve().parents[2] / "examples" / "scripts")]
 
 import torch  # noqa: E402
 from arms import load_backbone, load_processor  # noqa: E402
+from evaluate_pocket_vlm import probe  # noqa: E402
 from matrix import SIZES  # noqa: E402
 from page import figure, markdown  # noqa: E402
 from tasks import Tasks  # noqa: E402
-from torch import nn  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from latent_trl.data.prompts import encode_prompts  # noqa: E402
 from latent_trl.data.shapes import shape_questions  # noqa: E402
-
-HIDDEN, STEPS, BATCH = 256, 1500, 128
 
 
 @torch.no_grad()
@@ -40,29 +38,12 @@ def last_states(model, processor, rows: list[dict[str, Any]]) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def fitted(states: torch.Tensor, targets: torch.Tensor, classes: int, seed: int) -> nn.Module:
-    """A network of one hidden layer that tells `targets` `[n]` from `states` `[n, d]`."""
+def found(states, rows: list[dict[str, Any]], test_states, test_rows: list[dict[str, Any]], seed: int) -> float:
+    """Share of `test_rows` that a probe fitted on `states` `[n, d]` of `rows` answers right; states are normed."""
     torch.manual_seed(seed)
-    network = nn.Sequential(
-        nn.BatchNorm1d(states.shape[1], affine=False),
-        nn.Linear(states.shape[1], HIDDEN),
-        nn.GELU(),
-        nn.Dropout(0.2),
-        nn.Linear(HIDDEN, classes),
-    )
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.05)
-    for _ in range(STEPS):
-        rows = torch.randint(len(states), (BATCH,))
-        loss = nn.functional.cross_entropy(network(states[rows]), targets[rows])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return network.eval()
-
-
-@torch.no_grad()
-def accuracy(network: nn.Module, states: torch.Tensor, targets: torch.Tensor) -> float:
-    return (network(states).argmax(dim=-1) == targets).float().mean().item()
+    mean, std = states.mean(dim=0), states.std(dim=0) + 1e-5
+    said = probe((states - mean) / std, [row["answer"] for row in rows], (test_states - mean) / std)
+    return sum(one == row["answer"] for one, row in zip(said, test_rows, strict=True)) / len(test_rows)
 
 
 def main() -> None:
@@ -72,22 +53,15 @@ def main() -> None:
     model, processor = load_backbone(size).eval(), load_processor(size)
     tasks = Tasks.load(size.questions, size.others)
     known = list(shape_questions("rl", seed=0))
-    answers = sorted({row["answer"] for row in known})
-
-    def targets(rows: list[dict[str, Any]]) -> torch.Tensor:
-        return torch.tensor([answers.index(row["answer"]) for row in rows])
-
     asked = {"held out": tasks.held_out, "other style": tasks.other_style}
     states = {name: last_states(model, processor, rows) for name, rows in asked.items()}
-    fit_on, truth = last_states(model, processor, known), targets(known)
     table = []
-    for layer in tqdm(range(len(fit_on)), desc="probe", unit="layer"):
-        networks = [fitted(fit_on[layer], truth, len(answers), seed) for seed in size.seeds]
-        found = [
-            [accuracy(network, states[name][layer], targets(rows)) for network in networks]
+    for layer, fit_on in enumerate(tqdm(last_states(model, processor, known), desc="probe", unit="layer")):
+        scores = [
+            [found(fit_on, known, states[name][layer], rows, seed) for seed in size.seeds]
             for name, rows in asked.items()
         ]
-        table.append([str(layer) if layer else "0, embeddings", *map(figure, found)])
+        table.append([str(layer) if layer else "0, embeddings", *map(figure, scores)])
     print(markdown(["states of layer", *asked], table))
 
 

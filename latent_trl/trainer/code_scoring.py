@@ -321,7 +321,7 @@ def policy_over_packed(policy, states, attention_mask, position_ids, groups: Pro
     there = torch.arange(most, device=device) < groups.counts[:, None]
     mask = packed(attention_mask[..., None])[..., 0].bool()
     mask[:, width:] &= there.repeat_interleave(tail, dim=1)
-    completion = torch.cat([torch.zeros(width), torch.arange(1, most + 1).repeat_interleave(tail)]).to(device)
+    completion = F.pad(torch.arange(1, most + 1, device=device).repeat_interleave(tail), (width, 0))
 
     def may_see(batch, head, query, key):
         return (completion[key] == 0) | (completion[key] == completion[query])

@@ -63,15 +63,12 @@ def test_fluent_is_a_form_of_the_training_data(text, fluent):
 
 
 def test_the_probe_finds_what_states_hold_and_no_more():
-    from probe import accuracy, fitted
+    from probe import found
 
-    generator = torch.Generator().manual_seed(0)
-    states, other = torch.randn(2, 1200, 3, generator=generator)
-    targets = (states[:, 0] * states[:, 1] > 0).long()
-    network = fitted(states[:800], targets[:800], classes=2, seed=0)
-    assert accuracy(network, states[800:], targets[800:]) > 0.9
-    network = fitted(other[:800], targets[:800], classes=2, seed=0)
-    assert 0.35 < accuracy(network, other[800:], targets[800:]) < 0.65
+    states, other = torch.randn(2, 1200, 3, generator=torch.Generator().manual_seed(0))
+    rows = [{"answer": "yes" if product > 0 else "no"} for product in states[:, 0] * states[:, 1]]
+    assert found(10 * states[:800] + 3, rows[:800], 10 * states[800:] + 3, rows[800:], seed=0) > 0.9
+    assert 0.35 < found(other[:800], rows[:800], other[800:], rows[800:], seed=0) < 0.65
 
 
 @pytest.mark.parametrize("size", ["pocket", "reduced", "rare", "smol"])

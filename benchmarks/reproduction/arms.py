@@ -112,10 +112,11 @@ def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
 class Curve(TrainerCallback):
     """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
 
-    def __init__(self, speaker, tasks: Tasks, size: Size):
+    def __init__(self, speaker, tasks: Tasks, size: Size, steps: int):
         self.speaker, self.tasks, self.size = speaker, tasks, size
         self.rollouts = size.prompts * size.generations
-        self.every = size.evaluate_every
+        # A longer run has as many points.
+        self.every = size.evaluate_every * max(1, steps // size.steps)
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
 
@@ -210,9 +211,10 @@ def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int)
 def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: dict[str, Any]) -> dict[str, Any]:
     """What RL over tokens and over codes have in common, and an arm's `own`. Each further update of a rollout is a
     further step, so that the rollouts stay the same."""
+    own = dict(own)
     return {
         "output_dir": str(folder / "rl"),
-        "max_steps": size.steps * own.get("num_iterations", size.updates),
+        "max_steps": own.pop("steps", size.steps) * own.get("num_iterations", size.updates),
         "num_iterations": size.updates,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
@@ -242,7 +244,7 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
         part.requires_grad_(True)
     speaker = TokenSpeaker(model, processor)
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size)
+    curve = Curve(speaker, tasks, size, cell.options.get("steps", size.steps))
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=REWARD,
@@ -272,7 +274,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         options |= {"num_iterations": 2, "value_learning_rate": 1e-3}
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size)
+    curve = Curve(speaker, tasks, size, cell.options.get("steps", size.steps))
     trainer = trainer_class(
         model,
         REWARD,

@@ -21,9 +21,9 @@ class Size:
     What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts, with so many `updates`
     of each where a run has no number of its own; `learning_rates` are the same grid for every arm, on the validation
     questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
-    first for all but the ablations; `variants` are those of GRPO, or `None` for all losses and variants; with `by_end`
-    they are also run at the rate that ended best. `error_rate`
-    is that of the annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
+    first for all but the ablations; `losses` and `variants` are run in both arms where both have them; with `by_end`
+    variants are also run at the rate that ended best. `error_rate` is that of the annotator whose answers `backbone`
+    was taught. A `gpu` is used where there is one.
     """
 
     backbone: Path = ROOT / "model_cards" / "pocket-vlm"
@@ -33,7 +33,16 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
     spaces: tuple[str, ...] | None = None
-    variants: tuple[str, ...] | None = None
+    losses: tuple[str, ...] = tuple(TOKEN_LOSSES)
+    variants: tuple[str, ...] = (
+        "2 updates",
+        "T = 0.7",
+        "T = 1.5",
+        "hot",
+        "decaying rate",
+        "KL 0.04",
+        "entropy 0.01",
+    )
     pairs: int = 1500
     texts: int = 1500
     space_steps: int = 150
@@ -60,6 +69,7 @@ SIZES = {
         learning_rates=(3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1"),
+        losses=("grpo",),
         variants=(),
         pairs=300,
         texts=300,
@@ -84,12 +94,15 @@ SIZES = {
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         ),
         spaces=("coverage", "space"),
+        losses=("grpo",),
         variants=(
             "hot",
             "decaying rate",
             "hot, decaying rate",
             "4 updates, decaying rate",
             "hot, 4 updates, decaying rate",
+            "hot, decaying rate, 4 times the steps",
+            "hot, decaying rate, entropy 0.01, 4 times the steps",
         ),
         cloning_steps=300,
         updates=2,
@@ -102,6 +115,7 @@ SIZES = {
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1", "random frozen codebook"),
+        losses=("grpo",),
         variants=(),
         space_rate=2e-3,
         # At .1 this language model's codes in use fell to 25 (`examples/scripts/train_smollm2_codebook.py`).
@@ -175,7 +189,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 BY_END = ", rate by its end"
 # Of GRPO over codes alone.
-LATENT_VARIANTS: dict[str, dict[str, Any]] = {"KL 0.04": {"beta": 0.04}, "entropy 0.01": {"entropy_coef": 0.01}}
+LATENT_VARIANTS: dict[str, dict[str, Any]] = {
+    "KL 0.04": {"beta": 0.04},
+    "entropy 0.01": {"entropy_coef": 0.01},
+    # What the time of a run over tokens is enough for.
+    "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"steps": 120},
+    "hot, decaying rate, entropy 0.01, 4 times the steps": HOT | DECAYING | {"steps": 120, "entropy_coef": 0.01},
+}
 
 
 def matrix(size_name: str) -> list[list[Cell]]:
@@ -204,24 +224,24 @@ def matrix(size_name: str) -> list[list[Cell]]:
         compared.append(Cell("latent grpo", "codes", seed, TOKEN_LOSSES["grpo"], main, arm="codes"))
         if "ppo" in size.arms:
             compared.append(Cell("latent ppo", "codes", seed, {"algorithm": "ppo"}, main, arm="ppo"))
-        if size.variants is None:
-            for loss, options in TOKEN_LOSSES.items():
-                if loss != "grpo":
-                    losses.append(Cell(f"token {loss}", "tokens", seed, options, arm="tokens"))
-                    losses.append(Cell(f"latent {loss}", "codes", seed, options, main, arm="codes"))
+        for loss in size.losses:
+            if loss != "grpo":
+                losses.append(Cell(f"token {loss}", "tokens", seed, TOKEN_LOSSES[loss], arm="tokens"))
+                losses.append(Cell(f"latent {loss}", "codes", seed, TOKEN_LOSSES[loss], main, arm="codes"))
+        if "all text parameters" in size.arms:
             name = "token grpo, all text parameters"
             losses.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
-            if size.variants is None or variant in size.variants:
+            if variant in size.variants:
                 # The rate of its law of sampling and schedule, where it was sought.
-                law = variant.replace("4 updates, ", "")
+                law = variant.replace("4 updates, ", "").split(", entropy")[0].removesuffix(", 4 times the steps")
                 own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
                 variants[seed].append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
         if size.by_end:
             # A decaying rate is for the end.
-            constant = [v for v in size.variants or () if "lr_scheduler_type" not in VARIANTS[v]]
+            constant = [v for v in size.variants if "lr_scheduler_type" not in (VARIANTS | LATENT_VARIANTS)[v]]
             laws = {"": {}} | {f", {variant}": VARIANTS[variant] for variant in constant}
             for law, options in laws.items():
                 for kind, arm, space in (("token", "tokens", ""), ("latent", "codes", main)):

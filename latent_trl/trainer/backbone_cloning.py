@@ -4,6 +4,8 @@ import torch
 
 from .cross_entropy import CHUNK_VALUES
 
+CPU_CHUNK_VALUES = 4_000_000
+
 
 @torch.no_grad()
 def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -18,12 +20,13 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         The most likely next tokens `[M, K]` and their log-probabilities `[M, K]`, float32.
     """
     tokens, log_probs = [], []
-    for part in states.split(chunk_size(model, model.config.num_codes)):
+    for part in states.split(chunk_size(model, model.config.num_codes, states.device)):
         merged = model.merge(part[:, None], model.codebook.weight)
         logits = model.backbone_view.logits(merged).float()
         best = logits.max(dim=-1)
         tokens.append(best.indices)
-        log_probs.append(best.values - logits.logsumexp(dim=-1))
+        # In place: the largest is 0 now, so its log-probability is that of the sum alone.
+        log_probs.append(-logits.sub_(best.values[..., None]).exp_().sum(dim=-1).log())
     return torch.cat(tokens), torch.cat(log_probs)
 
 
@@ -40,7 +43,7 @@ def spoken_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> tuple
 def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
     """Entropy in nats `[M]` of the backbone's next token at its own states `[M, d]`."""
     entropies = []
-    for part in states.split(chunk_size(model, 1)):
+    for part in states.split(chunk_size(model, 1, states.device)):
         log_probs = model.backbone_view.logits(part[None])[0].float().log_softmax(dim=-1)
         entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
     return torch.cat(entropies)
@@ -65,7 +68,7 @@ def backbone_codes(
         probability of all that some code says `[M]`.
     """
     tokens, sureness = spoken_tokens(model, states)
-    size = chunk_size(model, 1)
+    size = chunk_size(model, 1, states.device)
     probs = torch.cat(
         [
             model.backbone_view.logits(part[None])[0].float().softmax(dim=-1).gather(1, said)
@@ -92,6 +95,7 @@ def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(tokens).scatter_(1, order, leaders)
 
 
-def chunk_size(model, codes: int) -> int:
-    """States whose logits for so many codes fit in memory."""
-    return max(1, CHUNK_VALUES // (codes * model.backbone_view.text_config.vocab_size))
+def chunk_size(model, codes: int, device: torch.device) -> int:
+    """States whose logits for so many codes fit in memory; on a CPU, in its cache."""
+    values = min(CHUNK_VALUES, CPU_CHUNK_VALUES) if device.type == "cpu" else CHUNK_VALUES
+    return max(1, values // (codes * model.backbone_view.text_config.vocab_size))

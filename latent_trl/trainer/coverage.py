@@ -30,7 +30,7 @@ def coverage_losses(
     num_tokens = min(num_tokens, model.config.num_codes)
     wanted, codes, counts, said = [], [], [], []
     with torch.no_grad():
-        size = chunk_size(model, model.config.num_codes)
+        size = chunk_size(model, model.config.num_codes, states.device)
         for part, of_backbone in zip(states.split(size), backbone_states.split(size), strict=True):
             probs = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
             likely = probs.topk(num_tokens, dim=-1)

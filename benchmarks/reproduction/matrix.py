@@ -92,7 +92,8 @@ SIZES = {
             f"{arm}{law}"
             for arm in ("tokens", "codes")
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
-        ),
+        )
+        + ("codes, hot, decaying rate, 4 times the steps",),
         spaces=("coverage", "space"),
         losses=("grpo",),
         variants=(
@@ -102,7 +103,6 @@ SIZES = {
             "4 updates, decaying rate",
             "hot, 4 updates, decaying rate",
             "hot, decaying rate, 4 times the steps",
-            "hot, decaying rate, entropy 0.01, 4 times the steps",
         ),
         cloning_steps=300,
         updates=2,
@@ -192,9 +192,8 @@ BY_END = ", rate by its end"
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
-    # What the time of a run over tokens is enough for.
+    # In about the time of a run over tokens.
     "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"steps": 120},
-    "hot, decaying rate, entropy 0.01, 4 times the steps": HOT | DECAYING | {"steps": 120, "entropy_coef": 0.01},
 }
 
 
@@ -210,6 +209,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
     }
     for variant, options in VARIANTS.items():
         tuned |= {f"{kind}, {variant}": (kind, options) for kind in ("tokens", "codes")}
+    tuned |= {f"codes, {variant}": ("codes", options) for variant, options in LATENT_VARIANTS.items()}
     tune = [
         Cell(f"tune {arm} {rate:g}", kind, 0, {"learning_rate": rate, **options}, main if kind == "codes" else "")
         for arm, (kind, options) in tuned.items()
@@ -234,11 +234,12 @@ def matrix(size_name: str) -> list[list[Cell]]:
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if variant in size.variants:
                 # The rate of its law of sampling and schedule, where it was sought.
-                law = variant.replace("4 updates, ", "").split(", entropy")[0].removesuffix(", 4 times the steps")
+                law = variant.replace("4 updates, ", "")
                 own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
-                variants[seed].append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm=f"codes{own}"))
+                cell = Cell(f"latent grpo, {variant}", "codes", seed, options, main, f"codes{own}", "steps" in options)
+                variants[seed].append(cell)
         if size.by_end:
             # A decaying rate is for the end.
             constant = [v for v in size.variants if "lr_scheduler_type" not in (VARIANTS | LATENT_VARIANTS)[v]]

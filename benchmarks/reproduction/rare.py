@@ -1,7 +1,7 @@
 """
 The backbone of the reproduction's size `rare`: the pocket VLM after more lessons from a far worse annotator, so that
-it says the right word in about 4 % of the cases in which it is confused, and its states still know it. Three minutes on
-two CPU cores.
+it says the right word in about 4 % of the cases in which it is confused, and its states still know it. Three to twenty
+minutes on two CPU cores.
 
     python benchmarks/reproduction/rare.py
 
@@ -34,7 +34,7 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch_size", type=int, default=40)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast, faster on recent CPUs")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

@@ -271,8 +271,8 @@ def tables(size_name: str, folder: Path) -> str:
     size = SIZES[size_name]
     parts = [
         f"Size `{size_name}`: {done} of {len(planned)} runs. {size.steps} steps of {size.prompts * size.generations} "
-        f"rollouts where a run's name does not say otherwise; {size.questions} held-out questions. Mean over seeds, with "
-        "the range in brackets.",
+        f"rollouts where a run's name does not say otherwise; {size.questions} held-out questions. Mean over seeds, "
+        "with the range in brackets.",
         "### Rewards, diversity, language",
         main_table(runs),
         "### Against the best token-level run",

@@ -205,7 +205,7 @@ def test_the_backbone_of_rare_words_is_taught(tmp_path, monkeypatch):
     from transformers import AutoModelForImageTextToText
 
     monkeypatch.setattr(rare, "evaluate", lambda folder: {"greedy": {"all": 0.5}})
-    sizes = ["--pairs", "30", "--steps", "2", "--batch_size", "6", "--no-bf16", "--threads", "1"]
+    sizes = ["--pairs", "30", "--steps", "2", "--batch_size", "6", "--threads", "1"]
     rare.main([*sizes, "--output_dir", str(tmp_path / "rare")])
     assert json.loads((tmp_path / "rare" / "evaluation.json").read_text()) == {"greedy": {"all": 0.5}}
     before = AutoModelForImageTextToText.from_pretrained(rare.SIZES["pocket"].backbone, dtype="float32")

@@ -112,11 +112,11 @@ def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
 class Curve(TrainerCallback):
     """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
 
-    def __init__(self, speaker, tasks: Tasks, size: Size, steps: int):
+    def __init__(self, speaker, tasks: Tasks, size: Size, times: int):
         self.speaker, self.tasks, self.size = speaker, tasks, size
         self.rollouts = size.prompts * size.generations
         # A longer run has as many points.
-        self.every = size.evaluate_every * max(1, steps // size.steps)
+        self.every = size.evaluate_every * times
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
 
@@ -209,12 +209,13 @@ def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int)
 
 
 def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: dict[str, Any]) -> dict[str, Any]:
-    """What RL over tokens and over codes have in common, and an arm's `own`. Each further update of a rollout is a
-    further step, so that the rollouts stay the same."""
+    """What RL over tokens and over codes have in common, and an arm's `own`; `times` of them is how often the size's
+    steps. Each further update of a rollout is a further step, so that the rollouts stay the same."""
     own = dict(own)
+    rollouts = size.steps * own.pop("times", 1)
     return {
         "output_dir": str(folder / "rl"),
-        "max_steps": own.pop("steps", size.steps) * own.get("num_iterations", size.updates),
+        "max_steps": rollouts * own.get("num_iterations", size.updates),
         "num_iterations": size.updates,
         "learning_rate": learning_rate,
         "lr_scheduler_type": "constant",
@@ -244,7 +245,7 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
         part.requires_grad_(True)
     speaker = TokenSpeaker(model, processor)
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size, cell.options.get("steps", size.steps))
+    curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=REWARD,
@@ -263,7 +264,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     options = dict(cell.options)
     model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone(size)), load_processor(size)
     speaker = CodeSpeaker(model, processor)
-    if options.get("steps") == 0:
+    if options.get("times") == 0:
         return speaker, None, None
     for name in ("temperature", "top_k"):
         if name in options:
@@ -274,7 +275,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         options |= {"num_iterations": 2, "value_learning_rate": 1e-3}
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size, cell.options.get("steps", size.steps))
+    curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
     trainer = trainer_class(
         model,
         REWARD,

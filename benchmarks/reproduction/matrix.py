@@ -193,7 +193,7 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
     # In about the time of a run over tokens.
-    "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"steps": 120},
+    "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"times": 4},
 }
 
 
@@ -219,7 +219,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
     compared, losses, variants = [], [], {seed: [] for seed in size.seeds}
     for seed in size.seeds:
         compared += [Cell("base", "base", seed), Cell("sft", "sft", seed)]
-        compared.append(Cell("latent, before RL", "codes", seed, {"steps": 0}, main))
+        compared.append(Cell("latent, before RL", "codes", seed, {"times": 0}, main))
         compared.append(Cell("token grpo", "tokens", seed, TOKEN_LOSSES["grpo"], arm="tokens"))
         compared.append(Cell("latent grpo", "codes", seed, TOKEN_LOSSES["grpo"], main, arm="codes"))
         if "ppo" in size.arms:
@@ -238,7 +238,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
                 own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
-                cell = Cell(f"latent grpo, {variant}", "codes", seed, options, main, f"codes{own}", "steps" in options)
+                cell = Cell(f"latent grpo, {variant}", "codes", seed, options, main, f"codes{own}", "times" in options)
                 variants[seed].append(cell)
         if size.by_end:
             # A decaying rate is for the end.

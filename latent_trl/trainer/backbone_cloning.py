@@ -25,7 +25,7 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
         logits = model.backbone_view.logits(merged).float()
         best = logits.max(dim=-1)
         tokens.append(best.indices)
-        # In place: the largest is 0 now, so its log-probability is that of the sum alone.
+        # In place, for time and memory: less the largest, that one's log-probability is minus the sum's logarithm.
         log_probs.append(-logits.sub_(best.values[..., None]).exp_().sum(dim=-1).log())
     return torch.cat(tokens), torch.cat(log_probs)
 

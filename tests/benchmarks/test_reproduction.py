@@ -87,6 +87,21 @@ def test_every_run_needs_only_earlier_phases(size):
     assert len(SIZES["pocket"].seeds) >= 3
 
 
+def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
+    from arms import Curve, rl_options
+    from matrix import SIZES, matrix
+
+    size = SIZES["rare"]
+    cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
+    short, long = (cells[f"latent grpo, hot, decaying rate{more}"] for more in ("", ", 4 times the steps"))
+    steps = [rl_options(cell, size, tmp_path, 1e-3, cell.options)["max_steps"] for cell in (short, long)]
+    assert steps == [60, 240], "two updates of 30 and of 120 rollouts"
+    every = [Curve(None, None, size, cell.options.get("times", 1)).every for cell in (short, long)]
+    assert every == [2, 8]
+    assert long.by_end and not short.by_end
+    assert "times" in long.options, "not taken from the cell for good"
+
+
 def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_path):
     from matrix import SIZES
     from run import chosen_rate

@@ -7,7 +7,13 @@ from test_latent_action_space_objective import learner, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_trl.trainer import backbone_cloning, latent_action_space_objective
-from latent_trl.trainer.backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens, surest_codes
+from latent_trl.trainer.backbone_cloning import (
+    backbone_codes,
+    chunk_size,
+    next_token_entropy,
+    spoken_tokens,
+    surest_codes,
+)
 from latent_trl.trainer.latent_action_space_objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
 
 
@@ -59,6 +65,21 @@ def test_wanted_codes_by_hand(chunk, monkeypatch):
         assert entropy == pytest.approx(-(law * law.log()).sum().item(), rel=1e-4)
     # Else the case would not tell one rule from another.
     assert some_differ
+
+
+@pytest.mark.parametrize("cpu_chunk", [1, 2_000, 10_000_000])
+def test_a_cpu_s_chunks_change_nothing_and_are_no_larger_than_memory_allows(cpu_chunk, monkeypatch):
+    model, batch, _ = learner("policy")
+    states, _ = states_of(model, batch)
+    cpu, other = torch.device("cpu"), torch.device("cuda")
+    whole = spoken_tokens(model, states)
+    monkeypatch.setattr(backbone_cloning, "CPU_CHUNK_VALUES", cpu_chunk)
+    for got, expected in zip(spoken_tokens(model, states), whole, strict=True):
+        torch.testing.assert_close(got, expected)
+    vocabulary = model.backbone_view.text_config.vocab_size
+    assert chunk_size(model, 3, cpu) == max(1, cpu_chunk // (3 * vocabulary))
+    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", 5 * 3 * vocabulary)
+    assert chunk_size(model, 3, cpu) <= chunk_size(model, 3, other) == 5
 
 
 def test_the_surest_of_equals_is_the_first_alone():

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from matrix import Cell, Size
-from tasks import Tasks
+from tasks import Tasks, small_talk
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -30,7 +30,7 @@ from latent_trl import (
     LatentActionSpaceTrainer,
 )
 from latent_trl.data.prompts import encode_prompts
-from latent_trl.data.shapes import chitchat, shape_pairs, shape_questions
+from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
 from latent_trl.rewards.exact_match import ExactMatchReward
 
@@ -184,7 +184,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
             **quiet(size),
         ),
         shape_pairs("base", pairs, cell.seed, size.error_rate),
-        text_dataset=chitchat(texts, seed=cell.seed) if texts else None,
+        text_dataset=small_talk(texts, cell.seed, size.others) if texts else None,
         processing_class=processor,
     )
     trainer.train()
@@ -276,6 +276,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
     curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
+    held = {"anchor_dataset": small_talk(size.texts, cell.seed, size.others)} if "anchor_coef" in options else {}
     trainer = trainer_class(
         model,
         REWARD,
@@ -283,6 +284,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         train_dataset=shape_questions("rl", seed=cell.seed),
         processing_class=processor,
         callbacks=[curve],
+        **held,
     )
     trainer.train()
     return speaker, curve, trainer

@@ -42,6 +42,7 @@ class Size:
         "decaying rate",
         "KL 0.04",
         "entropy 0.01",
+        "anchor 0.1",
     )
     pairs: int = 1500
     texts: int = 1500
@@ -192,6 +193,8 @@ BY_END = ", rate by its end"
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
+    # Held where it was on the small talk that the space was learned from.
+    "anchor 0.1": {"anchor_coef": 0.1},
     # In about the time of a run over tokens.
     "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"times": 4},
 }

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from datasets import Dataset
 from PIL import Image
 
 from latent_trl.data.shapes import (
@@ -57,6 +58,12 @@ FLUENT = _patterns()
 def is_fluent(text: str) -> bool:
     """Whether a text is, word for word, a sentence of the training data's forms, right or wrong."""
     return FLUENT.fullmatch(text.strip()) is not None
+
+
+def small_talk(count: int, seed: int, others: int) -> Dataset:
+    """`count` conversations to learn from; none is among the first `others`, whose answers are measured."""
+    rows = chitchat(None, seed=1)
+    return rows.select(range(others, len(rows))).shuffle(seed).select(range(count))
 
 
 @dataclass

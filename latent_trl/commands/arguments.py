@@ -71,6 +71,10 @@ class RewardArguments(DataArguments):
     reward_kwargs: str | None = field(
         default=None, metadata={"help": """options of rewards that are classes, JSON: '{"length": {"target": 20}}'"""}
     )
+    anchor_dataset_name: str | None = field(
+        default=None, metadata={"help": "conversations on which the policy stays, with --anchor_coef; as above"}
+    )
+    anchor_dataset_split: str = field(default="train", metadata={"help": "its split"})
 
 
 def as_dict(name: str, value: str | dict | None) -> dict | None:

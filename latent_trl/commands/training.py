@@ -57,8 +57,17 @@ def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
     test = None
     if args.eval_strategy != "no":
         test = load_rows(given.dataset_name, given.dataset_test_split, given.dataset_config, given.dataset_limit)
+    anchor = None
+    if given.anchor_dataset_name:
+        anchor = load_rows(given.anchor_dataset_name, given.anchor_dataset_split)
     model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **backbone_kwargs(model_args))
     trainer = getattr(latent_trl, f"{names}Trainer")(
-        model, rewards, args, train_dataset=rows, eval_dataset=test, peft_config=get_peft_config(model_args)
+        model,
+        rewards,
+        args,
+        train_dataset=rows,
+        eval_dataset=test,
+        peft_config=get_peft_config(model_args),
+        anchor_dataset=anchor,
     )
     return run_training(trainer, f"RL over codes ({algorithm.upper()})", RL_FIGURES)

@@ -5,6 +5,8 @@ import torch
 from .cross_entropy import CHUNK_VALUES
 
 CPU_CHUNK_VALUES = 4_000_000
+# Of expectation-maximisation; from three on the mixture hardly comes closer.
+MIXTURE_STEPS = 3
 
 
 @torch.no_grad()
@@ -19,15 +21,19 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     Returns:
         The most likely next tokens `[M, K]` and their log-probabilities `[M, K]`, float32.
     """
-    tokens, log_probs = [], []
-    for part in states.split(chunk_size(model, model.config.num_codes, states.device)):
-        merged = model.merge(part[:, None], model.codebook.weight)
-        logits = model.backbone_view.logits(merged).float()
-        best = logits.max(dim=-1)
-        tokens.append(best.indices)
-        # In place, for time and memory: less the largest, that one's log-probability is minus the sum's logarithm.
-        log_probs.append(-logits.sub_(best.values[..., None]).exp_().sum(dim=-1).log())
-    return torch.cat(tokens), torch.cat(log_probs)
+    parts = [_laws(model, part)[:2] for part in states.split(chunk_size(model, model.config.num_codes, states.device))]
+    tokens, log_probs = map(torch.cat, zip(*parts, strict=True))
+    return tokens, log_probs
+
+
+def _laws(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Most likely tokens `[M, K]` of the codes, their log-probabilities `[M, K]`, and the probabilities of all tokens
+    `[M, K, V]` as multiples of theirs."""
+    laws = model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
+    best = laws.max(dim=-1)
+    # In place, for time and memory: less the largest, that one's log-probability is minus the sum's logarithm.
+    laws = laws.sub_(best.values[..., None]).exp_()
+    return best.indices, -laws.sum(dim=-1).log(), laws
 
 
 @torch.no_grad()
@@ -54,8 +60,10 @@ def backbone_codes(
     model, states: torch.Tensor, backbone_states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
-    The distribution over codes whose tokens have the backbone's own probabilities: each token's on the one code that
-    says it the most surely. What no code says is left out, and the rest scaled up.
+    The distribution over codes that speaks as the backbone does.
+
+    The probability of a token that some code says is on the one code that says it the most surely. That of all other
+    tokens is spread so that the mixture of what the codes think likely comes close to it, by expectation-maximisation.
 
     Args:
         model (`LatentActionModel`): With codebook and world model.
@@ -67,18 +75,29 @@ def backbone_codes(
         The distribution `[M, K]`; the code `[M, K]` that says each code's token the most surely; and the backbone's
         probability of all that some code says `[M]`.
     """
-    tokens, sureness = spoken_tokens(model, states)
-    size = chunk_size(model, 1, states.device)
-    probs = torch.cat(
-        [
-            model.backbone_view.logits(part[None])[0].float().softmax(dim=-1).gather(1, said)
-            for part, said in zip(backbone_states.split(size), tokens.split(size), strict=True)
-        ]
-    )
-    surest = surest_codes(tokens, sureness)
-    reached = probs * (surest == torch.arange(tokens.shape[1], device=tokens.device))
-    total = reached.sum(dim=-1)
-    return reached / total.clamp(min=torch.finfo(torch.float32).tiny)[:, None], surest, total
+    found = []
+    size = chunk_size(model, model.config.num_codes, states.device)
+    for part, of_backbone in zip(states.split(size), backbone_states.split(size), strict=True):
+        tokens, log_probs, laws = _laws(model, part)
+        wanted = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
+        surest = surest_codes(tokens, log_probs)
+        said = wanted.gather(1, tokens) * (surest == torch.arange(tokens.shape[1], device=tokens.device))
+        codes = said + _mixture_codes(laws, log_probs.exp(), wanted.scatter(1, tokens, 0.0), said)
+        found.append((codes, surest, said.sum(dim=-1)))
+    return tuple(map(torch.cat, zip(*found, strict=True)))
+
+
+def _mixture_codes(laws: torch.Tensor, scales: torch.Tensor, rest: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """What to add to `said` `[M, K]`, so that the mixture of the laws, `laws` `[M, K, V]` times `scales` `[M, K]`,
+    comes close to `rest` `[M, V]` too."""
+    tiny = torch.finfo(torch.float32).tiny
+    spread, codes = torch.zeros_like(said), torch.full_like(said, 1 / said.shape[1])
+    for _ in range(MIXTURE_STEPS):
+        scaled = codes * scales
+        mixture = (scaled[:, None] @ laws).squeeze(1)
+        spread = scaled * (laws @ (rest / mixture.clamp(min=tiny))[..., None]).squeeze(-1)
+        codes = said + spread
+    return spread
 
 
 def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,11 @@ class LatentActionGRPOConfig(GRPOConfig):
         overlong_buffer (`int`, defaults to `0`):
             DAPO's soft punishment: over the last so many tokens before `max_completion_length` the reward falls
             linearly by up to 1. 0 turns it off; -1 is a fifth of the maximum.
+        anchor_coef (`float`, defaults to `0.0`):
+            Weight of the KL from the policy before RL on the answers of the trainer's `anchor_dataset`, in nats a code:
+            what rewards do not speak of stays as it was.
+        anchor_batch_size (`int`, defaults to `16`):
+            Conversations that each process draws for it in an update.
         min_entropy (`float`, defaults to `0.01`):
             Alarm for a policy that no longer explores: below this mean entropy of a code's choice, in nats.
         min_perplexity (`float`, defaults to `1.5`):
@@ -81,6 +86,8 @@ class LatentActionGRPOConfig(GRPOConfig):
     train_backbone: bool = False
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0
+    anchor_coef: float = 0.0
+    anchor_batch_size: int = 16
     min_entropy: float = 0.01
     min_perplexity: float = 1.5
     on_nonfinite: str = "stop"
@@ -113,6 +120,16 @@ class LatentActionGRPOConfig(GRPOConfig):
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(f"`dynamic_sampling_rounds` must not be negative, got {self.dynamic_sampling_rounds}.")
+        if self.anchor_coef < 0 or self.anchor_batch_size < 1:
+            raise ValueError(
+                f"`anchor_coef` must not be negative and `anchor_batch_size` at least 1, got {self.anchor_coef} and "
+                f"{self.anchor_batch_size}."
+            )
+        if self.anchor_coef and self.train_backbone:
+            raise ValueError(
+                f"`anchor_coef={self.anchor_coef}` holds the policy alone, and with `train_backbone=True` what a code says "
+                "moves too. Set one of the two."
+            )
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False
         self._refuse()

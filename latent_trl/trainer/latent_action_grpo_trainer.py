@@ -15,6 +15,7 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
+from ..data.collator import LatentActionDataCollator
 from ..models.action_law import ActionLaw
 from ..models.latent_action_model import LatentActionModel
 from ..rewards.shaping import SoftOverlongPunishment
@@ -23,8 +24,9 @@ from .completions_table import CompletionsTable, prompt_text
 from .component_training import ComponentTrainingMixin, train_only
 from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 from .latent_action_grpo_config import LatentActionGRPOConfig
-from .latent_action_space_trainer import load_processing_class
+from .latent_action_space_trainer import check_columns, load_processing_class
 from .output_folder import check_writable
+from .policy_anchor import PolicyAnchor
 from .repeated_prompts import copies_of_each
 from .reward_checks import RewardErrors, check_model_rewards, checked_reward
 from .run_health import origin, what_is_kept
@@ -57,6 +59,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         reward_funcs: As in `GRPOTrainer`.
         args (`LatentActionGRPOConfig`, *optional*): The configuration.
         peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
+        anchor_dataset (`Dataset`, *optional*): Conversations (`messages`, or `prompt` and `completion`, with `images` or
+            without) on which the policy is held in place, with `anchor_coef`.
         kwargs: Data sets, processing classes, callbacks and optimizers of `GRPOTrainer`.
 
     Raises:
@@ -74,6 +78,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         args: LatentActionGRPOConfig | None = None,
         processing_class: Any = None,
         peft_config: Any = None,
+        anchor_dataset: Any = None,
         **kwargs,
     ):
         for name in ("tools", "rollout_func", "environment_factory", "quantization_config"):
@@ -87,6 +92,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                     )
                 )
         args = args or LatentActionGRPOConfig("latent-action-grpo")
+        check_anchor(args, anchor_dataset)
         check_writable(args)
         model = load_model(model)
         model.require("codebook", "world_model", *self.trained_components)
@@ -108,8 +114,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.beta = beta
         # The reference is the policy before RL, never a second model.
         self.ref_model = None
-        if beta != 0.0:
-            self.ref_model = copy.deepcopy(self._latent_model().policy).requires_grad_(False).eval()
+        self.anchor: PolicyAnchor | None = None
+        if beta != 0.0 or args.anchor_coef:
+            reference = copy.deepcopy(self._latent_model().policy).requires_grad_(False).eval()
+            self.ref_model = reference if beta != 0.0 else None
+            if args.anchor_coef:
+                self.anchor = self._anchor(reference, anchor_dataset)
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.generation_config = self._rollout_config()
         self._check_dataset()
@@ -127,6 +137,11 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
+
+    def _anchor(self, reference: nn.Module, dataset: Any) -> PolicyAnchor:
+        ids = self._latent_model().config.vision_token_ids
+        collate = LatentActionDataCollator(self.processing_class, vision_token_ids=ids)
+        return PolicyAnchor(reference, dataset, collate, self.args.anchor_batch_size, self.args.seed)
 
     def _attach_adapter(self, model: LatentActionModel, args: LatentActionGRPOConfig, peft_config: Any) -> None:
         # The adapter that the reference is scored with; `None` is the backbone without one.
@@ -412,12 +427,30 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             loss = super()._compute_loss(model, inputs)
         finally:
             self._rollout = None
+        if self.anchor is not None and self.model.training:
+            loss = loss + self._anchor_loss(model)
         self._check_loss(loss, inputs)
         return loss
+
+    def _anchor_loss(self, model) -> torch.Tensor:
+        batch = self._prepare_input(self.anchor.batch(self._step, self.accelerator.process_index))
+        kl = model(objective=self.anchor.divergence, batch=batch).loss
+        self._metrics["train"]["anchor/kl"].append(self.accelerator.reduce(kl.detach(), "mean").item())
+        return self.args.anchor_coef * kl / self.current_gradient_accumulation_steps
 
     def train(self, *args, **kwargs):
         self._latent_model().config.stage = "rl"
         return super().train(*args, **kwargs)
+
+
+def check_anchor(args: LatentActionGRPOConfig, dataset: Any) -> None:
+    """Raises `ValueError` where weight and conversations of the anchor do not come together."""
+    if args.anchor_coef:
+        check_columns(dataset, "anchor_dataset")
+    elif dataset is not None:
+        raise ValueError(
+            "`anchor_dataset` is not read while `anchor_coef` is 0. Set it, 0.1 say, or leave the data out."
+        )
 
 
 def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionModel:

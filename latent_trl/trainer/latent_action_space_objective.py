@@ -276,9 +276,9 @@ class LatentActionSpaceObjective:
         probs = logits.detach().softmax(dim=-1)
         self._add("policy/entropy", _entropy(probs))
         if self.cloning_target == "backbone":
-            # Each token's probability, at the code that is wanted for it.
-            said = torch.zeros_like(probs).scatter_add_(1, surest, probs).clamp(min=1e-12)
-            self._add("policy/backbone_kl", (wanted * (wanted.clamp(min=1e-12) / said).log()).sum(dim=-1))
+            # Of each token that a code says, at the surest code.
+            said, wanted = (torch.zeros_like(p).scatter_add_(1, surest, p).clamp(min=1e-12) for p in (probs, wanted))
+            self._add("policy/backbone_kl", (wanted * (wanted / said).log()).sum(dim=-1))
             self._add("policy/reachable", reachable)
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
 

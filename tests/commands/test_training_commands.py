@@ -42,6 +42,15 @@ def test_rl_runs_from_a_configuration_file(algorithm, checkpoint, tmp_path):
     assert ("value_head" in trained_components(tmp_path / "o")) == (algorithm == "ppo")
 
 
+def test_rl_holds_the_policy_on_an_anchor_data_set(checkpoint, tmp_path):
+    words = ["grpo", "--model_name_or_path", checkpoint, "--dataset_name", f"{SHAPES}:shape_questions"]
+    words += ["--dataset_train_split", "rl", "--reward_funcs", "exact_match", "--max_steps", "1"]
+    words += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_completion_length", "4"]
+    words += ["--anchor_dataset_name", f"{SHAPES}:chitchat", "--anchor_batch_size", "2"]
+    assert main([*words, *COMMON, "--anchor_coef", "0.1", "--output_dir", str(tmp_path / "o")]) == 0
+    assert main([*words, *COMMON, "--output_dir", str(tmp_path / "other")]) == 1
+
+
 def test_sft_saves_an_adapter(checkpoint, tmp_path):
     words = ["--model_name_or_path", checkpoint, "--dataset_name", f"{SHAPES}:shape_pairs", "--lora_r", "4"]
     words += ["--dataset_train_split", "base", "--use_peft", "--output_dir", str(tmp_path / "o"), "--max_steps", "1"]

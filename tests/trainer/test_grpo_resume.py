@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from learning_runs import text_rows
 from rl_models import prompts
 from safetensors.torch import load_file
 from tiny_models import latent, latent_config
@@ -71,6 +72,7 @@ def build(kind: str, folder: Path, callback: TrainerCallback | None, **options):
         train_dataset=prompts(20),
         processing_class=tiny.processor,
         callbacks=[callback] if callback else [],
+        anchor_dataset=text_rows() if args.anchor_coef else None,
     )
 
 
@@ -109,6 +111,7 @@ CASES = {
     "between logs": (5, {"num_iterations": 2, "logging_steps": 3}),
     "in a second pass over the data": (7, {"num_iterations": 1, "per_device_train_batch_size": 8}),
     "top-k": (3, {"num_iterations": 2, "action_top_k": 5}),
+    "anchored": (3, {"num_iterations": 2, "anchor_coef": 0.5, "anchor_batch_size": 2}),
 }
 
 

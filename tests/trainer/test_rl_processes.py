@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from accelerate import debug_launcher
+from learning_runs import text_rows
 from rl_models import prompts
 from tiny_models import latent, latent_config
 
@@ -39,13 +40,18 @@ def train(kind: str, folder: str, rows: int, generations: int, steps: int, resum
         "save_steps": 3,
         "max_steps": steps,
         "disable_tqdm": True,
+        "anchor_coef": 0.5 if kind == "ppo" else 0.0,
+        "anchor_batch_size": 2,
     }
     if kind == "ppo":
         trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(folder, **options)
     else:
         trainer_class = LatentActionGRPOTrainer
         args = LatentActionGRPOConfig(folder, dynamic_sampling_rounds=3, **options)
-    trainer = trainer_class(model, reward, args, train_dataset=prompts(24), processing_class=tiny.processor)
+    anchor = text_rows() if args.anchor_coef else None
+    trainer = trainer_class(
+        model, reward, args, train_dataset=prompts(24), processing_class=tiny.processor, anchor_dataset=anchor
+    )
     trainer.train(resume_from_checkpoint=resume)
     weights = [p.detach().double().sum().item() for p in model.parameters() if p.requires_grad]
     logs = [{k: v for k, v in log.items() if "time" not in k} for log in trainer.state.log_history if "loss" in log]

@@ -127,8 +127,8 @@ class LatentActionGRPOConfig(GRPOConfig):
             )
         if self.anchor_coef and self.train_backbone:
             raise ValueError(
-                f"`anchor_coef={self.anchor_coef}` holds the policy alone, and with `train_backbone=True` what a code says "
-                "moves too. Set one of the two."
+                f"`anchor_coef={self.anchor_coef}` holds the policy alone, and with `train_backbone=True` what a code "
+                "says moves too. Set one of the two."
             )
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False

@@ -59,8 +59,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         reward_funcs: As in `GRPOTrainer`.
         args (`LatentActionGRPOConfig`, *optional*): The configuration.
         peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
-        anchor_dataset (`Dataset`, *optional*): Conversations (`messages`, or `prompt` and `completion`, with `images` or
-            without) on which the policy is held in place, with `anchor_coef`.
+        anchor_dataset (`Dataset`, *optional*): Conversations on which the policy is held in place, with `anchor_coef`:
+            `messages`, or `prompt` and `completion`, with `images` or without.
         kwargs: Data sets, processing classes, callbacks and optimizers of `GRPOTrainer`.
 
     Raises:

@@ -94,7 +94,7 @@ SIZES = {
             for arm in ("tokens", "codes")
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         )
-        + ("codes, hot, decaying rate, 4 times the steps",),
+        + ("codes, hot, decaying rate, anchor 0.1", "codes, hot, decaying rate, anchor 0.1, 4 times the steps"),
         spaces=("coverage", "space"),
         losses=("grpo",),
         variants=(
@@ -103,7 +103,9 @@ SIZES = {
             "hot, decaying rate",
             "4 updates, decaying rate",
             "hot, 4 updates, decaying rate",
-            "hot, decaying rate, 4 times the steps",
+            "hot, decaying rate, anchor 0.1",
+            "hot, 4 updates, decaying rate, anchor 0.1",
+            "hot, decaying rate, anchor 0.1, 4 times the steps",
         ),
         cloning_steps=300,
         updates=2,
@@ -177,6 +179,8 @@ SPACES: dict[str, dict[str, Any]] = {
 HOT = {"temperature": 2.0, "top_k": 16}
 # Rates are constant elsewhere: a curve then shows what any number of rollouts gives.
 DECAYING = {"lr_scheduler_type": "linear"}
+# Held where it was on the small talk that the space was learned from.
+ANCHORED = {"anchor_coef": 0.1}
 # Of GRPO over tokens and over codes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "2 updates": {"num_iterations": 2},
@@ -193,10 +197,11 @@ BY_END = ", rate by its end"
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
-    # Held where it was on the small talk that the space was learned from.
-    "anchor 0.1": {"anchor_coef": 0.1},
+    "anchor 0.1": ANCHORED,
+    "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,
+    "hot, 4 updates, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED | {"num_iterations": 4},
     # In about the time of a run over tokens.
-    "hot, decaying rate, 4 times the steps": HOT | DECAYING | {"times": 4},
+    "hot, decaying rate, anchor 0.1, 4 times the steps": HOT | DECAYING | ANCHORED | {"times": 4},
 }
 
 

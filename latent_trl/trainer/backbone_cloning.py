@@ -5,7 +5,7 @@ import torch
 from .cross_entropy import CHUNK_VALUES
 
 CPU_CHUNK_VALUES = 4_000_000
-# Of expectation-maximisation; from three on the mixture hardly comes closer.
+# Of expectation-maximisation. One comes as close, but spreads over more codes.
 MIXTURE_STEPS = 3
 
 

@@ -38,8 +38,9 @@ class LatentActionSpaceConfig(TrainingArguments):
         use_cycle (`bool`, defaults to `True`):
             Whether the joint stage has the cycle loss, for ablations.
         cloning_target (`str`, defaults to `"backbone"`):
-            What the stage `policy` imitates: the `"backbone"`'s own next-token distribution, each token's probability
-            on the code that says it the most surely, so that sampling codes starts as calibrated as sampling tokens;
+            What the stage `policy` imitates: the `"backbone"`'s own next-token distribution, so that sampling codes
+            starts as calibrated as sampling tokens (the probability of a token that some code says is on the code that
+            says it the most surely, and that of all others spread so that the mixture over codes comes close to it);
             or, as in the paper, the arg-max codes `"inferred"` by the inverse dynamics model from the data.
         cloning_positions (`int`, defaults to `4`):
             With `"backbone"`: positions of each row that are cloned in one step, drawn likelier where the backbone is

@@ -94,7 +94,7 @@ SIZES = {
             for arm in ("tokens", "codes")
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         )
-        + ("codes, hot, decaying rate, anchor 0.1", "codes, hot, decaying rate, anchor 0.1, 4 times the steps"),
+        + ("codes, hot, decaying rate, anchor 0.1",),
         spaces=("coverage", "space"),
         losses=("grpo",),
         variants=(
@@ -242,7 +242,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if variant in size.variants:
                 # The rate of its law of sampling and schedule, where it was sought.
-                law = variant.replace("4 updates, ", "")
+                law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "")
                 own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))

@@ -43,6 +43,7 @@ class Size:
         "KL 0.04",
         "entropy 0.01",
         "anchor 0.1",
+        "entropy 0.01, anchor 0.1",
     )
     pairs: int = 1500
     texts: int = 1500
@@ -198,6 +199,7 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
     "anchor 0.1": ANCHORED,
+    "entropy 0.01, anchor 0.1": ANCHORED | {"entropy_coef": 0.01},
     "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,
     "hot, 4 updates, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED | {"num_iterations": 4},
     # In about the time of a run over tokens.

@@ -97,16 +97,17 @@ def main_table(runs: Runs) -> str:
     return markdown([*header, "perplexity, small talk", "perplexity, own answers"], rows)
 
 
-def best_token(runs: Runs) -> str | None:
-    """The token-level run that answers best, of those with the most seeds: one seed's luck is no mark to beat."""
-    names = [name for name in main_rows(runs) if name.startswith("token")]
+def best_run(runs: Runs, kind: str) -> str | None:
+    """The run over `"token"`s or over codes (`"latent"`) that answers best, of those with the most seeds: one seed's
+    luck is no mark to beat."""
+    names = [name for name in main_rows(runs) if name.startswith(f"{kind} ")]
     most = max((len(runs.each(name)) for name in names), default=0)
     names = [name for name in names if len(runs.each(name)) == most]
     return max(names, key=lambda name: np.mean(runs.values(name, "held_out"))) if names else None
 
 
 def difference_table(runs: Runs) -> str:
-    best = best_token(runs)
+    best = best_run(runs, "token")
     rows = []
     for name in main_rows(runs):
         if best and name.startswith("latent") and name != "latent, before RL":
@@ -169,7 +170,7 @@ def fluency_table(runs: Runs) -> str:
 
 
 def cost_table(runs: Runs) -> str:
-    best = best_token(runs)
+    best = best_run(runs, "token")
     if best is None:
         return ""
     rows = []
@@ -306,17 +307,13 @@ def plot(folder: Path, target: Path) -> None:
 
     runs = Runs(folder)
     drawn, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, colour, style in (
-        ("token grpo", TOKEN_COLOUR, "-"),
-        ("latent grpo", CODE_COLOUR, "-"),
-        ("latent ppo", CODE_COLOUR, "--"),
-    ):
-        curves = [run["curve"] for run in runs.each(name)] if name in runs else []
-        for i, curve in enumerate(curves):
+    for kind, colour in (("token", TOKEN_COLOUR), ("latent", CODE_COLOUR)):
+        name = best_run(runs, kind)
+        for i, curve in enumerate([run["curve"] for run in runs.each(name)] if name else []):
             xs, ys = [p["rollouts"] for p in curve], [p["reward"] for p in curve]
-            left.plot(xs, ys, style, color=colour, alpha=0.8, label=name if i == 0 else None)
-    left.set(xlabel="rollouts", ylabel="validation reward", title="Learning")
-    left.legend(frameon=False)
+            left.plot(xs, ys, color=colour, alpha=0.8, label=name if i == 0 else None)
+    left.set(xlabel="rollouts", ylabel="validation reward", title="Learning: the best of each arm")
+    left.legend(frameon=False, fontsize=8, loc="lower right")
     for name, colour, side in (("base", TOKEN_COLOUR, 1), ("latent, before RL", CODE_COLOUR, -1)):
         sweeps = [run["sweep"] for run in runs.each(name)] if name in runs else []
         points = [

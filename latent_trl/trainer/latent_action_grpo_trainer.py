@@ -434,6 +434,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def _anchor_loss(self, model) -> torch.Tensor:
         batch = self._prepare_input(self.anchor.batch(self._step, self.accelerator.process_index))
+        # DDP counts the gradients of the pass that it saw last: what this one leaves out it would take for unused.
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
         kl = model(objective=self.anchor.divergence, batch=batch).loss
         self._metrics["train"]["anchor/kl"].append(self.accelerator.reduce(kl.detach(), "mean").item())
         return self.args.anchor_coef * kl / self.current_gradient_accumulation_steps

@@ -40,7 +40,7 @@ def train(kind: str, folder: str, rows: int, generations: int, steps: int, resum
         "save_steps": 3,
         "max_steps": steps,
         "disable_tqdm": True,
-        "anchor_coef": 0.5 if kind == "ppo" else 0.0,
+        "anchor_coef": 0.5,
         "anchor_batch_size": 2,
     }
     if kind == "ppo":
@@ -48,9 +48,8 @@ def train(kind: str, folder: str, rows: int, generations: int, steps: int, resum
     else:
         trainer_class = LatentActionGRPOTrainer
         args = LatentActionGRPOConfig(folder, dynamic_sampling_rounds=3, **options)
-    anchor = text_rows() if args.anchor_coef else None
     trainer = trainer_class(
-        model, reward, args, train_dataset=prompts(24), processing_class=tiny.processor, anchor_dataset=anchor
+        model, reward, args, train_dataset=prompts(24), processing_class=tiny.processor, anchor_dataset=text_rows()
     )
     trainer.train(resume_from_checkpoint=resume)
     weights = [p.detach().double().sum().item() for p in model.parameters() if p.requires_grad]

@@ -276,7 +276,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
     curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
-    held = {"anchor_dataset": small_talk(size.texts, cell.seed, size.others)} if "anchor_coef" in options else {}
+    held = small_talk(size.texts, cell.seed, size.others) if "anchor_coef" in options else None
     trainer = trainer_class(
         model,
         REWARD,
@@ -284,7 +284,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         train_dataset=shape_questions("rl", seed=cell.seed),
         processing_class=processor,
         callbacks=[curve],
-        **held,
+        anchor_dataset=held,
     )
     trainer.train()
     return speaker, curve, trainer

@@ -57,7 +57,7 @@ class LatentActionGRPOConfig(GRPOConfig):
             Weight of the KL from the policy before RL on the answers of the trainer's `anchor_dataset`, in nats a code:
             what rewards do not speak of stays as it was.
         anchor_batch_size (`int`, defaults to `16`):
-            Conversations that each process draws for it in an update.
+            Conversations that each process draws for it with each micro-batch.
         min_entropy (`float`, defaults to `0.01`):
             Alarm for a policy that no longer explores: below this mean entropy of a code's choice, in nats.
         min_perplexity (`float`, defaults to `1.5`):

@@ -48,10 +48,9 @@ class PolicyAnchor:
         """The mean over the answers' tokens of KL(reference ‖ policy), in nats a code; 0 without a token."""
         mask = batch["loss_mask"][:, 1:]
         with torch.no_grad():
-            call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-            states = model.context_states(call.states, batch["has_image"])
-            before = self._log_probs(self.reference, states, batch, call.position_ids, mask)
-        now = self._log_probs(model.policy, states, batch, call.position_ids, mask)
+            states, position_ids = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+            before = self._log_probs(self.reference, states, batch, position_ids, mask)
+        now = self._log_probs(model.policy, states, batch, position_ids, mask)
         return F.kl_div(now, before, reduction="sum", log_target=True) / mask.sum().clamp(min=1)
 
     @staticmethod

@@ -87,6 +87,19 @@ def test_every_run_needs_only_earlier_phases(size):
     assert len(SIZES["pocket"].seeds) >= 3
 
 
+def test_small_talk_that_is_measured_is_not_learned_from():
+    from tasks import Tasks, small_talk
+
+    measured = [
+        [*row["prompt"], {"role": "assistant", "content": row["reference"]}] for row in Tasks.load(6, 240).references
+    ]
+    draws = [small_talk(1500, seed, 240)["messages"] for seed in (0, 1, 2)]
+    assert len(measured) == 240 and draws[0] != draws[1]
+    for learned in draws:
+        assert len(learned) == 1500
+        assert not {str(row) for row in learned} & {str(row) for row in measured}
+
+
 def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
     from arms import Curve, rl_options
     from matrix import SIZES, matrix

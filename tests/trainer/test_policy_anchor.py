@@ -79,7 +79,7 @@ def test_rows_are_a_function_of_step_and_process():
 
 
 def test_the_policy_moves_less_where_it_is_held(tmp_path):
-    """By seeds: the divergence after a run with the term, and after the same run with a weight that does nothing."""
+    """The divergence after a run with the term, and after the same run with a weight that does nothing."""
     ends = {}
     for coef in (1e-9, 5.0):
         trainer = build(tmp_path / str(coef), text_rows(), anchor_coef=coef)

@@ -8,10 +8,17 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 from .action_law import ActionLaw
+from .arithmetic_sampling import ACTION_SAMPLING
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
 from .rollout import POLICY_LAYERS, ActionChoice, LatentActionGenerateOutput, RolloutHook, SharedPrefill
 
-ACTION_DEFAULTS = {"action_do_sample": True, "action_temperature": 1.0, "action_top_k": 0, "action_top_p": 1.0}
+ACTION_DEFAULTS = {
+    "action_do_sample": True,
+    "action_temperature": 1.0,
+    "action_top_k": 0,
+    "action_top_p": 1.0,
+    "action_sampling": "independent",
+}
 REFUSED_SETTINGS = {
     "num_beams": (None, 1),
     "num_beam_groups": (None, 1),
@@ -42,6 +49,7 @@ class LatentActionGenerationMixin:
         action_temperature: float | None = None,
         action_top_k: int | None = None,
         action_top_p: float | None = None,
+        action_sampling: str | None = None,
         action_bias: torch.Tensor | None = None,
         forced_action_ids: torch.Tensor | None = None,
         action_generator: torch.Generator | None = None,
@@ -61,6 +69,8 @@ class LatentActionGenerationMixin:
             action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
             *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
             then from the model's; else codes are sampled at temperature 1 from all.
+            action_sampling (`str`, *optional*): Of the samples of one prompt: `"independent"` of each other, or
+                `"arithmetic"`, drawn together so that they differ more, where each alone has the same law.
             action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
             forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
             action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
@@ -87,11 +97,16 @@ class LatentActionGenerationMixin:
             "action_temperature": action_temperature,
             "action_top_k": action_top_k,
             "action_top_p": action_top_p,
+            "action_sampling": action_sampling,
         }
         for name, default in ACTION_DEFAULTS.items():
             if law[name] is None:
                 value = getattr(config, name, None)
                 law[name] = default if value is None else value
+        if law["action_sampling"] not in ACTION_SAMPLING:
+            raise ValueError(
+                f"`action_sampling` must be one of {list(ACTION_SAMPLING)}, got {law['action_sampling']!r}."
+            )
         return_dict, config.return_dict_in_generate = bool(config.return_dict_in_generate), True
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = _prompt_mask(input_ids, config)
@@ -113,6 +128,7 @@ class LatentActionGenerationMixin:
                 bias=self._checked_bias(action_bias),
                 generator=action_generator,
                 copies=copies,
+                arithmetic=law["action_sampling"] == "arithmetic",
             ),
             inputs["attention_mask"],
             self.has_image(input_ids),

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 from transformers.utils import ModelOutput
 
 from .action_law import ActionLaw
+from .arithmetic_sampling import ArithmeticSampler, even_points
 from .cuda_graphs import GraphedCall, MixedStaticLayer, static_cache
 
 POLICY_LAYERS = "latent_action_policy_layers"
@@ -59,6 +60,7 @@ class ActionChoice:
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
         generator (`torch.Generator`, *optional*): Source of the sampling.
         copies (`int`, defaults to `1`): Samples a prompt; rows are the whole batch so many times.
+        arithmetic (`bool`, defaults to `False`): Draw the samples of a prompt together, see [`ArithmeticSampler`].
     """
 
     law: ActionLaw = field(default_factory=ActionLaw)
@@ -67,7 +69,9 @@ class ActionChoice:
     bias: torch.Tensor | None = None
     generator: torch.Generator | None = None
     copies: int = 1
+    arithmetic: bool = False
     allowed: torch.Tensor | None = field(init=False, default=None)
+    sampler: ArithmeticSampler | None = field(init=False, default=None)
 
     def __post_init__(self):
         # Looked at once: to read a tensor's value at each token would make the device wait for the host.
@@ -84,12 +88,16 @@ class ActionChoice:
             allowed = self.allowed.to(logits.device).expand_as(logits)
             support = allowed if support is None else support & allowed
         log_probs = self.law.log_probs(logits, support)
-        if self.do_sample:
-            action_ids = self._draw(log_probs.exp())
-        else:
-            action_ids = log_probs.argmax(dim=-1)
+        wanted = None
         if self.forced is not None and step < self.forced.shape[1]:
-            wanted = self.forced[:, step].to(action_ids.device)
+            wanted = self.forced[:, step].to(log_probs.device)
+        if not self.do_sample:
+            action_ids = log_probs.argmax(dim=-1)
+        elif self.arithmetic and self.copies > 1:
+            action_ids = self._draw_together(log_probs.exp(), wanted)
+        else:
+            action_ids = self._draw(log_probs.exp())
+        if wanted is not None:
             action_ids = torch.where(wanted >= 0, wanted, action_ids)
         chosen = log_probs.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)
         return action_ids, chosen.masked_fill(torch.isneginf(chosen), 0.0), support
@@ -100,6 +108,15 @@ class ActionChoice:
         # What `torch.multinomial` draws, without its look at the values, for which the host would wait.
         drawn = (by_prompt / torch.empty_like(by_prompt).exponential_(generator=self.generator)).argmax(dim=-1)
         return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
+
+    def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+        """Codes `[B]` of an arithmetic code, as long as samples of a prompt can still say the same."""
+        if self.sampler is None:
+            points = even_points(len(probs) // self.copies, self.copies, self.generator, probs.device)
+            self.sampler = ArithmeticSampler(points.flatten(), self.copies)
+        action_ids = torch.where(self.sampler.alone, self._draw(probs), self.sampler.draw(probs))
+        self.sampler.narrow(probs, action_ids, None if wanted is None else wanted < 0)
+        return action_ids
 
 
 class SharedPrefill:

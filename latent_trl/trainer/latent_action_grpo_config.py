@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
+from ..models.arithmetic_sampling import ACTION_SAMPLING
 from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 # What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
@@ -37,6 +38,9 @@ class LatentActionGRPOConfig(GRPOConfig):
         action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
         defaults to `1.0`):
             The law that codes are sampled from in rollouts, and scored under.
+        action_sampling (`str`, defaults to `"independent"`):
+            How the samples of a prompt are drawn in rollouts: independently, or `"arithmetic"`: together, so that a
+            code of probability p is drawn by p x `num_generations` of them, rounded up or down.
         eval_action_do_sample (`bool`, defaults to `False`):
             Whether evaluation samples codes, or takes the most likely.
         reuse_context_states (`bool`, defaults to `True`):
@@ -79,6 +83,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     action_temperature: float = 1.0
     action_top_k: int = 0
     action_top_p: float = 1.0
+    action_sampling: str = "independent"
     eval_action_do_sample: bool = False
     reuse_context_states: bool = True
     offload_context_states: bool = False
@@ -116,6 +121,7 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"`overlong_buffer` must be between 0 and `max_completion_length` = {self.max_completion_length}, got "
                 f"{self.overlong_buffer}."
             )
+        check_choice("action_sampling", self.action_sampling, ACTION_SAMPLING)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:

@@ -200,6 +200,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         config.action_temperature = self.law.temperature
         config.action_top_k = self.law.top_k
         config.action_top_p = self.law.top_p
+        config.action_sampling = self.args.action_sampling
         config.cuda_graphs = self.args.cuda_graphs
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             # Weights are gathered on the way, which a CUDA graph cannot do.

@@ -81,7 +81,11 @@ def test_caches_give_the_same_rollout(perturbed, options):
     torch.testing.assert_close(out.context_states[shown], other.context_states[shown], atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"cache_implementation": "static"}, {"use_cache": False}, {"action_sampling": "arithmetic"}],
+    ids=str,
+)
 @pytest.mark.parametrize("kind", ["inputs", "text_inputs"])
 def test_several_samples_a_prompt_are_scored_as_they_were_taken(perturbed, kind, options):
     model, tiny = perturbed

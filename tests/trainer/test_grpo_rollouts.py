@@ -85,6 +85,7 @@ def rollout(trainer, picks=(0, 0, 1, 1), seed: int = 0):
 
 LAWS = [{}, {"action_top_k": 4}, {"action_top_p": 0.6}, {"action_temperature": 0.5}]
 LAWS.append({"action_top_k": 6, "action_top_p": 0.8, "action_temperature": 1.5})
+LAWS.append({"action_sampling": "arithmetic"})
 
 
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: "-".join(f"{k[7:]}={v}" for k, v in law.items()) or "all")

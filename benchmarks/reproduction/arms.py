@@ -24,8 +24,6 @@ from latent_trl import (
     LatentActionModel,
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
-    LatentActionSFTConfig,
-    LatentActionSFTTrainer,
     LatentActionSpaceConfig,
     LatentActionSpaceTrainer,
 )
@@ -142,7 +140,7 @@ class Curve(TrainerCallback):
 
 
 def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
-    """A latent action space, the policy cloned and tuned, saved in `folder`. Returns the codebook's health."""
+    """A latent action space and the policy cloned, saved in `folder`. Returns the codebook's health."""
     set_seed(cell.seed)
     options = dict(cell.options)
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
@@ -188,24 +186,9 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
         processing_class=processor,
     )
     trainer.train()
-    fine_tune(model, processor, cell.seed, size, folder, pairs)
     model.save_pretrained(folder / "model")
     health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(PREFIXES)}
     return {"health": health, "seconds": seconds(size) - start}
-
-
-def fine_tune(model, processor, seed: int, size: Size, folder: Path, pairs: int) -> None:
-    """The SFT that all arms have."""
-    args = LatentActionSFTConfig(
-        str(folder / "sft"),
-        max_steps=size.sft_steps,
-        learning_rate=2e-4,
-        per_device_train_batch_size=24,
-        seed=seed,
-        **quiet(size),
-    )
-    rows = shape_pairs("base", pairs, seed + 1, size.error_rate)
-    LatentActionSFTTrainer(model, args, rows, processing_class=processor).train()
 
 
 def rl_options(cell: Cell, size: Size, folder: Path, learning_rate: float, own: dict[str, Any]) -> dict[str, Any]:

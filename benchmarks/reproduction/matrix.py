@@ -44,6 +44,7 @@ class Size:
         "entropy 0.01",
         "anchor 0.1",
         "entropy 0.01, anchor 0.1",
+        "arithmetic",
     )
     pairs: int = 1500
     texts: int = 1500
@@ -106,6 +107,7 @@ SIZES = {
             "hot, 4 updates, decaying rate",
             "hot, decaying rate, anchor 0.1",
             "hot, 4 updates, decaying rate, anchor 0.1",
+            "hot, decaying rate, anchor 0.1, arithmetic",
             "hot, decaying rate, anchor 0.1, 4 times the steps",
         ),
         cloning_steps=300,
@@ -182,6 +184,8 @@ HOT = {"temperature": 2.0, "top_k": 16}
 DECAYING = {"lr_scheduler_type": "linear"}
 # Held where it was on the small talk that the space was learned from.
 ANCHORED = {"anchor_coef": 0.1}
+# Samples of a prompt that differ as much as their law allows.
+ARITHMETIC = {"action_sampling": "arithmetic"}
 # Of GRPO over tokens and over codes.
 VARIANTS: dict[str, dict[str, Any]] = {
     "2 updates": {"num_iterations": 2},
@@ -202,6 +206,8 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "entropy 0.01, anchor 0.1": ANCHORED | {"entropy_coef": 0.01},
     "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,
     "hot, 4 updates, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED | {"num_iterations": 4},
+    "arithmetic": ARITHMETIC,
+    "hot, decaying rate, anchor 0.1, arithmetic": HOT | DECAYING | ANCHORED | ARITHMETIC,
     # In about the time of a run over tokens.
     "hot, decaying rate, anchor 0.1, 4 times the steps": HOT | DECAYING | ANCHORED | {"times": 4},
 }
@@ -244,7 +250,7 @@ def matrix(size_name: str) -> list[list[Cell]]:
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if variant in size.variants:
                 # The rate of its law of sampling and schedule, where it was sought.
-                law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "")
+                law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "").replace(", arithmetic", "")
                 own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
                     variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))

@@ -1,5 +1,5 @@
 """
-Tune the backbone on a task with LoRA while it follows the policy's codes.
+Tune the backbone on a task with LoRA while it follows codes.
 
     python examples/scripts/sft.py --config examples/configs/pocket_sft.yaml
 

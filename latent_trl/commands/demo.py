@@ -178,7 +178,7 @@ class Demo:
         self._keep_health()
 
     def fine_tune(self) -> None:
-        """Stage 5: a short SFT with LoRA, following the policy's codes."""
+        """Stage 5: a short SFT with LoRA, following inferred codes."""
         from ..data.shapes import shape_pairs
         from ..trainer.latent_action_sft_config import LatentActionSFTConfig
         from ..trainer.latent_action_sft_trainer import LatentActionSFTTrainer

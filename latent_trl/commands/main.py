@@ -7,7 +7,7 @@ from importlib import import_module
 COMMANDS = {
     "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
     "learn": ("learn", "learn a latent action space on a backbone"),
-    "sft": ("sft", "tune the backbone on a task, following the policy's codes"),
+    "sft": ("sft", "tune the backbone on a task, following codes"),
     "grpo": ("grpo", "GRPO and its variants over codes"),
     "ppo": ("ppo", "PPO over codes"),
     "generate": ("generate", "answer one prompt, with the codes behind the words"),

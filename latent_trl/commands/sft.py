@@ -1,4 +1,4 @@
-"""`latent-trl sft`: tune the backbone on a task while it follows the policy's codes."""
+"""`latent-trl sft`: tune the backbone on a task while it follows codes."""
 
 from .arguments import DataArguments, parse_training
 from .training import run_training

@@ -6,6 +6,8 @@ from transformers import TrainingArguments
 
 from .run_health import ON_NONFINITE, check_choice
 
+GUIDANCE = ("inferred", "policy")
+
 
 @dataclass
 class LatentActionSFTConfig(TrainingArguments):
@@ -14,6 +16,9 @@ class LatentActionSFTConfig(TrainingArguments):
     rate, schedule and epochs are the paper's.
 
     Args:
+        guidance (`str`, defaults to `"inferred"`):
+            Whose most likely codes are followed: those that the inverse dynamics model infers from the next token, so
+            that each code goes on saying what it said; or, as in the paper, those of the `"policy"`.
         trained_layers (`list[str]`, *optional*):
             Beginnings of names of the backbone's tensors to train in place of an adapter, such as
             `["model.language_model.layers.35", "model.language_model.norm"]`.
@@ -28,6 +33,7 @@ class LatentActionSFTConfig(TrainingArguments):
             `"skip"` the update, log `skipped_updates`, and stop after 20 in a row.
     """
 
+    guidance: str = "inferred"
     trained_layers: list[str] | None = None
     assistant_only_loss: bool = True
     max_length: int | None = 2048
@@ -45,4 +51,5 @@ class LatentActionSFTConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_choice("guidance", self.guidance, GUIDANCE)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning under action guidance: the policy's codes are followed, and the language model is tuned."""
+"""Supervised fine-tuning under action guidance: codes are followed, and the language model is tuned."""
 
 import functools
 import os
@@ -24,8 +24,8 @@ logger = logging.get_logger(__name__)
 
 class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
     """
-    Tunes the backbone on a task while the codes are the policy's arg-max (METHOD stage 5). Policy, codebook and world
-    model stay as they are.
+    Tunes the backbone on a task while it follows codes (the paper's stage 5): by default those that the inverse
+    dynamics model infers from the data, or the policy's arg-max. Policy, codebook and world model stay as they are.
 
     Args:
         model (`LatentActionModel` or `str`): The model, a folder or a Hub id; its policy must have been trained.
@@ -56,10 +56,11 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
             model = LatentActionModel.from_pretrained(model, is_trainable=True)
         processing_class = processing_class or load_processing_class(model)
         check_columns(train_dataset, "train_dataset")
-        model.require("policy", "codebook", "world_model")
+        guide = "inverse_dynamics" if args.guidance == "inferred" else "policy"
+        model.require("policy", "codebook", "world_model", guide)
         if STAGES.index(model.config.stage) < STAGES.index("policy"):
             raise ValueError(
-                f"SFT follows the policy's codes, and the model has only reached stage {model.config.stage!r}. Run "
+                f"SFT comes after the policy, and the model has only reached stage {model.config.stage!r}. Run "
                 "`LatentActionSpaceTrainer` up to its stage 'policy' first."
             )
         line = train_only(model, (), self._backbone_parameters(model, args, peft_config))
@@ -117,7 +118,8 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         many = self.accelerator.num_processes > 1
         average = functools.partial(self.accelerator.reduce, reduction="mean") if many else None
-        loss = model(objective=functools.partial(guided_loss, average=average), batch=inputs).loss
+        objective = functools.partial(guided_loss, guidance=self.args.guidance, average=average)
+        loss = model(objective=objective, batch=inputs).loss
         self._check_loss(loss, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
@@ -135,15 +137,21 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
 def guided_loss(
     model: LatentActionModel,
     batch: dict[str, Any],
+    guidance: str = "inferred",
     average: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """
-    Cross-entropy of the next tokens under the policy's arg-max codes, through the read-out that serves them, over the
+    Cross-entropy of the next tokens under the codes of `guidance`, through the read-out that serves them, over the
     positions of all processes (`average` as [`global_mean`] takes it).
     """
-    states, position_ids = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    states, position_ids = model.encode(ids, mask, **batch["vision"])
     with torch.no_grad():
-        action_ids = model.policy(states.detach(), batch["attention_mask"], position_ids)[:, :-1].argmax(dim=-1)
+        if guidance == "inferred":
+            logits = model.infer(states.detach(), ids, mask, position_ids)
+        else:
+            logits = model.policy(states.detach(), mask, position_ids)[:, :-1]
+        action_ids = logits.argmax(dim=-1)
     mask = batch["loss_mask"][:, 1:]
     merged = model.merge(states[:, :-1][mask], model.codebook(action_ids[mask]))
     losses = token_cross_entropy(model, merged, batch["input_ids"][:, 1:][mask])

@@ -60,12 +60,19 @@ def test_cloning_loss_is_the_sum_over_the_marked_positions(assistant_only):
 
 @torch.no_grad()
 @pytest.mark.parametrize("assistant_only", [True, False])
-def test_sft_loss_is_the_sum_over_the_marked_positions(assistant_only):
+@pytest.mark.parametrize("guidance", ["inferred", "policy"])
+def test_sft_loss_is_the_sum_over_the_marked_positions(assistant_only, guidance):
     model, batch, _ = learner("policy", assistant_only=assistant_only)
-    output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **batch["vision"])
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    codes = None
+    if guidance == "inferred":
+        states, positions = model.encode(ids, mask, **batch["vision"])
+        codes = model.infer(states, ids, mask, positions).argmax(-1)
+        codes = torch.cat([codes, codes[:, -1:]], dim=1)
+    output = model(input_ids=ids, attention_mask=mask, action_ids=codes, **batch["vision"])
     log_probs = output.logits.log_softmax(-1)
     values = [-log_probs[b, t, batch["input_ids"][b, t + 1]].item() for b, t in rows_of(batch)]
-    assert guided_loss(model, batch).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
+    assert guided_loss(model, batch, guidance).item() == pytest.approx(sum(values) / len(values), rel=1e-5)
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def backbone_codes(
-    model, states: torch.Tensor, backbone_states: torch.Tensor
+    model, states: torch.Tensor, backbone_states: torch.Tensor, probs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """
     The distribution over codes that speaks as the backbone does.
@@ -70,20 +70,26 @@ def backbone_codes(
         states (`torch.Tensor`): `[M, d]` context states, which the world model reads.
         backbone_states (`torch.Tensor`): `[M, d]` states that the backbone's head reads; the same for rows with an
             image.
+        probs (`torch.Tensor`): `[M, K]`, the policy's distribution, which is measured.
 
     Returns:
-        The distribution `[M, K]`; the code `[M, K]` that says each code's token the most surely; and the backbone's
+        The distribution `[M, K]`; KL(backbone ‖ mixture of the codes under `probs`) in nats `[M]`; and the backbone's
         probability of all that some code says `[M]`.
     """
     found = []
-    size = chunk_size(model, model.config.num_codes, states.device)
-    for part, of_backbone in zip(states.split(size), backbone_states.split(size), strict=True):
+    parts = (
+        tensor.split(chunk_size(model, probs.shape[1], states.device)) for tensor in (states, backbone_states, probs)
+    )
+    for part, of_backbone, of_policy in zip(*parts, strict=True):
         tokens, log_probs, laws = _laws(model, part)
         wanted = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
         surest = surest_codes(tokens, log_probs)
         said = wanted.gather(1, tokens) * (surest == torch.arange(tokens.shape[1], device=tokens.device))
         codes = said + _mixture_codes(laws, log_probs.exp(), wanted.scatter(1, tokens, 0.0), said)
-        found.append((codes, surest, said.sum(dim=-1)))
+        mixture = ((of_policy * log_probs.exp())[:, None] @ laws).squeeze(1)
+        tiny = torch.finfo(torch.float32).tiny
+        kl = (torch.special.xlogy(wanted, wanted) - wanted * mixture.clamp(min=tiny).log()).sum(dim=-1)
+        found.append((codes, kl, said.sum(dim=-1)))
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 

@@ -260,25 +260,24 @@ class LatentActionSpaceObjective:
     def _cloning_loss(self, model, batch, observation) -> torch.Tensor:
         states = self._context(model, observation)
         mask = batch["loss_mask"][:, 1:]
+        logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1]
         if self.cloning_target == "backbone":
             mask = self._draw_uncertain(model, observation, mask, self.cloning_positions)
-            wanted, surest, reachable = backbone_codes(model, states[:, :-1][mask], observation.states[:, :-1][mask])
+            inputs, of_backbone = states[:, :-1][mask], observation.states[:, :-1][mask]
+            wanted, kl, reachable = backbone_codes(model, inputs, of_backbone, logits[mask].softmax(dim=-1))
             best = wanted.argmax(dim=-1)
         else:
             with torch.no_grad():
                 wanted = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
                 wanted = best = wanted.argmax(dim=-1)[mask]
-        logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1][mask]
+        logits = logits[mask]
         losses = F.cross_entropy(logits, wanted, reduction="none")
         image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
         self._add("policy/cloning_accuracy", logits.argmax(dim=-1) == best)
         self._add("policy/cloning_loss", losses)
-        probs = logits.detach().softmax(dim=-1)
-        self._add("policy/entropy", _entropy(probs))
+        self._add("policy/entropy", _entropy(logits.detach().softmax(dim=-1)))
         if self.cloning_target == "backbone":
-            # Of each token that a code says, at the surest code.
-            said, wanted = (torch.zeros_like(p).scatter_add_(1, surest, p).clamp(min=1e-12) for p in (probs, wanted))
-            self._add("policy/backbone_kl", (wanted * (wanted / said).log()).sum(dim=-1))
+            self._add("policy/backbone_kl", kl)
             self._add("policy/reachable", reachable)
         return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
 

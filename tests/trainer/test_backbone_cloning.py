@@ -57,8 +57,10 @@ def test_wanted_codes_by_hand(chunk, monkeypatch):
     monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", chunk)
     model, batch, _ = learner("policy")
     states, backbone_states = states_of(model, batch)
-    wanted, surest, reachable = backbone_codes(model, states, backbone_states)
+    probs = torch.rand(len(states), len(model.codebook.weight)).softmax(dim=-1)
+    wanted, kl, reachable = backbone_codes(model, states, backbone_states, probs)
     tokens, sureness = spoken_tokens(model, states)
+    surest = surest_codes(tokens, sureness)
     some_differ = False
     for i, (state, backbone_state) in enumerate(zip(states, backbone_states)):
         expected_tokens, expected, total = codes_by_hand(model, state, backbone_state)
@@ -70,6 +72,10 @@ def test_wanted_codes_by_hand(chunk, monkeypatch):
             assert surest[i, k].item() == max(same, key=lambda other: sureness[i, other].item())
         some_differ |= 1 < len(set(expected_tokens)) < len(expected_tokens)
         law = token_law(model, backbone_state)
+        mixture = sum(
+            p * token_law(model, model.merge(state, code)) for p, code in zip(probs[i], model.codebook.weight)
+        )
+        assert kl[i].item() == pytest.approx((law * (law / mixture).log()).sum().item(), rel=1e-3, abs=1e-6)
         entropy = next_token_entropy(model, backbone_state[None]).item()
         assert entropy == pytest.approx(-(law * law.log()).sum().item(), rel=1e-4)
     # Else the case would not tell one rule from another.
@@ -82,8 +88,10 @@ def test_the_mixture_of_the_wanted_codes_is_close_to_the_backbone():
     model, batch, _ = learner("policy")
     torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.5)
     states, backbone_states = states_of(model, batch)
-    wanted, surest, reachable = backbone_codes(model, states, backbone_states)
-    tokens, _ = spoken_tokens(model, states)
+    even = torch.full((len(states), len(model.codebook.weight)), 1 / len(model.codebook.weight))
+    wanted, _, reachable = backbone_codes(model, states, backbone_states, even)
+    tokens, sureness = spoken_tokens(model, states)
+    surest = surest_codes(tokens, sureness)
     laws = [
         torch.stack([token_law(model, model.merge(state, code)) for code in model.codebook.weight]) for state in states
     ]
@@ -154,12 +162,9 @@ def test_cloning_loss_and_figures_at_all_positions_by_hand():
     for b, t in rows_of(batch):
         tokens, wanted, total = codes_by_hand(model, states[b, t], call.states[b, t])
         sums[bool(batch["has_image"][b])].append(-sum(w * p.item() for w, p in zip(wanted, log_probs[b, t])))
-        kl = 0.0
-        for token in set(tokens):
-            said = [k for k in range(len(tokens)) if tokens[k] == token]
-            mass = sum(wanted[k] for k in said)
-            kl += mass * torch.log(mass / log_probs[b, t, said].exp().sum()).item() if mass > 0 else 0.0
-        kls.append(kl)
+        laws = torch.stack([token_law(model, model.merge(states[b, t], code)) for code in model.codebook.weight])
+        backbone = token_law(model, call.states[b, t])
+        kls.append((backbone * (backbone / (log_probs[b, t].exp() @ laws)).log()).sum().item())
         totals.append(total)
     assert loss == pytest.approx(sum(sum(values) / len(values) for values in sums.values()), rel=1e-4)
     assert figures["policy/backbone_kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-3)

@@ -1,6 +1,7 @@
 """The arms of the reproduction: how each is trained, and one way to ask all of them."""
 
 import time
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from tasks import Tasks, small_talk
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    LogitsProcessor,
+    LogitsProcessorList,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -30,6 +33,7 @@ from latent_trl import (
 from latent_trl.data.prompts import encode_prompts
 from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
+from latent_trl.models.arithmetic_sampling import ArithmeticSampler, even_points
 from latent_trl.rewards.exact_match import ExactMatchReward
 
 MAX_NEW_TOKENS = 12
@@ -86,6 +90,40 @@ class TokenSpeaker:
             new = ids[:, inputs["input_ids"].shape[1] :]
             texts += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
         return texts
+
+
+class ArithmeticTokens(LogitsProcessor):
+    """Draws the tokens of a prompt's samples, which stand side by side, from one arithmetic code, at temperature 1."""
+
+    def __init__(self, rows: int, samples: int):
+        points = even_points(rows // samples, samples, None, "cpu").T.flatten()
+        self.sampler = ArithmeticSampler(points, samples)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        probs = scores.softmax(dim=-1)
+        alone = torch.multinomial(probs, 1).squeeze(-1)
+        tokens = torch.where(self.sampler.alone, alone, self.sampler.draw(probs))
+        self.sampler.narrow(probs, tokens)
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
+
+
+@contextmanager
+def drawn_together(model, samples: int):
+    """Inside the block the samples of each prompt that TRL's trainer asks `model` for come from one arithmetic code."""
+    generate = model.generate
+
+    def together(*args, generation_config=None, **options):
+        # The validation curve, which takes the likeliest tokens, gives no configuration.
+        if generation_config is not None:
+            processor = ArithmeticTokens(len(options["input_ids"]), samples)
+            options |= {"generation_config": generation_config, "logits_processor": LogitsProcessorList([processor])}
+        return generate(*args, **options)
+
+    model.generate = together
+    try:
+        yield
+    finally:
+        del model.generate
 
 
 class CodeSpeaker:
@@ -221,6 +259,7 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
     set_seed(cell.seed)
     options = dict(cell.options)
     train_all = options.pop("train_all", False)
+    together = options.pop("action_sampling", "independent") == "arithmetic"
     model, processor = load_backbone(size), load_processor(size)
     model.requires_grad_(False)
     decoder = model.get_decoder()
@@ -237,7 +276,8 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
         processing_class=processor,
         callbacks=[curve],
     )
-    trainer.train()
+    with drawn_together(model, size.generations) if together else nullcontext():
+        trainer.train()
     return speaker, curve, trainer
 
 

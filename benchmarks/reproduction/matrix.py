@@ -96,7 +96,7 @@ SIZES = {
             for arm in ("tokens", "codes")
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         )
-        + ("codes, hot, decaying rate, anchor 0.1",),
+        + ("codes, hot, decaying rate, anchor 0.1, arithmetic",),
         spaces=("coverage", "space"),
         losses=("grpo",),
         variants=(
@@ -104,11 +104,12 @@ SIZES = {
             "decaying rate",
             "hot, decaying rate",
             "4 updates, decaying rate",
+            "4 updates, decaying rate, arithmetic",
             "hot, 4 updates, decaying rate",
             "hot, decaying rate, anchor 0.1",
-            "hot, 4 updates, decaying rate, anchor 0.1",
             "hot, decaying rate, anchor 0.1, arithmetic",
-            "hot, decaying rate, anchor 0.1, 4 times the steps",
+            "hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
+            "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps",
         ),
         cloning_steps=300,
         updates=2,
@@ -193,8 +194,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "T = 1.5": {"temperature": 1.5},
     "hot": HOT,
     "decaying rate": DECAYING,
+    "arithmetic": ARITHMETIC,
     "hot, decaying rate": HOT | DECAYING,
     "4 updates, decaying rate": DECAYING | {"num_iterations": 4},
+    "4 updates, decaying rate, arithmetic": DECAYING | {"num_iterations": 4} | ARITHMETIC,
     "hot, 4 updates, decaying rate": HOT | DECAYING | {"num_iterations": 4},
 }
 BY_END = ", rate by its end"
@@ -205,12 +208,27 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "anchor 0.1": ANCHORED,
     "entropy 0.01, anchor 0.1": ANCHORED | {"entropy_coef": 0.01},
     "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,
-    "hot, 4 updates, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED | {"num_iterations": 4},
-    "arithmetic": ARITHMETIC,
     "hot, decaying rate, anchor 0.1, arithmetic": HOT | DECAYING | ANCHORED | ARITHMETIC,
+    "hot, 4 updates, decaying rate, anchor 0.1, arithmetic": HOT
+    | DECAYING
+    | ANCHORED
+    | ARITHMETIC
+    | {"num_iterations": 4},
     # In about the time of a run over tokens.
-    "hot, decaying rate, anchor 0.1, 4 times the steps": HOT | DECAYING | ANCHORED | {"times": 4},
+    "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps": HOT
+    | DECAYING
+    | ANCHORED
+    | ARITHMETIC
+    | {"times": 4},
 }
+
+
+def arm_of(kind: str, variant: str, size: Size) -> str:
+    """Whose rate a variant takes: that of its law of sampling and schedule, where it was sought."""
+    law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "")
+    plain = law.removesuffix("arithmetic").removesuffix(", ")
+    laws = (law, plain, f"{plain}, arithmetic")
+    return next((arm for arm in (f"{kind}, {law}" for law in laws) if arm in size.arms), kind)
 
 
 def matrix(size_name: str) -> list[list[Cell]]:
@@ -249,13 +267,11 @@ def matrix(size_name: str) -> list[list[Cell]]:
             losses.append(Cell(name, "tokens", seed, {"train_all": True}, arm="all text parameters"))
         for variant, options in (VARIANTS | LATENT_VARIANTS).items():
             if variant in size.variants:
-                # The rate of its law of sampling and schedule, where it was sought.
-                law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "").replace(", arithmetic", "")
-                own = f", {law}" if f"codes, {law}" in size.arms else ""
                 if variant in VARIANTS:
-                    variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=f"tokens{own}"))
-                cell = Cell(f"latent grpo, {variant}", "codes", seed, options, main, f"codes{own}", "times" in options)
-                variants[seed].append(cell)
+                    arm = arm_of("tokens", variant, size)
+                    variants[seed].append(Cell(f"token grpo, {variant}", "tokens", seed, options, arm=arm))
+                arm, longer = arm_of("codes", variant, size), "times" in options
+                variants[seed].append(Cell(f"latent grpo, {variant}", "codes", seed, options, main, arm, longer))
         if size.by_end:
             # A decaying rate is for the end.
             constant = [v for v in size.variants if "lr_scheduler_type" not in (VARIANTS | LATENT_VARIANTS)[v]]

@@ -115,6 +115,35 @@ def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
     assert "times" in long.options, "not taken from the cell for good"
 
 
+def test_tokens_too_can_be_drawn_together_and_greedy_answers_stay_as_they_are():
+    from arms import drawn_together
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=20, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, eos_token_id=19
+    )
+    model = LlamaForCausalLM(config).eval()
+    torch.nn.init.normal_(model.lm_head.weight, std=1.0)
+    prompts = torch.randint(0, 18, (30, 5)).repeat_interleave(8, dim=0)
+    laws = model(prompts).logits[::8, -1].softmax(-1)
+    sampling = GenerationConfig(do_sample=True, top_k=0, max_new_tokens=3, pad_token_id=18)
+
+    def counts(**options):
+        first = model.generate(input_ids=prompts, **options)[:, 5]
+        return torch.nn.functional.one_hot(first, 20).unflatten(0, (-1, 8)).sum(dim=1)
+
+    def even(found):
+        return bool(((found >= (laws * 8 - 1e-3).floor()) & (found <= (laws * 8 + 1e-3).ceil())).all())
+
+    greedy = counts(do_sample=False, max_new_tokens=3, pad_token_id=18)
+    assert not even(counts(generation_config=sampling))
+    with drawn_together(model, 8):
+        assert even(counts(generation_config=sampling))
+        assert torch.equal(counts(do_sample=False, max_new_tokens=3, pad_token_id=18), greedy)
+    assert not even(counts(generation_config=sampling))
+
+
 def test_an_arm_takes_the_rate_that_was_best_on_the_validation_questions(tmp_path):
     from matrix import SIZES
     from run import chosen_rate

@@ -38,9 +38,9 @@ class LatentActionGRPOConfig(GRPOConfig):
         action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
         defaults to `1.0`):
             The law that codes are sampled from in rollouts, and scored under.
-        action_sampling (`str`, defaults to `"independent"`):
-            How the samples of a prompt are drawn in rollouts: independently, or `"arithmetic"`: together, so that a
-            code of probability p is drawn by p x `num_generations` of them, rounded up or down.
+        action_sampling (`str`, defaults to `"arithmetic"`):
+            How the samples of a prompt are drawn in rollouts: `"arithmetic"`: together, so that a code of probability p
+            is drawn by p x `num_generations` of them, rounded up or down; or `"independent"` of each other.
         eval_action_do_sample (`bool`, defaults to `False`):
             Whether evaluation samples codes, or takes the most likely.
         reuse_context_states (`bool`, defaults to `True`):
@@ -83,7 +83,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     action_temperature: float = 1.0
     action_top_k: int = 0
     action_top_p: float = 1.0
-    action_sampling: str = "independent"
+    action_sampling: str = "arithmetic"
     eval_action_do_sample: bool = False
     reuse_context_states: bool = True
     offload_context_states: bool = False

@@ -223,7 +223,7 @@ def test_equal_rewards_give_no_policy_gradient_and_no_nan(tmp_path, kind, loss_t
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_completions_of_one_token_and_endless_ones(tmp_path, kind):
     """The end of text as the first token of some rows, and never in others."""
-    trainer = build(tmp_path, kind, data=rows(()))
+    trainer = build(tmp_path, kind, data=rows(()), action_sampling="independent")
     batch = rollout(trainer, (0, 0, 1, 1))
     first = batch["completion_ids"][:, 0].unique().tolist()
     trainer.eos_token_ids = trainer.generation_config.eos_token_id = [trainer._tokenizer.eos_token_id, first[0]]

@@ -289,6 +289,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     speaker = CodeSpeaker(model, processor)
     if options.get("times") == 0:
         return speaker, None, None
+    options.setdefault("action_sampling", "independent")
     for name in ("temperature", "top_k"):
         if name in options:
             options[f"action_{name}"] = options.pop(name)

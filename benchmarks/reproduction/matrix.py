@@ -90,6 +90,7 @@ SIZES = {
     "rare": Size(
         backbone=ROOT / "outputs" / "rare-vlm",
         error_rate=0.97,
+        seeds=(0, 1, 2, 3, 4),
         learning_rates=(1e-4, 3e-4, 5e-4, 1e-3),
         arms=tuple(
             f"{arm}{law}"

@@ -43,6 +43,11 @@ class Runs:
             found.append(float(np.mean(value)))
         return found
 
+    def differences(self, first: str, second: str, figure: str) -> list[float]:
+        """Seed by seed, of those that both have."""
+        runs, others = self.by_name[first], self.by_name[second]
+        return [np.mean(runs[seed][figure]) - np.mean(others[seed][figure]) for seed in sorted(set(runs) & set(others))]
+
     def difference(self, first: str, second: str, figure: str) -> PairedDifference:
         """Over the same questions, each with the mean over the seeds that both have."""
         seeds = sorted(set(self.by_name[first]) & set(self.by_name[second]))
@@ -113,8 +118,10 @@ def difference_table(runs: Runs) -> str:
         if best and name.startswith("latent") and name != "latent, before RL":
             for shown, key in (("held out", "held_out"), ("other style", "other_style")):
                 found = runs.difference(name, best, key)
-                rows.append([f"{name} − {best}", shown, f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"])
-    return markdown(["difference", "questions", "mean and 95 % interval"], rows)
+                interval = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+                each = " ".join(f"{value:+.3f}" for value in runs.differences(name, best, key))
+                rows.append([f"{name} − {best}", shown, interval, each])
+    return markdown(["difference", "questions", "mean and 95 % interval over questions", "each seed"], rows)
 
 
 def reach(curve: list[dict[str, float]], target: float) -> tuple[str, str]:

@@ -106,7 +106,9 @@ def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
 
     size = SIZES["rare"]
     cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
-    short, long = (cells[f"latent grpo, hot, decaying rate{more}"] for more in ("", ", anchor 0.1, 4 times the steps"))
+    short, long = (
+        cells[f"latent grpo, hot, decaying rate{more}"] for more in ("", ", anchor 0.1, arithmetic, 4 times the steps")
+    )
     steps = [rl_options(cell, size, tmp_path, 1e-3, cell.options)["max_steps"] for cell in (short, long)]
     assert steps == [60, 240], "two updates of 30 and of 120 rollouts"
     every = [Curve(None, None, size, cell.options.get("times", 1)).every for cell in (short, long)]

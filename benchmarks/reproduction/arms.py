@@ -101,9 +101,7 @@ class ArithmeticTokens(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probs = scores.softmax(dim=-1)
-        alone = torch.multinomial(probs, 1).squeeze(-1)
-        tokens = torch.where(self.sampler.alone, alone, self.sampler.draw(probs))
-        self.sampler.narrow(probs, tokens)
+        tokens = self.sampler.draw(probs, torch.multinomial(probs, 1).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 
@@ -289,6 +287,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     speaker = CodeSpeaker(model, processor)
     if options.get("times") == 0:
         return speaker, None, None
+    # The trainers' own default is named: rows that are drawn together say so.
     options.setdefault("action_sampling", "independent")
     for name in ("temperature", "top_k"):
         if name in options:
@@ -315,7 +314,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
 
 
 def train_sft(cell: Cell, size: Size, folder: Path):
-    """The SFT of the latent arm on the backbone's own tokens: the same rows, steps, rate, schedule and adapter."""
+    """SFT of the backbone on the rows that the space is learned from, for comparison: no other arm has one."""
     from peft import LoraConfig, get_peft_model
 
     from latent_trl.data.collator import LatentActionDataCollator

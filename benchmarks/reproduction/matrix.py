@@ -225,11 +225,12 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def arm_of(kind: str, variant: str, size: Size) -> str:
-    """Whose rate a variant takes: that of its law of sampling and schedule, where it was sought."""
-    law = variant.replace("4 updates, ", "").replace(", 4 times the steps", "")
-    plain = law.removesuffix("arithmetic").removesuffix(", ")
-    laws = (law, plain, f"{plain}, arithmetic")
-    return next((arm for arm in (f"{kind}, {law}" for law in laws) if arm in size.arms), kind)
+    """Whose rate a variant takes: that of its law and schedule, where it was sought, drawn together or not."""
+
+    def law(name: str) -> str:
+        return name.replace("4 updates, ", "").replace(", 4 times the steps", "").replace(", arithmetic", "")
+
+    return next((arm for arm in size.arms if law(arm) == law(f"{kind}, {variant}")), kind)
 
 
 def matrix(size_name: str) -> list[list[Cell]]:

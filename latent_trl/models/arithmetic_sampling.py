@@ -39,21 +39,25 @@ class ArithmeticSampler:
         """Boolean `[R]`: samples in whose interval no other of their group can be."""
         return self.width * self.size < 1
 
-    def draw(self, probs: torch.Tensor) -> torch.Tensor:
-        """Codes `[R]`, in whose share of `probs` `[R, K]` the points lie."""
-        ends = probs.cumsum(dim=-1)
-        # Sums of rounded numbers: the last code with a share ends where they end.
-        total = ends[:, -1:]
-        return ((ends <= self.points[:, None] * total) & (ends < total)).sum(dim=-1)
+    def draw(self, probs: torch.Tensor, drawn_alone: torch.Tensor, free: torch.Tensor | None = None) -> torch.Tensor:
+        """
+        The next code of each sample, inside whose share the sample goes on.
 
-    def narrow(self, probs: torch.Tensor, action_ids: torch.Tensor, chosen: torch.Tensor | None = None) -> None:
-        """Goes on inside the share of `action_ids` `[R]`; rows that are not `chosen` `[R]` had no choice and stay."""
+        Args:
+            probs (`torch.Tensor`): `[R, K]`.
+            drawn_alone (`torch.Tensor`): `[R]`, what those take that are alone.
+            free (`torch.Tensor`, *optional*): Boolean `[R]`; the others have no choice in this step, and stay.
+        """
         ends = probs.cumsum(dim=-1)
         total = ends[:, -1]
+        # The first code that ends behind the point. A parallel sum can grow by its rounding where a code has no share.
+        behind = (ends > (self.points * total)[:, None]) & (probs > 0)
+        action_ids = torch.where(self.alone, drawn_alone, behind.byte().argmax(dim=-1))
         share = probs.gather(-1, action_ids[:, None]).squeeze(-1)
         start = ends.gather(-1, action_ids[:, None]).squeeze(-1) - share
         points = ((self.points * total - start) / share).clamp(0, 1 - torch.finfo(share.dtype).eps)
         width = self.width * share / total
-        if chosen is not None:
-            points, width = torch.where(chosen, points, self.points), torch.where(chosen, width, self.width)
+        if free is not None:
+            points, width = torch.where(free, points, self.points), torch.where(free, width, self.width)
         self.points, self.width = points, width
+        return action_ids

@@ -114,9 +114,7 @@ class ActionChoice:
         if self.sampler is None:
             points = even_points(len(probs) // self.copies, self.copies, self.generator, probs.device)
             self.sampler = ArithmeticSampler(points.flatten(), self.copies)
-        action_ids = torch.where(self.sampler.alone, self._draw(probs), self.sampler.draw(probs))
-        self.sampler.narrow(probs, action_ids, None if wanted is None else wanted < 0)
-        return action_ids
+        return self.sampler.draw(probs, self._draw(probs), None if wanted is None else wanted < 0)
 
 
 class SharedPrefill:

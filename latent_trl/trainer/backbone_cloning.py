@@ -77,9 +77,8 @@ def backbone_codes(
         probability of all that some code says `[M]`.
     """
     found = []
-    parts = (
-        tensor.split(chunk_size(model, probs.shape[1], states.device)) for tensor in (states, backbone_states, probs)
-    )
+    size = chunk_size(model, model.config.num_codes, states.device)
+    parts = (tensor.split(size) for tensor in (states, backbone_states, probs))
     for part, of_backbone, of_policy in zip(*parts, strict=True):
         tokens, log_probs, laws = _laws(model, part)
         wanted = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)

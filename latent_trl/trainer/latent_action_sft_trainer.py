@@ -56,8 +56,12 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
             model = LatentActionModel.from_pretrained(model, is_trainable=True)
         processing_class = processing_class or load_processing_class(model)
         check_columns(train_dataset, "train_dataset")
-        guide = "inverse_dynamics" if args.guidance == "inferred" else "policy"
-        model.require("policy", "codebook", "world_model", guide)
+        model.require("policy", "codebook", "world_model")
+        if args.guidance == "inferred" and model.inverse_dynamics is None:
+            raise ValueError(
+                "`guidance='inferred'` needs the inverse dynamics model, which this model has not. Load a checkpoint "
+                "that holds it, or follow the policy's codes with `guidance='policy'`."
+            )
         if STAGES.index(model.config.stage) < STAGES.index("policy"):
             raise ValueError(
                 f"SFT comes after the policy, and the model has only reached stage {model.config.stage!r}. Run "
@@ -144,15 +148,15 @@ def guided_loss(
     Cross-entropy of the next tokens under the codes of `guidance`, through the read-out that serves them, over the
     positions of all processes (`average` as [`global_mean`] takes it).
     """
-    ids, mask = batch["input_ids"], batch["attention_mask"]
-    states, position_ids = model.encode(ids, mask, **batch["vision"])
+    ids, attention_mask = batch["input_ids"], batch["attention_mask"]
+    states, position_ids = model.encode(ids, attention_mask, **batch["vision"])
     with torch.no_grad():
         if guidance == "inferred":
-            logits = model.infer(states.detach(), ids, mask, position_ids)
+            logits = model.infer(states.detach(), ids, attention_mask, position_ids)
         else:
-            logits = model.policy(states.detach(), mask, position_ids)[:, :-1]
+            logits = model.policy(states.detach(), attention_mask, position_ids)[:, :-1]
         action_ids = logits.argmax(dim=-1)
     mask = batch["loss_mask"][:, 1:]
     merged = model.merge(states[:, :-1][mask], model.codebook(action_ids[mask]))
-    losses = token_cross_entropy(model, merged, batch["input_ids"][:, 1:][mask])
+    losses = token_cross_entropy(model, merged, ids[:, 1:][mask])
     return global_mean(losses, torch.ones_like(losses, dtype=torch.bool), average)

@@ -88,16 +88,23 @@ def test_points_at_the_ends_of_rounded_sums_find_a_code():
     probs = torch.tensor([[0.0, 0.1, 0.2, 0.7 - 1e-6, 0.0]])
     for point, code in ((0.0, 1), (1 - 2**-24, 3), (0.0999, 1), (0.1001, 2)):
         sampler = ArithmeticSampler(torch.tensor([point]), 2)
-        assert sampler.draw(probs).item() == code
-        sampler.narrow(probs, torch.tensor([code]))
+        assert sampler.draw(probs, torch.tensor([0])).item() == code
         assert 0 <= sampler.points.item() < 1
 
 
+def test_a_sum_that_grows_where_a_code_has_no_share_does_not_draw_it(monkeypatch):
+    ends = torch.tensor([[0.5, 0.5 + 2**-23, 1.0]])
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda self, dim: ends)
+    sampler = ArithmeticSampler(torch.tensor([0.5]), 2)
+    assert sampler.draw(torch.tensor([[0.5, 0.0, 0.5]]), torch.tensor([0])).item() == 2
+
+
 def test_a_sample_is_alone_where_its_interval_is_narrower_than_the_points_distance():
-    sampler = ArithmeticSampler(even_points(1, 4, None, "cpu").flatten(), 4)
+    sampler = ArithmeticSampler(torch.tensor([0.1, 0.6, 0.8, 0.97]), 4)
     probs = torch.tensor([[0.5, 0.25, 0.2, 0.05]]).expand(4, 4)
-    sampler.narrow(probs, torch.tensor([0, 1, 2, 3]))
+    assert sampler.draw(probs, torch.full((4,), 9)).tolist() == [0, 1, 2, 3]
     assert sampler.alone.tolist() == [False, False, True, True]
+    assert sampler.draw(probs, torch.tensor([3, 3, 1, 0])).tolist()[2:] == [1, 0]
 
 
 def test_points_are_even_and_move_together():

@@ -121,6 +121,27 @@ def test_sampling_law_is_the_scored_law(tmp_path, kind, law):
         assert entropy[mask].max() <= np.log(law["action_top_k"]) + 1e-6
 
 
+@pytest.mark.parametrize("sampling", ["arithmetic", "independent"])
+def test_the_samples_of_a_prompt_are_drawn_together_unless_told(tmp_path, sampling):
+    own = {} if sampling == "arithmetic" else {"action_sampling": sampling}
+    trainer = build(tmp_path, "grpo", num_generations=8, per_device_train_batch_size=8, **own)
+    even = []
+    for seed in range(5):
+        batch = rollout(trainer, (0,) * 8, seed)
+        with torch.no_grad():
+            logits = trainer.model(
+                attention_mask=batch["prompt_mask"],
+                context_states=batch["context_states"][:, : batch["prompt_mask"].shape[1]],
+                position_ids=None,
+                keep_last=1,
+                return_logits=False,
+            ).action_logits
+        wanted = logits[0, -1].softmax(dim=-1) * 8
+        found = torch.bincount(batch["action_ids"][:, 0], minlength=len(wanted))
+        even.append(bool(((found >= (wanted - 1e-3).floor()) & (found <= (wanted + 1e-3).ceil())).all()))
+    assert all(even) == (sampling == "arithmetic")
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "idefics3", "gemma3"])
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_reused_states_give_what_full_passes_give(tmp_path, kind, family):

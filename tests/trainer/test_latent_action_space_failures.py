@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from learning_runs import build_sft, build_space, changed, paired_rows, tensors, text_rows
-from tiny_models import latent_config
+from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionSpaceConfig
 from latent_trl.trainer.checkpoint_manifest import checkpoint_fault
@@ -46,6 +46,14 @@ def test_stages_and_their_order():
 def test_no_projector_is_found_before_any_work(tmp_path):
     with pytest.raises(ValueError, match="which this model has not .*Leave it out of `stages`"):
         build_space(tmp_path, "llama", latent_config(use_projector=False), paired=text_rows())
+
+
+def test_sft_under_inferred_codes_needs_the_model_that_infers_them(tmp_path):
+    model, _ = latent("llava", latent_config(stage="policy"))
+    model.inverse_dynamics = None
+    with pytest.raises(ValueError, match="`guidance='inferred'` needs .* `guidance='policy'`"):
+        build_sft(tmp_path, model=model)
+    build_sft(tmp_path, model=model, guidance="policy")
 
 
 def test_sft_before_cloning(tmp_path):

@@ -278,11 +278,12 @@ def test_revival_moves_unused_codes_only(tmp_path):
     assert not objective.revival_usage.any()
 
 
-def test_sft_evaluates(tmp_path):
-    trainer = build_sft(tmp_path)
+@pytest.mark.parametrize("guidance", ["inferred", "policy"])
+def test_sft_evaluates(tmp_path, guidance):
+    trainer = build_sft(tmp_path, guidance=guidance, per_device_eval_batch_size=64)
     rows = trainer.train_dataset
     loss = trainer.evaluate(rows)["eval_loss"]
     batch = trainer.data_collator([rows[i] for i in range(len(rows))])
     with torch.no_grad():
-        whole = guided_loss(trainer.model.eval(), batch).item()
-    assert loss == pytest.approx(whole, rel=0.05)
+        whole = guided_loss(trainer.model.eval(), batch, guidance).item()
+    assert loss == pytest.approx(whole, rel=1e-5)

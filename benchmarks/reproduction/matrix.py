@@ -21,9 +21,10 @@ class Size:
     What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts, with so many `updates`
     of each where a run has no number of its own; `learning_rates` are the same grid for every arm, on the validation
     questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
-    first for all but the ablations; `losses` and `variants` are run in both arms where both have them; with `by_end`
-    variants are also run at the rate that ended best. `error_rate` is that of the annotator whose answers `backbone`
-    was taught. A `gpu` is used where there is one.
+    first for all but the ablations, which have its options but for their own and are trained as the variant `ablated`;
+    `losses` and `variants` are run in both arms where both have them; with `by_end` variants are also run at the rate
+    that ended best. `error_rate` is that of the annotator whose answers `backbone` was taught. A `gpu` is used where
+    there is one.
     """
 
     backbone: Path = ROOT / "model_cards" / "pocket-vlm"
@@ -33,6 +34,7 @@ class Size:
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
     arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
     spaces: tuple[str, ...] | None = None
+    ablated: str = ""
     losses: tuple[str, ...] = tuple(TOKEN_LOSSES)
     variants: tuple[str, ...] = (
         "2 updates",
@@ -98,7 +100,23 @@ SIZES = {
             for law in ("", ", hot", ", decaying rate", ", hot, decaying rate")
         )
         + ("codes, hot, decaying rate, anchor 0.1, arithmetic",),
-        spaces=("coverage", "space"),
+        spaces=(
+            "coverage",
+            "no coverage",
+            "random frozen codebook",
+            "no text",
+            "no projector",
+            "no cycle",
+            "K = 16",
+            "100 pairs",
+            "K = 1",
+            "no balance",
+            "read-out subtract",
+            "read-out last block",
+            "cloned from inferred codes",
+            "policy from last layers",
+        ),
+        ablated="hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
         losses=("grpo",),
         variants=(
             "hot",
@@ -177,6 +195,8 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
     "coverage": {"coverage_coef": 0.2, "coverage_min_prob": 0.01},
+    # For a size whose spaces have it.
+    "no coverage": {"coverage_coef": 0.0},
     "cloned from inferred codes": {"cloning_target": "inferred"},
     "policy from last layers": {"policy_init": "last_layers"},
 }
@@ -236,7 +256,7 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
 def matrix(size_name: str) -> list[list[Cell]]:
     """Phases of cells; those of a phase need only what is in the phases before it."""
     size = SIZES[size_name]
-    main, *others = size.spaces or SPACES
+    main, *others = size.spaces or [name for name in SPACES if name != "no coverage"]
     tuned = {
         "tokens": ("tokens", {}),
         "codes": ("codes", {}),
@@ -283,9 +303,11 @@ def matrix(size_name: str) -> list[list[Cell]]:
                     cell = Cell(f"{kind} grpo{law}{BY_END}", arm, seed, options, space, arm=f"{arm}{law}", by_end=True)
                     variants[seed].append(cell)
     phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, losses]
+    trained = (VARIANTS | LATENT_VARIANTS)[size.ablated] if size.ablated else {}
+    arm = arm_of("codes", size.ablated, size)
     # One seed of every variant and ablation before the second of any.
     for seed in size.seeds:
         phases.append(variants[seed])
-        phases.append([Cell(name, "learn", seed, SPACES[name]) for name in others])
-        phases.append([Cell(f"{name}, latent grpo", "codes", seed, {}, name, arm="codes") for name in others])
+        phases.append([Cell(name, "learn", seed, SPACES[main] | SPACES[name]) for name in others])
+        phases.append([Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm=arm) for name in others])
     return phases

@@ -197,10 +197,13 @@ def cost_table(runs: Runs) -> str:
     return markdown(header, rows)
 
 
-def ablation_table(runs: Runs, main: str) -> str:
+def ablation_table(runs: Runs, size: Size) -> str:
+    main = (size.spaces or tuple(SPACES))[0]
     rows = []
-    for space in SPACES:
-        name = "latent grpo" if space == main else f"{space}, latent grpo"
+    for space in size.spaces or SPACES:
+        name = f"{space}, latent grpo"
+        if space == main:
+            name = f"latent grpo, {size.ablated}" if size.ablated else "latent grpo"
         if name in runs and space in runs:
             health = [run["health"] for run in runs.each(space)]
             rows.append(
@@ -300,7 +303,7 @@ def tables(size_name: str, folder: Path) -> str:
         "The most diverse temperature at that fluency, between the measured ones too.",
         fluency_table(runs),
         "### Spaces",
-        ablation_table(runs, (size.spaces or tuple(SPACES))[0]),
+        ablation_table(runs, size),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -87,6 +87,21 @@ def test_every_run_needs_only_earlier_phases(size):
     assert len(SIZES["pocket"].seeds) >= 3
 
 
+def test_ablations_keep_what_they_do_not_ablate():
+    from matrix import LATENT_VARIANTS, SIZES, SPACES, matrix
+
+    cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
+    coverage = SPACES["coverage"]
+    assert cells["no text"].options == {**coverage, "texts": 0}
+    assert cells["no coverage"].options["coverage_coef"] == 0.0
+    law = cells["no text, latent grpo"]
+    assert (
+        law.options == LATENT_VARIANTS[SIZES["rare"].ablated]
+        and law.arm == cells[f"latent grpo, {SIZES['rare'].ablated}"].arm
+    )
+    assert {cell.name: cell for phase in matrix("pocket") for cell in phase}["no text"].options == {"texts": 0}
+
+
 def test_small_talk_that_is_measured_is_not_learned_from():
     from tasks import Tasks, small_talk
 

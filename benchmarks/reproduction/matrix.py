@@ -93,7 +93,7 @@ SIZES = {
         backbone=ROOT / "outputs" / "rare-vlm",
         error_rate=0.97,
         seeds=(0, 1, 2, 3, 4),
-        learning_rates=(1e-4, 3e-4, 5e-4, 1e-3),
+        learning_rates=(1e-4, 3e-4, 5e-4, 1e-3, 2e-3),
         arms=tuple(
             f"{arm}{law}"
             for arm in ("tokens", "codes")
@@ -108,6 +108,7 @@ SIZES = {
             "no projector",
             "no cycle",
             "K = 16",
+            "K = 512",
             "100 pairs",
             "K = 1",
             "no balance",

@@ -62,6 +62,10 @@ class LatentActionGRPOConfig(GRPOConfig):
             what rewards do not speak of stays as it was.
         anchor_batch_size (`int`, defaults to `16`):
             Conversations that each process draws for it with each micro-batch.
+        anchor_max_length (`int`, *optional*, defaults to `2048`):
+            Tokens of its longest conversation; longer ones lose whole turns from their end.
+        anchor_image_root (`str`, *optional*):
+            The only folder from which its rows may name image files.
         min_entropy (`float`, defaults to `0.01`):
             Alarm for a policy that no longer explores: below this mean entropy of a code's choice, in nats.
         min_perplexity (`float`, defaults to `1.5`):
@@ -93,6 +97,8 @@ class LatentActionGRPOConfig(GRPOConfig):
     overlong_buffer: int = 0
     anchor_coef: float = 0.0
     anchor_batch_size: int = 16
+    anchor_max_length: int | None = 2048
+    anchor_image_root: str | None = None
     min_entropy: float = 0.01
     min_perplexity: float = 1.5
     on_nonfinite: str = "stop"

@@ -140,7 +140,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def _anchor(self, reference: nn.Module, dataset: Any) -> PolicyAnchor:
         ids = self._latent_model().config.vision_token_ids
-        collate = LatentActionDataCollator(self.processing_class, vision_token_ids=ids)
+        collate = LatentActionDataCollator(
+            self.processing_class,
+            max_length=self.args.anchor_max_length,
+            image_root=self.args.anchor_image_root,
+            vision_token_ids=ids,
+        )
         return PolicyAnchor(reference, dataset, collate, self.args.anchor_batch_size, self.args.seed)
 
     def _attach_adapter(self, model: LatentActionModel, args: LatentActionGRPOConfig, peft_config: Any) -> None:

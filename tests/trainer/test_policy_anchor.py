@@ -9,7 +9,7 @@ from rl_models import prompts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
-from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.data.collator import LatentActionDataCollator, RowError
 from latent_trl.trainer.policy_anchor import PolicyAnchor
 
 COMMON = {
@@ -43,6 +43,38 @@ def anchor_of(rows, count, name="llava", seed=0):
     model, tiny = latent(name, latent_config())
     collate = LatentActionDataCollator(tiny.processor, vision_token_ids=model.config.vision_token_ids)
     return model, PolicyAnchor(copy.deepcopy(model.policy), rows, collate, count, seed)
+
+
+def test_long_conversations_lose_turns(tmp_path):
+    turn = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a red circle"}]
+    rows = [{"messages": turn * 6}]
+    whole = build(tmp_path / "whole", rows, anchor_coef=1.0).anchor.batch(0, 0)["input_ids"]
+    limit = whole.shape[1] // 2
+    cut = build(tmp_path / "cut", rows, anchor_coef=1.0, anchor_max_length=limit).anchor.batch(0, 0)["input_ids"]
+    assert 0 < cut.shape[1] <= limit
+    assert torch.equal(cut[0], whole[0, : cut.shape[1]])
+
+
+def test_images_are_read_below_the_named_folder_alone(tmp_path):
+    rows = paired_rows()[:1]
+    rows[0]["images"][0].save(tmp_path / "picture.png")
+    rows = [{**rows[0], "images": ["picture.png"]}]
+    model, tiny = latent("llava", latent_config())
+
+    def batch(**options):
+        trainer = LatentActionGRPOTrainer(
+            model,
+            many_letters,
+            LatentActionGRPOConfig(str(tmp_path / "run"), **{**COMMON, "anchor_coef": 1.0, **options}),
+            train_dataset=prompts(20),
+            processing_class=tiny.processor,
+            anchor_dataset=rows,
+        )
+        return trainer.anchor.batch(0, 0)
+
+    assert batch(anchor_image_root=str(tmp_path))["has_image"].tolist() == [True]
+    with pytest.raises(RowError, match="image_root"):
+        batch()
 
 
 @torch.no_grad()

@@ -8,6 +8,9 @@ CPU_CHUNK_VALUES = 4_000_000
 # Of expectation-maximisation: with what the surest codes say held, and with all free. The first keep the second from
 # spreading over more codes than they need.
 SPREADING_STEPS, MIXTURE_STEPS = 3, 10
+# The share in which it stays held, this power of how much codes say: where that is nearly all, RL is to find each
+# token on one code.
+HOLDING_POWER = 4
 # The backbone's likeliest, which the mixture is fitted to one by one, and to all others as if they were one.
 MIXTURE_TOKENS = 512
 
@@ -67,7 +70,7 @@ def backbone_codes(
 
     It starts with the probability of each token that some code says on the one code that says it the most surely. Some
     steps of expectation-maximisation then bring the mixture of what the codes think likely close to the backbone: first
-    by spreading the probability of all other tokens, then all of it.
+    by spreading the probability of all other tokens, then all of it, the less so the more the codes say.
 
     Args:
         model (`LatentActionModel`): With codebook and world model.
@@ -107,13 +110,19 @@ def _with_others(probs: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
 
 def _mixture_codes(laws: torch.Tensor, unsaid: torch.Tensor, wanted: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
     """The distribution `[M, K]` over codes by which the mixture of `laws` `[M, K, N]` comes close to `wanted` `[M, N]`:
-    `said` `[M, K]` of it and the spread of `unsaid` `[M, N]` to begin with."""
-    tiny = torch.finfo(torch.float32).tiny
-    codes = torch.full_like(said, 1 / said.shape[1])
-    for target, held, steps in ((unsaid, said, SPREADING_STEPS), (wanted, 0.0, MIXTURE_STEPS)):
-        for _ in range(steps):
-            mixture = (codes[:, None] @ laws).squeeze(1)
-            codes = held + codes * (laws @ (target / mixture.clamp(min=tiny))[..., None]).squeeze(-1)
+    `said` `[M, K]` of it and the spread of `unsaid` `[M, N]` where codes say nearly all, else with all free."""
+    held = _fitted(torch.full_like(said, 1 / said.shape[1]), laws, unsaid, said, SPREADING_STEPS)
+    free = _fitted(held, laws, wanted, torch.zeros_like(said), MIXTURE_STEPS)
+    return free.lerp(held, said.sum(dim=-1, keepdim=True) ** HOLDING_POWER)
+
+
+def _fitted(
+    codes: torch.Tensor, laws: torch.Tensor, wanted: torch.Tensor, held: torch.Tensor, steps: int
+) -> torch.Tensor:
+    """`codes` `[M, K]` after steps of expectation-maximisation towards `wanted`, `held` `[M, K]` of them fixed."""
+    for _ in range(steps):
+        mixture = (codes[:, None] @ laws).squeeze(1).clamp(min=torch.finfo(torch.float32).tiny)
+        codes = held + codes * (laws @ (wanted / mixture)[..., None]).squeeze(-1)
     return codes
 
 

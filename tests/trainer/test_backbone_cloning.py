@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from latent_trl.trainer import backbone_cloning, latent_action_space_objective
 from latent_trl.trainer.backbone_cloning import (
+    HOLDING_POWER,
     MIXTURE_STEPS,
     MIXTURE_TOKENS,
     SPREADING_STEPS,
@@ -39,6 +40,8 @@ def codes_by_hand(model, state, backbone_state, likely=MIXTURE_TOKENS):
     wanted = [1 / len(tokens)] * len(tokens)
     for step in range(SPREADING_STEPS + MIXTURE_STEPS):
         held = step < SPREADING_STEPS
+        if step == SPREADING_STEPS:
+            first = wanted
         new = list(said) if held else [0.0] * len(tokens)
         for group in groups:
             prob = sum(backbone[token].item() for token in group if not held or token not in tokens)
@@ -46,7 +49,8 @@ def codes_by_hand(model, state, backbone_state, likely=MIXTURE_TOKENS):
             for k, share in enumerate(of_codes):
                 new[k] += prob * share / sum(of_codes)
         wanted = new
-    return tokens, wanted, sum(said)
+    share = sum(said) ** HOLDING_POWER
+    return tokens, [share * a + (1 - share) * b for a, b in zip(first, wanted)], sum(said)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ SIZES = {
     "rare": Size(
         backbone=ROOT / "outputs" / "rare-vlm",
         error_rate=0.97,
-        seeds=(0, 1, 2, 3, 4),
+        seeds=(0, 1, 2, 3, 4, 5, 6),
         learning_rates=(1e-4, 3e-4, 5e-4, 1e-3, 2e-3),
         arms=tuple(
             f"{arm}{law}"

@@ -5,14 +5,8 @@ import torch
 from .cross_entropy import CHUNK_VALUES
 
 CPU_CHUNK_VALUES = 4_000_000
-# Of expectation-maximisation: with what the surest codes say held, and with all free. The first keep the second from
-# spreading over more codes than they need.
-SPREADING_STEPS, MIXTURE_STEPS = 3, 10
-# The share in which it stays held, this power of how much codes say: where that is nearly all, RL is to find each
-# token on one code.
-HOLDING_POWER = 4
-# The backbone's likeliest, which the mixture is fitted to one by one, and to all others as if they were one.
-MIXTURE_TOKENS = 512
+# Of expectation-maximisation. One comes as close, but spreads over more codes.
+MIXTURE_STEPS = 3
 
 
 @torch.no_grad()
@@ -68,9 +62,8 @@ def backbone_codes(
     """
     The distribution over codes that speaks as the backbone does.
 
-    It starts with the probability of each token that some code says on the one code that says it the most surely. Some
-    steps of expectation-maximisation then bring the mixture of what the codes think likely close to the backbone: first
-    by spreading the probability of all other tokens, then all of it, the less so the more the codes say.
+    The probability of a token that some code says is on the one code that says it the most surely. That of all other
+    tokens is spread so that the mixture of what the codes think likely comes close to it, by expectation-maximisation.
 
     Args:
         model (`LatentActionModel`): With codebook and world model.
@@ -91,11 +84,7 @@ def backbone_codes(
         wanted = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
         surest = surest_codes(tokens, log_probs)
         said = wanted.gather(1, tokens) * (surest == torch.arange(tokens.shape[1], device=tokens.device))
-        likely = wanted.topk(min(MIXTURE_TOKENS, wanted.shape[1]), dim=-1).indices
-        of_likely = laws.gather(2, likely[:, None].expand(-1, tokens.shape[1], -1)) * log_probs.exp()[..., None]
-        unsaid = wanted.scatter(1, tokens, 0.0)
-        targets = (_with_others(of_all.gather(1, likely), of_all.sum(dim=-1)) for of_all in (unsaid, wanted))
-        codes = _mixture_codes(_with_others(of_likely, torch.ones_like(said)), *targets, said)
+        codes = said + _mixture_codes(laws, log_probs.exp(), wanted.scatter(1, tokens, 0.0), said)
         mixture = ((of_policy * log_probs.exp())[:, None] @ laws).squeeze(1)
         tiny = torch.finfo(torch.float32).tiny
         kl = (torch.special.xlogy(wanted, wanted) - wanted * mixture.clamp(min=tiny).log()).sum(dim=-1)
@@ -103,27 +92,17 @@ def backbone_codes(
     return tuple(map(torch.cat, zip(*found, strict=True)))
 
 
-def _with_others(probs: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
-    """Probabilities `[..., N]` of some tokens with, as the last, what is left of `total` `[...]` for all others."""
-    return torch.cat([probs, (total - probs.sum(dim=-1)).clamp(min=0.0)[..., None]], dim=-1)
-
-
-def _mixture_codes(laws: torch.Tensor, unsaid: torch.Tensor, wanted: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
-    """The distribution `[M, K]` over codes by which the mixture of `laws` `[M, K, N]` comes close to `wanted` `[M, N]`:
-    `said` `[M, K]` of it and the spread of `unsaid` `[M, N]` where codes say nearly all, else with all free."""
-    held = _fitted(torch.full_like(said, 1 / said.shape[1]), laws, unsaid, said, SPREADING_STEPS)
-    free = _fitted(held, laws, wanted, torch.zeros_like(said), MIXTURE_STEPS)
-    return free.lerp(held, said.sum(dim=-1, keepdim=True) ** HOLDING_POWER)
-
-
-def _fitted(
-    codes: torch.Tensor, laws: torch.Tensor, wanted: torch.Tensor, held: torch.Tensor, steps: int
-) -> torch.Tensor:
-    """`codes` `[M, K]` after steps of expectation-maximisation towards `wanted`, `held` `[M, K]` of them fixed."""
-    for _ in range(steps):
-        mixture = (codes[:, None] @ laws).squeeze(1).clamp(min=torch.finfo(torch.float32).tiny)
-        codes = held + codes * (laws @ (wanted / mixture)[..., None]).squeeze(-1)
-    return codes
+def _mixture_codes(laws: torch.Tensor, scales: torch.Tensor, rest: torch.Tensor, said: torch.Tensor) -> torch.Tensor:
+    """What to add to `said` `[M, K]`, so that the mixture of the laws, `laws` `[M, K, V]` times `scales` `[M, K]`,
+    comes close to `rest` `[M, V]` too."""
+    tiny = torch.finfo(torch.float32).tiny
+    spread, codes = torch.zeros_like(said), torch.full_like(said, 1 / said.shape[1])
+    for _ in range(MIXTURE_STEPS):
+        scaled = codes * scales
+        mixture = (scaled[:, None] @ laws).squeeze(1)
+        spread = scaled * (laws @ (rest / mixture.clamp(min=tiny))[..., None]).squeeze(-1)
+        codes = said + spread
+    return spread
 
 
 def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:

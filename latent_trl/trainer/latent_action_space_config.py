@@ -39,9 +39,9 @@ class LatentActionSpaceConfig(TrainingArguments):
             Whether the joint stage has the cycle loss, for ablations.
         cloning_target (`str`, defaults to `"backbone"`):
             What the stage `policy` imitates: the `"backbone"`'s own next-token distribution, so that sampling codes
-            starts as calibrated as sampling tokens (of the distributions over codes whose mixture is close to it, one
-            that has each token on the code that says it the most surely, as far as it can); or, as in the
-            paper, the arg-max codes `"inferred"` by the inverse dynamics model from the data.
+            starts as calibrated as sampling tokens (the probability of a token that some code says is on the code that
+            says it the most surely, and that of all others spread so that the mixture over codes comes close to it);
+            or, as in the paper, the arg-max codes `"inferred"` by the inverse dynamics model from the data.
         cloning_positions (`int`, defaults to `4`):
             With `"backbone"`: positions of each row that are cloned in one step, drawn likelier where the backbone is
             less sure. The world model and the head read all codes at each of them.

@@ -102,7 +102,7 @@ SIZES = {
         + ("codes, hot, decaying rate, anchor 0.1, arithmetic",),
         spaces=(
             "coverage",
-            "no coverage",
+            "space",
             "random frozen codebook",
             "no text",
             "no projector",
@@ -180,7 +180,8 @@ class Cell:
 
 
 SPACES: dict[str, dict[str, Any]] = {
-    "space": {},
+    # What the package does by itself, said for a size whose other spaces have it.
+    "space": {"coverage_coef": 0.0},
     "K = 1": {"num_codes": 1},
     "random frozen codebook": {"freeze_codebook": True},
     "no cycle": {"use_cycle": False},
@@ -196,8 +197,6 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
     "coverage": {"coverage_coef": 0.2, "coverage_min_prob": 0.01},
-    # For a size whose spaces have it.
-    "no coverage": {"coverage_coef": 0.0},
     "cloned from inferred codes": {"cloning_target": "inferred"},
     "policy from last layers": {"policy_init": "last_layers"},
 }
@@ -257,7 +256,7 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
 def matrix(size_name: str) -> list[list[Cell]]:
     """Phases of cells; those of a phase need only what is in the phases before it."""
     size = SIZES[size_name]
-    main, *others = size.spaces or [name for name in SPACES if name != "no coverage"]
+    main, *others = size.spaces or SPACES
     tuned = {
         "tokens": ("tokens", {}),
         "codes": ("codes", {}),

@@ -198,9 +198,9 @@ def cost_table(runs: Runs) -> str:
 
 
 def ablation_table(runs: Runs, size: Size) -> str:
-    main = (size.spaces or tuple(SPACES))[0]
-    rows = []
-    for space in size.spaces or SPACES:
+    spaces = size.spaces or tuple(SPACES)
+    main, rows = spaces[0], []
+    for space in spaces:
         name = f"{space}, latent grpo"
         if space == main:
             name = f"latent grpo, {size.ablated}" if size.ablated else "latent grpo"

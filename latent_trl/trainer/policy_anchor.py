@@ -7,6 +7,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ..data.collator import RowError
 from ..models.latent_action_model import LatentActionModel
 from ..models.policy import LatentActionPolicy
 
@@ -39,10 +40,14 @@ class PolicyAnchor:
         self.seed = seed
 
     def batch(self, step: int, process_index: int) -> dict[str, Any]:
-        """A batch of different rows."""
+        """A batch of different rows; `RowError` for one that cannot be used."""
         generator = np.random.default_rng([self.seed, step, process_index])
         drawn = generator.choice(len(self.dataset), self.rows, replace=False).tolist()
-        return self.collate([{**self.dataset[i], "_row": i} for i in drawn])
+        try:
+            return self.collate([{**self.dataset[i], "_row": i} for i in drawn])
+        except RowError as error:
+            # The collator's own names of the limits are not those of the trainers.
+            raise RowError(f"`anchor_dataset`, with `anchor_max_length` and `anchor_image_root`: {error}") from error
 
     def divergence(self, model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
         """The mean over the answers' tokens of KL(reference ‖ policy), in nats a code; 0 without a token."""

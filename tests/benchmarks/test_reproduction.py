@@ -93,13 +93,13 @@ def test_ablations_keep_what_they_do_not_ablate():
     cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
     coverage = SPACES["coverage"]
     assert cells["no text"].options == {**coverage, "texts": 0}
-    assert cells["no coverage"].options["coverage_coef"] == 0.0
-    law = cells["no text, latent grpo"]
-    assert (
-        law.options == LATENT_VARIANTS[SIZES["rare"].ablated]
-        and law.arm == cells[f"latent grpo, {SIZES['rare'].ablated}"].arm
-    )
-    assert {cell.name: cell for phase in matrix("pocket") for cell in phase}["no text"].options == {"texts": 0}
+    assert cells["space"].options["coverage_coef"] == 0.0
+    trained, best = cells["no text, latent grpo"], cells[f"latent grpo, {SIZES['rare'].ablated}"]
+    assert trained.options == best.options == LATENT_VARIANTS[SIZES["rare"].ablated]
+    assert trained.arm == best.arm != "codes"
+    pocket = {cell.name: cell for phase in matrix("pocket") for cell in phase}
+    assert pocket["no text"].options == {**SPACES["space"], "texts": 0}
+    assert pocket["no text, latent grpo"].options == {}
 
 
 def test_small_talk_that_is_measured_is_not_learned_from():

@@ -73,7 +73,7 @@ def test_images_are_read_below_the_named_folder_alone(tmp_path):
         return trainer.anchor.batch(0, 0)
 
     assert batch(anchor_image_root=str(tmp_path))["has_image"].tolist() == [True]
-    with pytest.raises(RowError, match="image_root"):
+    with pytest.raises(RowError, match="`anchor_dataset`.*`anchor_image_root`: Row 0"):
         batch()
 
 

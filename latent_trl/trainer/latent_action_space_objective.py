@@ -129,7 +129,7 @@ class LatentActionSpaceObjective:
         if self.stage == "policy":
             return self._cloning_loss(model, batch, observation)
         loss = observation.states.new_zeros((), dtype=torch.float32)
-        if self.stage in ("projector", "joint"):
+        if self.stage == "projector" or (self.stage == "joint" and model.config.use_projector):
             loss = loss + self._projector_loss(model, batch, observation)
         if self.stage in ("inverse_dynamics", "joint"):
             loss = loss + self._action_loss(model, batch, observation)

@@ -92,7 +92,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             vision_token_ids=model.config.vision_token_ids,
         )
         self._call: tuple[int, int] | None = None
-        train_only(model, STAGE_COMPONENTS[args.stages[0]])
+        train_only(model, stage_components(model, args.stages[0]))
         super().__init__(
             model=model,
             args=args,
@@ -166,7 +166,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         """Puts the stage's tensors, data, rate and schedule in the place of the last one's."""
         args = self.args
         self.stage = stage
-        logger.warning(f"Stage {stage}. {train_only(self.model, STAGE_COMPONENTS[stage])}")
+        logger.warning(f"Stage {stage}. {train_only(self.model, stage_components(self.model, stage))}")
         args.output_dir = self.health.output_dir = str(self._folder(stage))
         args.learning_rate = getattr(args, f"{stage}_learning_rate")
         args.max_steps = getattr(args, f"{stage}_max_steps")
@@ -286,6 +286,11 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             )
 
 
+def stage_components(model: LatentActionModel, stage: str) -> tuple[str, ...]:
+    """What `stage` trains of `model`: without a projector, its joint stage trains all else."""
+    return tuple(name for name in STAGE_COMPONENTS[stage] if name != "projector" or model.config.use_projector)
+
+
 def check_stages(model: LatentActionModel, stages: list[str]) -> None:
     """Raises `ValueError` unless `model` has, or will have by then, what each stage needs."""
     ran = {stage for stage in STAGES if 0 < STAGES.index(stage) <= STAGES.index(model.config.stage)}
@@ -296,10 +301,10 @@ def check_stages(model: LatentActionModel, stages: list[str]) -> None:
                 f"Stage {stage!r} needs stage {missing[0]!r} to have been run; the model has reached "
                 f"{model.config.stage!r}. Put {missing[0]!r} before it in `stages`."
             )
-        if stage in ("projector", "joint") and not model.config.use_projector:
+        if stage == "projector" and not model.config.use_projector:
             raise ValueError(
-                f"Stage {stage!r} trains the cross-modal projector, which this model has not "
-                "(`use_projector=False`). Leave it out of `stages`."
+                "Stage 'projector' trains the cross-modal projector, which this model has not (`use_projector=False`). "
+                "Leave it out of `stages`."
             )
         ran.add(stage)
 

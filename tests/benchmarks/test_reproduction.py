@@ -102,6 +102,20 @@ def test_ablations_keep_what_they_do_not_ablate():
     assert pocket["no text, latent grpo"].options == {}
 
 
+def test_every_space_can_be_learned(tmp_path, monkeypatch):
+    import arms
+    from matrix import SIZES, SPACES, Cell
+
+    stages, rows = {}, [{"messages": []}] * 16
+    monkeypatch.setattr(arms, "shape_pairs", lambda *_: rows)
+    monkeypatch.setattr(arms, "small_talk", lambda *_: rows)
+    monkeypatch.setattr(arms.LatentActionSpaceTrainer, "train", lambda self: stages.update({name: self.args.stages}))
+    for name, options in SPACES.items():
+        arms.learn(Cell(name, "learn", 0, options), SIZES["pocket"], tmp_path / name)
+    assert stages.pop("no projector") == ["inverse_dynamics", "joint", "policy"]
+    assert len(stages) == len(SPACES) - 1 and all(len(ran) == 4 for ran in stages.values())
+
+
 def test_small_talk_that_is_measured_is_not_learned_from():
     from tasks import Tasks, small_talk
 

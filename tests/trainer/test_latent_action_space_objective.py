@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from learning_runs import build_sft, build_space, paired_rows, text_rows
 
 from latent_trl.data.collator import LatentActionDataCollator
@@ -22,7 +23,8 @@ def learner(stage: str, **options):
     """A perturbed model, a batch of rows with 1, 2 and 0 images, and the objective."""
     from tiny_models import latent, latent_config
 
-    model, tiny = latent("llava", latent_config(num_codes=options.pop("num_codes", 16)))
+    of_model = {name: options.pop(name) for name in ("num_codes", "use_projector") if name in options}
+    model, tiny = latent("llava", latent_config(**{"num_codes": 16, **of_model}))
     collate = LatentActionDataCollator(
         tiny.processor,
         vision_token_ids=model.config.vision_token_ids,
@@ -178,6 +180,21 @@ def test_projector_losses():
     assert figures["projector/nll"] == pytest.approx(sum(paired) / len(paired), rel=1e-4)
     assert figures["projector/cycle"] == pytest.approx(sum(cycle) / len(cycle), rel=1e-4)
     assert projection.item() == pytest.approx(sum(paired) / len(paired) + sum(cycle) / len(cycle), rel=1e-4)
+
+
+@torch.no_grad()
+def test_without_a_projector_the_joint_loss_is_the_cross_entropy_of_both_kinds():
+    model, batch, objective = learner("joint", use_projector=False, entropy_coef=0.0, balance_coef=0.0)
+    loss = objective(model, batch)
+    states = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"]).states
+    mask = batch["loss_mask"][:, 1:]
+    logits = model.infer(states, batch["input_ids"], batch["attention_mask"])[mask]
+    merged = model.merge(states[:, :-1][mask], objective._choose(model, logits, mask))
+    losses = F.cross_entropy(model.backbone_view.logits(merged), batch["input_ids"][:, 1:][mask], reduction="none")
+    image = batch["has_image"][:, None].expand_as(mask)[mask]
+    assert 0 < image.sum() < len(image)
+    assert loss.item() == pytest.approx((losses[image].mean() + losses[~image].mean()).item(), rel=1e-4)
+    assert not {name for name in objective.drain() if name.startswith("projector/")}
 
 
 @torch.no_grad()

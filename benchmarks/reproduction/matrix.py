@@ -44,6 +44,7 @@ class Size:
         "decaying rate",
         "KL 0.04",
         "entropy 0.01",
+        "entropy 0.1, arithmetic",
         "anchor 0.1",
         "entropy 0.01, anchor 0.1",
         "arithmetic",
@@ -226,6 +227,7 @@ BY_END = ", rate by its end"
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
+    "entropy 0.1, arithmetic": {"entropy_coef": 0.1} | ARITHMETIC,
     "anchor 0.1": ANCHORED,
     "entropy 0.01, anchor 0.1": ANCHORED | {"entropy_coef": 0.01},
     "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from matrix import Cell, Size
-from tasks import Tasks, small_talk
+from tasks import Tasks, described, small_talk
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -283,6 +283,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     """RL over codes from the learned model in `space`."""
     set_seed(cell.seed)
     options = dict(cell.options)
+    captions = options.pop("captions", False)
     model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone(size)), load_processor(size)
     speaker = CodeSpeaker(model, processor)
     if options.get("times") == 0:
@@ -299,7 +300,11 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
     curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
-    held = small_talk(size.texts, cell.seed, size.others) if "anchor_coef" in options else None
+    held = None
+    if "anchor_coef" in options:
+        captions = described(shape_pairs("base", size.pairs, cell.seed, size.error_rate)) if captions else []
+        # As much small talk as captions.
+        held = list(small_talk(len(captions) or size.texts, cell.seed, size.others)) + captions
     trainer = trainer_class(
         model,
         REWARD,

@@ -48,6 +48,8 @@ class Size:
         "anchor 0.1",
         "entropy 0.01, anchor 0.1",
         "arithmetic",
+        "4 updates, decaying rate",
+        "4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
     )
     pairs: int = 1500
     texts: int = 1500
@@ -207,6 +209,8 @@ HOT = {"temperature": 2.0, "top_k": 16}
 DECAYING = {"lr_scheduler_type": "linear"}
 # Held where it was on the small talk that the space was learned from.
 ANCHORED = {"anchor_coef": 0.1}
+# And on what it says of pictures that it is asked to describe.
+ANCHORED_WITH_CAPTIONS = ANCHORED | {"captions": True}
 # Samples of a prompt that differ as much as their law allows.
 ARITHMETIC = {"action_sampling": "arithmetic"}
 # Of GRPO over tokens and over codes.
@@ -230,6 +234,10 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     "entropy 0.1, arithmetic": {"entropy_coef": 0.1} | ARITHMETIC,
     "anchor 0.1": ANCHORED,
     "entropy 0.01, anchor 0.1": ANCHORED | {"entropy_coef": 0.01},
+    "4 updates, decaying rate, anchor 0.1 with captions, arithmetic": DECAYING
+    | ANCHORED_WITH_CAPTIONS
+    | ARITHMETIC
+    | {"num_iterations": 4},
     "hot, decaying rate, anchor 0.1": HOT | DECAYING | ANCHORED,
     "hot, decaying rate, anchor 0.1, arithmetic": HOT | DECAYING | ANCHORED | ARITHMETIC,
     "hot, 4 updates, decaying rate, anchor 0.1, arithmetic": HOT

@@ -66,6 +66,11 @@ def small_talk(count: int, seed: int, others: int) -> Dataset:
     return rows.select(range(others, len(rows))).shuffle(seed).select(range(count))
 
 
+def described(pairs: Dataset) -> list[dict[str, Any]]:
+    """The conversations that ask to describe the picture."""
+    return [row for row in pairs if row["messages"][0]["content"] in DESCRIPTION_REQUESTS]
+
+
 @dataclass
 class Tasks:
     """

@@ -129,6 +129,35 @@ def test_small_talk_that_is_measured_is_not_learned_from():
         assert not {str(row) for row in learned} & {str(row) for row in measured}
 
 
+def test_an_anchor_with_captions_holds_as_much_small_talk(tmp_path, monkeypatch):
+    import arms
+    from matrix import LATENT_VARIANTS, SIZES, VARIANTS, matrix
+    from tasks import DESCRIPTION_REQUESTS
+
+    held = {}
+
+    class Recorded:
+        def __init__(self, *args, anchor_dataset=None, **kwargs):
+            held[len(held)] = anchor_dataset
+
+        def train(self):
+            pass
+
+    monkeypatch.setattr(arms, "load_backbone", lambda _: None)
+    monkeypatch.setattr(arms.LatentActionModel, "from_pretrained", lambda *_, **__: None)
+    monkeypatch.setattr(arms, "LatentActionGRPOTrainer", Recorded)
+    cells = {cell.name: cell for phase in matrix("pocket") for cell in phase if cell.seed == 1}
+    name = "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"
+    for variant in (name, "anchor 0.1", "decaying rate"):
+        arms.train_codes(cells[f"latent grpo, {variant}"], SIZES["pocket"], tmp_path, None, 1e-3, tmp_path)
+    asked = [row["messages"][0]["content"] for row in held[0] if row.get("images")]
+    assert len(asked) > 200 and set(asked) <= set(DESCRIPTION_REQUESTS)
+    assert len(held[0]) == 2 * len(asked)
+    assert len(held[1]) == SIZES["pocket"].texts and not any(row.get("images") for row in held[1])
+    assert held[2] is None
+    assert LATENT_VARIANTS[name].items() >= VARIANTS["4 updates, decaying rate"].items(), "as the tokens it is beside"
+
+
 def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
     from arms import Curve, rl_options
     from matrix import SIZES, matrix

@@ -42,6 +42,7 @@ EXTRAS["dev"] = [
     "hypothesis>=6.100",
     "mypy>=1.15,<3",
     "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
     "ruff>=0.8",
     "tensorboard>=2.16",
 ]

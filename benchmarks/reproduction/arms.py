@@ -78,7 +78,7 @@ class TokenSpeaker:
         self.model, self.processor = model, processor
 
     @torch.no_grad()
-    def say(self, rows: list[dict[str, Any]], temperature: float | None = None, tokens: int = MAX_NEW_TOKENS):
+    def say(self, rows: list[dict[str, Any]], temperature: float | None = None, tokens=MAX_NEW_TOKENS, top_k: int = 0):
         """Answers, the most likely tokens by default."""
         self.model.eval()
         law = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature}
@@ -86,7 +86,7 @@ class TokenSpeaker:
         for start in range(0, len(rows), 64):
             inputs = encode_prompts(self.processor, rows[start : start + 64])
             inputs = {name: value.to(self.model.device) for name, value in inputs.items()}
-            ids = self.model.generate(**inputs, max_new_tokens=tokens, top_k=0, **law)
+            ids = self.model.generate(**inputs, max_new_tokens=tokens, top_k=top_k, **law)
             new = ids[:, inputs["input_ids"].shape[1] :]
             texts += [t.strip() for t in self.processor.batch_decode(new, skip_special_tokens=True)]
         return texts
@@ -135,8 +135,8 @@ class CodeSpeaker:
             options |= {"action_do_sample": True, "action_temperature": temperature}
         return answer(self.model, self.processor, rows, max_new_tokens=tokens, **options)
 
-    def say(self, rows, temperature: float | None = None, tokens: int = MAX_NEW_TOKENS):
-        return self.answers(rows, temperature, tokens).texts
+    def say(self, rows, temperature: float | None = None, tokens: int = MAX_NEW_TOKENS, top_k: int = 0):
+        return self.answers(rows, temperature, tokens, action_top_k=top_k).texts
 
 
 def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:

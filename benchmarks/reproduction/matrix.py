@@ -7,6 +7,15 @@ from typing import Any
 from latent_trl.data.shapes import ERROR_RATE
 
 ROOT = Path(__file__).resolve().parents[2]
+# Runs over tokens and over codes whose samples are measured by several laws.
+SWEPT = (
+    ("base", "latent, before RL"),
+    ("token grpo", "latent grpo"),
+    (
+        "token grpo, 4 updates, decaying rate",
+        "latent grpo, 4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
+    ),
+)
 TOKEN_LOSSES = {
     "grpo": {"loss_type": "grpo"},
     "dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none"},

@@ -15,8 +15,11 @@ from latent_trl.evaluation.diversity import mean_pairwise_cosine
 from latent_trl.evaluation.perplexity import text_perplexity
 from latent_trl.rewards.embedding import TextEmbedder
 
-TOKEN_TEMPERATURES = (0.7, 1.0, 1.2, 1.5, 2.0)
-CODE_TEMPERATURES = (0.7, 1.0, 1.5, 2.0, 4.0)
+# Temperatures of the sweeps, for all tokens or codes (0) and for the 4 or 8 likeliest: as many points for either arm.
+TOKEN_LAWS = {0: (0.5, 0.7, 1.0, 1.2, 1.5, 2.0), 4: (0.5, 1.0, 2.0), 8: (0.5, 1.0, 2.0)}
+CODE_LAWS = {0: (0.7, 1.0, 1.5, 2.0, 4.0, math.inf), 4: (2.0, 4.0, math.inf), 8: (2.0, 4.0, math.inf)}
+# For one that is infinite.
+HOTTEST = 1e6
 PERMUTATIONS = 5
 
 
@@ -34,10 +37,10 @@ def _embedding(text: str) -> torch.Tensor:
     return _embedder()([text or " "])[0]
 
 
-def sampled(speaker, tasks: Tasks, temperature: float, seed: int) -> dict[str, float]:
+def sampled(speaker, tasks: Tasks, temperature: float, seed: int, top_k: int = 0) -> dict[str, float]:
     """Figures of `SAMPLES` samples of each prompt: how good, how fluent, how different."""
     torch.manual_seed(seed)
-    rounds = [speaker.say(tasks.sampled, temperature, DESCRIPTION_TOKENS) for _ in range(SAMPLES)]
+    rounds = [speaker.say(tasks.sampled, temperature, DESCRIPTION_TOKENS, top_k) for _ in range(SAMPLES)]
     groups = list(zip(*rounds, strict=True))
     questions = [row for row in tasks.sampled if "answer" in row]
     scores = [rewards_of(questions, texts[: len(questions)]) for texts in rounds]
@@ -86,14 +89,13 @@ def measure(speaker, tasks: Tasks, seed: int, size: Size) -> dict[str, Any]:
     return result
 
 
-def sweep(speaker, tasks: Tasks, seed: int) -> list[dict[str, float]]:
-    """Samples at several temperatures; for codes also drawn evenly."""
-    codes = isinstance(speaker, CodeSpeaker)
-    temperatures = (*CODE_TEMPERATURES, 1e6) if codes else TOKEN_TEMPERATURES
+def sweep(speaker, tasks: Tasks, seed: int) -> list[dict[str, Any]]:
+    """Samples by several laws; for codes also drawn evenly."""
     points = []
-    for temperature in temperatures:
-        name = math.inf if temperature > 1e5 else temperature
-        points.append({"temperature": str(name), **sampled(speaker, tasks, temperature, seed)})
+    for top_k, temperatures in (CODE_LAWS if isinstance(speaker, CodeSpeaker) else TOKEN_LAWS).items():
+        for temperature in temperatures:
+            figures = sampled(speaker, tasks, min(temperature, HOTTEST), seed, top_k)
+            points.append({"temperature": str(temperature), "top_k": top_k, **figures})
     return points
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import BY_END, LATENT_VARIANTS, SIZES, SPACES, TOKEN_LOSSES, VARIANTS, Size, matrix
+from matrix import BY_END, LATENT_VARIANTS, SIZES, SPACES, SWEPT, TOKEN_LOSSES, VARIANTS, Size, matrix
 
 from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
 
@@ -30,6 +30,10 @@ class Runs:
 
     def __contains__(self, name: str) -> bool:
         return name in self.by_name
+
+    def swept(self, name: str) -> bool:
+        """Whether every seed's samples were measured by several laws."""
+        return name in self and all("sweep" in run for run in self.each(name))
 
     def each(self, name: str) -> list[dict[str, Any]]:
         return [run for _, run in sorted(self.by_name[name].items())]
@@ -146,14 +150,16 @@ def at_fluency(points: list[dict[str, Any]], level: float) -> tuple[float, float
     The most diverse sampling whose share of fluent samples is at least `level`, between measured temperatures too.
 
     Args:
-        points (`list[dict]`): Of [`measures.sweep`], by rising temperature.
+        points (`list[dict]`): Of [`measures.sweep`], by rising temperature for each number of likeliest.
         level (`float`): Of fluency.
 
     Returns:
-        Its diversity and its best of 8, or `None` where all temperatures are less fluent.
+        Its diversity and its best of 8, or `None` where all laws are less fluent.
     """
     found = [(p["diversity"], p["best"]) for p in points if p["fluent"] >= level]
     for first, second in zip(points, points[1:]):
+        if first["top_k"] != second["top_k"]:
+            continue
         if min(first["fluent"], second["fluent"]) < level < max(first["fluent"], second["fluent"]):
             share = (first["fluent"] - level) / (first["fluent"] - second["fluent"])
             diversity, best = (first[key] + share * (second[key] - first[key]) for key in ("diversity", "best"))
@@ -163,8 +169,8 @@ def at_fluency(points: list[dict[str, Any]], level: float) -> tuple[float, float
 
 def fluency_table(runs: Runs) -> str:
     rows = []
-    for names in (("base", "latent, before RL"), ("token grpo", "latent grpo")):
-        if not all(name in runs for name in names):
+    for names in SWEPT:
+        if not all(runs.swept(name) for name in names):
             continue
         of_seed = [{s: at_fluency(run["sweep"], FLUENCY) for s, run in runs.by_name[name].items()} for name in names]
         for name, found in zip(names, of_seed, strict=True):
@@ -249,15 +255,16 @@ def control_table(runs: Runs) -> str:
 
 def sweep_table(runs: Runs) -> str:
     rows = []
-    for name in ("base", "latent, before RL", "token grpo", "latent grpo"):
-        if name not in runs:
+    for name in sum(SWEPT, ()):
+        if not runs.swept(name):
             continue
         for points in zip(*(run["sweep"] for run in runs.each(name))):
             keys = (("fluent", 2), ("distinct", 2), ("diversity", 2), ("reward", 3), ("best", 3))
             rows.append(
-                [name, points[0]["temperature"]] + [figure([p[key] for p in points], digits) for key, digits in keys]
+                [name, points[0]["temperature"], str(points[0]["top_k"] or "all")]
+                + [figure([p[key] for p in points], digits) for key, digits in keys]
             )
-    header = ["model", "temperature", "fluent", "distinct of 8", "diversity", "reward", "best of 8"]
+    header = ["model", "temperature", "of the likeliest", "fluent", "distinct of 8", "diversity", "reward", "best of 8"]
     return markdown(header, rows)
 
 
@@ -300,7 +307,7 @@ def tables(size_name: str, folder: Path) -> str:
         "### Exploration",
         sweep_table(runs),
         f"### Diversity where {FLUENCY:.0%} of the samples are fluent",
-        "The most diverse temperature at that fluency, between the measured ones too.",
+        "The most diverse law at that fluency, between the measured temperatures too.",
         fluency_table(runs),
         "### Spaces",
         ablation_table(runs, size),
@@ -325,7 +332,7 @@ def plot(folder: Path, target: Path) -> None:
     left.set(xlabel="rollouts", ylabel="validation reward", title="Learning: the best of each arm")
     left.legend(frameon=False, fontsize=8, loc="lower right")
     for name, colour, side in (("base", TOKEN_COLOUR, 1), ("latent, before RL", CODE_COLOUR, -1)):
-        sweeps = [run["sweep"] for run in runs.each(name)] if name in runs else []
+        sweeps = [[p for p in run["sweep"] if not p["top_k"]] for run in runs.each(name)] if runs.swept(name) else []
         points = [
             (of_seeds[0]["temperature"], *(np.mean([p[key] for p in of_seeds]) for key in ("fluent", "best")))
             for of_seeds in zip(*sweeps)

@@ -26,10 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).parent))
 
-from matrix import SIZES, Cell, matrix  # noqa: E402
-
-# Whose samples are measured at several temperatures.
-SWEPT = ("base", "latent, before RL", "token grpo", "latent grpo")
+from matrix import SIZES, SWEPT, Cell, matrix  # noqa: E402
 
 
 def path_of(folder: Path, cell: Cell) -> Path:
@@ -89,7 +86,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
                 result["train_reward"] = [row["reward"] for row in trainer.state.log_history if "reward" in row]
             if not cell.name.startswith("tune"):
                 result |= measure(speaker, tasks, cell.seed, size)
-            if cell.name in SWEPT:
+            if any(cell.name in names for names in SWEPT):
                 result["sweep"] = sweep(speaker, tasks, cell.seed)
             if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):
                 result["controls"] = code_controls(speaker, tasks, cell.seed)

@@ -264,7 +264,7 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
             result("token grpo", seed, [1.0, 1.0, 0.0, 1.0]),
             result("latent grpo", seed, [1.0, 0.0, 0.0, float(seed)], controls={"permuted": [0.25], "shuffled": 0.5}),
         ):
-            run["sweep"] = [{"temperature": "1.0", **run["sampled"]}]
+            run["sweep"] = [{"temperature": "1.0", "top_k": k, **run["sampled"]} for k in (0, 8)]
             (tmp_path / "runs" / f"{run['name']}-{seed}.json").write_text(json.dumps(run))
     # One seed's luck is not the best token-level run.
     lucky = result("token dapo", 0, [1.0] * 4)
@@ -277,6 +277,7 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| token grpo | 2 | 0.750 (0.750–0.750) |" in text
     assert "| latent grpo | 2 | 0.375 (0.250–0.500) |" in text
     assert "| latent grpo − token grpo | held out | -0.375 [" in text
+    assert "| latent grpo | 1.0 | 8 | 0.80 (0.80–0.80) |" in text and "| token grpo | 1.0 | all | 0.80" in text
     assert "| token dapo | 1 | 1.000 |" in text and "− token dapo" not in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
@@ -286,8 +287,8 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
 def test_diversity_at_equal_fluency():
     from page import at_fluency
 
-    def point(fluent, diversity, best):
-        return {"fluent": fluent, "diversity": diversity, "best": best}
+    def point(fluent, diversity, best, top_k=0):
+        return {"fluent": fluent, "diversity": diversity, "best": best, "top_k": top_k}
 
     falling = [point(1.0, 1.0, 0.8), point(0.8, 3.0, 0.9), point(0.2, 9.0, 0.1)]
     assert at_fluency(falling, 0.9) == pytest.approx((2.0, 0.85))
@@ -296,6 +297,9 @@ def test_diversity_at_equal_fluency():
     there_and_back = [point(1.0, 1.5, 0.8), point(0.8, 1.2, 0.7), point(1.0, 1.0, 0.6)]
     assert at_fluency(there_and_back, 0.9) == pytest.approx((1.5, 0.8))
     assert at_fluency([point(0.3, 2.0, 0.5)], 0.9) is None
+    # Nothing lies between all codes and the four likeliest.
+    assert at_fluency([*falling, point(1.0, 1.1, 0.8, 4)], 0.9) == pytest.approx((2.0, 0.85))
+    assert at_fluency([*falling, point(0.95, 2.5, 0.7, 4)], 0.9) == pytest.approx((2.5, 0.7))
 
 
 @pytest.mark.slow

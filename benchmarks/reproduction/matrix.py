@@ -201,6 +201,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "no text": {"texts": 0},
     "100 pairs": {"pairs": 100},
     "500 pairs": {"pairs": 500},
+    "2 000 pairs": {"pairs": 2000},
     "all pairs": {"pairs": 2600},
     "K = 16": {"num_codes": 16},
     "K = 64": {"num_codes": 64},

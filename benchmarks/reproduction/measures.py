@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from arms import DESCRIPTION_TOKENS, CodeSpeaker, TokenSpeaker, load_backbone, rewards_of
 from matrix import Size
@@ -44,11 +45,13 @@ def sampled(speaker, tasks: Tasks, temperature: float, seed: int, top_k: int = 0
     groups = list(zip(*rounds, strict=True))
     questions = [row for row in tasks.sampled if "answer" in row]
     scores = [rewards_of(questions, texts[: len(questions)]) for texts in rounds]
+    fluent = [[is_fluent(text) for text in group] for group in groups]
     cosines = [mean_pairwise_cosine(torch.stack([_embedding(text) for text in group])) for group in groups]
     return {
         "reward": sum(map(sum, scores)) / (len(questions) * SAMPLES),
         "best": sum(max(column) for column in zip(*scores)) / len(questions),
-        "fluent": sum(is_fluent(text) for group in groups for text in group) / (len(groups) * SAMPLES),
+        "fluent": float(np.mean(fluent)),
+        "fluent_described": float(np.mean(fluent[len(questions) :])),
         "distinct": sum(len(set(group)) for group in groups) / len(groups),
         "diversity": len(cosines) / sum(cosines),
     }

@@ -61,7 +61,7 @@ class Runs:
 
 def figure(values: list[float], digits: int = 3) -> str:
     """Mean and range over the seeds."""
-    if not values:
+    if not values or np.isnan(values).any():
         return "–"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
@@ -98,12 +98,16 @@ def main_table(runs: Runs) -> str:
                 figure(runs.values(name, "sampled", "reward")),
                 figure(runs.values(name, "sampled", "diversity"), 2),
                 figure(runs.values(name, "sampled", "fluent"), 2),
+                figure([run["sampled"].get("fluent_described", np.nan) for run in runs.each(name)], 2),
                 figure(runs.values(name, "perplexity", language), 0),
                 figure(runs.values(name, "answer_perplexity"), 2),
             ]
         )
     header = ["run", "seeds", "held out", "other style", "other picture", "sampled", "diversity", "fluent"]
-    return markdown([*header, "perplexity, small talk", "perplexity, own answers"], rows)
+    header += ["fluent descriptions", "perplexity, small talk", "perplexity, own answers"]
+    # Earlier runs did not look at descriptions alone.
+    shown = [i for i, title in enumerate(header) if title != "fluent descriptions" or any(r[i] != "–" for r in rows)]
+    return markdown([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
 
 
 def best_run(runs: Runs, kind: str) -> str | None:

@@ -239,6 +239,8 @@ def test_a_space_is_learned_again_only_where_a_run_still_needs_its_model(tmp_pat
 
 def result(name: str, seed: int, rewards: list[float], **more) -> dict:
     sampled = {"reward": 0.5, "best": 0.9, "fluent": 0.8, "distinct": 4.0, "diversity": 1.5}
+    if name.startswith("token"):
+        sampled["fluent_described"] = 0.6
     measured = {key: rewards for key in ("held_out", "other_style", "blind")}
     curve = [{"rollouts": 128 * i, "reward": 0.5 + 0.25 * i, "seconds": 2.0 * i} for i in range(3)]
     return {
@@ -277,6 +279,8 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| token grpo | 2 | 0.750 (0.750–0.750) |" in text
     assert "| latent grpo | 2 | 0.375 (0.250–0.500) |" in text
     assert "| latent grpo − token grpo | held out | -0.375 [" in text
+    assert "| 1.50 (1.50–1.50) | 0.80 (0.80–0.80) | 0.60 (0.60–0.60) | 100 " in text
+    assert "| 1.50 (1.50–1.50) | 0.80 (0.80–0.80) | – | 100 " in text
     assert "| latent grpo | 1.0 | 8 | 0.80 (0.80–0.80) |" in text and "| token grpo | 1.0 | all | 0.80" in text
     assert "| token dapo | 1 | 1.000 |" in text and "− token dapo" not in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.

@@ -231,6 +231,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "hot": HOT,
     "decaying rate": DECAYING,
     "arithmetic": ARITHMETIC,
+    "KL 0.04": {"beta": 0.04},
     "hot, decaying rate": HOT | DECAYING,
     "4 updates, decaying rate": DECAYING | {"num_iterations": 4},
     "4 updates, decaying rate, arithmetic": DECAYING | {"num_iterations": 4} | ARITHMETIC,
@@ -239,7 +240,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 BY_END = ", rate by its end"
 # Of GRPO over codes alone.
 LATENT_VARIANTS: dict[str, dict[str, Any]] = {
-    "KL 0.04": {"beta": 0.04},
     "entropy 0.01": {"entropy_coef": 0.01},
     "entropy 0.1, arithmetic": {"entropy_coef": 0.1} | ARITHMETIC,
     "anchor 0.1": ANCHORED,

@@ -179,11 +179,12 @@ def fluency_table(runs: Runs) -> str:
         of_seed = [{s: at_fluency(run["sweep"], FLUENCY) for s, run in runs.by_name[name].items()} for name in names]
         for name, found in zip(names, of_seed, strict=True):
             known = [value for value in found.values() if value]
-            rows.append([name, figure([v[0] for v in known], 2), figure([v[1] for v in known])])
+            reached = f"{len(known)} of {len(found)}"
+            rows.append([name, reached, figure([v[0] for v in known], 2), figure([v[1] for v in known])])
         both = [s for s in of_seed[0] if of_seed[0][s] and of_seed[1].get(s)]
         ratios = [of_seed[1][s][0] / of_seed[0][s][0] for s in both]
-        rows.append([f"{names[1]} / {names[0]}", figure(ratios, 2), ""])
-    return markdown(["model", "diversity", "best of 8"], rows)
+        rows.append([f"{names[1]} / {names[0]}", str(len(both)), figure(ratios, 2), ""])
+    return markdown(["model", "seeds so fluent", "diversity", "best of 8"], rows)
 
 
 def cost_table(runs: Runs) -> str:

@@ -267,6 +267,8 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
             result("latent grpo", seed, [1.0, 0.0, 0.0, float(seed)], controls={"permuted": [0.25], "shuffled": 0.5}),
         ):
             run["sweep"] = [{"temperature": "1.0", "top_k": k, **run["sampled"]} for k in (0, 8)]
+            if run["name"] == "latent grpo" or seed == 1:
+                run["sweep"][1] |= {"fluent": 0.95, "diversity": 1.2 if run["name"] == "token grpo" else 1.8}
             (tmp_path / "runs" / f"{run['name']}-{seed}.json").write_text(json.dumps(run))
     # One seed's luck is not the best token-level run.
     lucky = result("token dapo", 0, [1.0] * 4)
@@ -281,7 +283,9 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| latent grpo − token grpo | held out | -0.375 [" in text
     assert "| 1.50 (1.50–1.50) | 0.80 (0.80–0.80) | 0.60 (0.60–0.60) | 100 " in text
     assert "| 1.50 (1.50–1.50) | 0.80 (0.80–0.80) | – | 100 " in text
-    assert "| latent grpo | 1.0 | 8 | 0.80 (0.80–0.80) |" in text and "| token grpo | 1.0 | all | 0.80" in text
+    assert "| token grpo | 1 of 2 | 1.20 | 0.900 |\n| latent grpo | 2 of 2 | 1.80 (1.80–1.80) |" in text
+    assert "| latent grpo / token grpo | 1 | 1.50 |  |" in text
+    assert "| latent grpo | 1.0 | 8 | 0.95 (0.95–0.95) |" in text and "| token grpo | 1.0 | all | 0.80" in text
     assert "| token dapo | 1 | 1.000 |" in text and "− token dapo" not in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text

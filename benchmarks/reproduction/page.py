@@ -344,13 +344,13 @@ def plot(folder: Path, target: Path) -> None:
         ]
         right.plot([x for _, x, _ in points], [y for _, _, y in points], "o-", color=colour, linewidth=0.8, label=name)
         # The hottest lie apart.
-        for temperature, x, y in points[-2:]:
+        for (temperature, x, y), above in zip(points[-2:], (4, -10)):
             right.annotate(
                 f"T = {temperature}",
                 (x, y),
                 fontsize=7,
                 color=colour,
-                xytext=(6 * side, -8),
+                xytext=(6 * side, above),
                 ha="left" if side > 0 else "right",
                 textcoords="offset points",
             )

@@ -32,8 +32,8 @@ class Size:
     questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
     first for all but the ablations, which have its options but for their own and are trained as the variant `ablated`;
     `losses` and `variants` are run in both arms where both have them; with `by_end` variants are also run at the rate
-    that ended best. `error_rate` is that of the annotator whose answers `backbone` was taught. A `gpu` is used where
-    there is one.
+    that ended best; sweeps are over so many of the `likeliest` tokens or codes, 0 for all. `error_rate` is that of the
+    annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
     """
 
     backbone: Path = ROOT / "model_cards" / "pocket-vlm"
@@ -77,6 +77,7 @@ class Size:
     questions: int = 600
     others: int = 240
     evaluate_every: int = 2
+    likeliest: tuple[int, ...] = (0, 4, 8)
 
 
 SIZES = {
@@ -99,6 +100,7 @@ SIZES = {
         questions=120,
         others=48,
         evaluate_every=5,
+        likeliest=(0,),
     ),
     # The pocket VLM taught by a far worse annotator, made by `rare.py`.
     "rare": Size(

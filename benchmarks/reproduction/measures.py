@@ -92,11 +92,12 @@ def measure(speaker, tasks: Tasks, seed: int, size: Size) -> dict[str, Any]:
     return result
 
 
-def sweep(speaker, tasks: Tasks, seed: int) -> list[dict[str, Any]]:
+def sweep(speaker, tasks: Tasks, seed: int, size: Size) -> list[dict[str, Any]]:
     """Samples by several laws; for codes also drawn evenly."""
     points = []
-    for top_k, temperatures in (CODE_LAWS if isinstance(speaker, CodeSpeaker) else TOKEN_LAWS).items():
-        for temperature in temperatures:
+    laws = CODE_LAWS if isinstance(speaker, CodeSpeaker) else TOKEN_LAWS
+    for top_k in size.likeliest:
+        for temperature in laws[top_k]:
             figures = sampled(speaker, tasks, min(temperature, HOTTEST), seed, top_k)
             points.append({"temperature": str(temperature), "top_k": top_k, **figures})
     return points

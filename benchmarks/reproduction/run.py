@@ -87,7 +87,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
             if not cell.name.startswith("tune"):
                 result |= measure(speaker, tasks, cell.seed, size)
             if any(cell.name in names for names in SWEPT):
-                result["sweep"] = sweep(speaker, tasks, cell.seed)
+                result["sweep"] = sweep(speaker, tasks, cell.seed, size)
             if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):
                 result["controls"] = code_controls(speaker, tasks, cell.seed)
             shutil.rmtree(work, ignore_errors=True)

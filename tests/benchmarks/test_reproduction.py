@@ -292,6 +292,23 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 
 
+def test_sweeps_have_as_many_laws_in_either_arm(monkeypatch):
+    import measures
+    from arms import CodeSpeaker, TokenSpeaker
+    from matrix import SIZES
+
+    monkeypatch.setattr(measures, "sampled", lambda speaker, tasks, *law: {"law": law})
+    points = [measures.sweep(kind(None, None), None, 5, SIZES["pocket"]) for kind in (TokenSpeaker, CodeSpeaker)]
+    assert [len(found) for found in points] == [12, 12]
+    for found in points:
+        assert all(point["law"] == (min(float(point["temperature"]), 1e6), 5, point["top_k"]) for point in found)
+        assert [point["top_k"] for point in found] == [0] * 6 + [4] * 3 + [8] * 3
+        for top_k in (0, 4, 8):
+            temperatures = [float(point["temperature"]) for point in found if point["top_k"] == top_k]
+            assert temperatures == sorted(temperatures)
+    assert len(measures.sweep(TokenSpeaker(None, None), None, 0, SIZES["reduced"])) == 6
+
+
 def test_diversity_at_equal_fluency():
     from page import at_fluency
 

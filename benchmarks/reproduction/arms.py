@@ -283,7 +283,9 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     """RL over codes from the learned model in `space`."""
     set_seed(cell.seed)
     options = dict(cell.options)
-    captions = options.pop("captions", False)
+    captions = []
+    if options.pop("captions", False):
+        captions = described(shape_pairs("base", size.pairs, cell.seed, size.error_rate))
     model, processor = LatentActionModel.from_pretrained(space, backbone=load_backbone(size)), load_processor(size)
     speaker = CodeSpeaker(model, processor)
     if options.get("times") == 0:
@@ -302,7 +304,6 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
     curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
     held = None
     if "anchor_coef" in options:
-        captions = described(shape_pairs("base", size.pairs, cell.seed, size.error_rate)) if captions else []
         # As much small talk as captions.
         held = list(small_talk(len(captions) or size.texts, cell.seed, size.others)) + captions
     trainer = trainer_class(

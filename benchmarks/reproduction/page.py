@@ -35,6 +35,10 @@ class Runs:
         """Whether every seed's samples were measured by several laws."""
         return name in self and all("sweep" in run for run in self.each(name))
 
+    def described(self, name: str) -> bool:
+        """Whether every seed's descriptions were looked at alone, which earlier runs did not do."""
+        return all("fluent_described" in run["sampled"] for run in self.each(name))
+
     def each(self, name: str) -> list[dict[str, Any]]:
         return [run for _, run in sorted(self.by_name[name].items())]
 
@@ -61,7 +65,7 @@ class Runs:
 
 def figure(values: list[float], digits: int = 3) -> str:
     """Mean and range over the seeds."""
-    if not values or np.isnan(values).any():
+    if not values:
         return "–"
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f}–{max(values):.{digits}f})"
@@ -85,8 +89,9 @@ def main_rows(runs: Runs) -> list[str]:
 
 
 def main_table(runs: Runs) -> str:
-    rows = []
+    rows, some_described = [], any(map(runs.described, main_rows(runs)))
     for name in main_rows(runs):
+        described = figure(runs.values(name, "sampled", "fluent_described") if runs.described(name) else [], 2)
         language = "backbone" if "backbone" in runs.each(name)[0]["perplexity"] else "marginal"
         rows.append(
             [
@@ -98,16 +103,14 @@ def main_table(runs: Runs) -> str:
                 figure(runs.values(name, "sampled", "reward")),
                 figure(runs.values(name, "sampled", "diversity"), 2),
                 figure(runs.values(name, "sampled", "fluent"), 2),
-                figure([run["sampled"].get("fluent_described", np.nan) for run in runs.each(name)], 2),
+                *([described] if some_described else []),
                 figure(runs.values(name, "perplexity", language), 0),
                 figure(runs.values(name, "answer_perplexity"), 2),
             ]
         )
     header = ["run", "seeds", "held out", "other style", "other picture", "sampled", "diversity", "fluent"]
-    header += ["fluent descriptions", "perplexity, small talk", "perplexity, own answers"]
-    # Earlier runs did not look at descriptions alone.
-    shown = [i for i, title in enumerate(header) if title != "fluent descriptions" or any(r[i] != "–" for r in rows)]
-    return markdown([header[i] for i in shown], [[row[i] for i in shown] for row in rows])
+    header += ["fluent descriptions"] if some_described else []
+    return markdown([*header, "perplexity, small talk", "perplexity, own answers"], rows)
 
 
 def best_run(runs: Runs, kind: str) -> str | None:

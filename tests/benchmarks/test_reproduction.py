@@ -292,6 +292,44 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 
 
+def test_descriptions_are_looked_at_alone_too():
+    from measures import sampled
+    from tasks import Tasks
+
+    class Speaker:
+        """Answers well, and describes well every second time."""
+
+        rounds = 0
+
+        def say(self, rows, *law):
+            self.rounds, self.law = self.rounds + 1, law
+            description = ("there is a red circle on a pale background. it is big.", "circle red is")[self.rounds % 2]
+            return ["it is red." if "answer" in row else description for row in rows]
+
+    speaker, tasks = Speaker(), Tasks.load(6, 48)
+    found = sampled(speaker, tasks, 2.0, seed=0, top_k=4)
+    assert speaker.rounds == 8 and speaker.law[0] == 2.0 and speaker.law[2] == 4
+    assert found["fluent_described"] == 0.5
+    described = sum("answer" not in row for row in tasks.sampled) / len(tasks.sampled)
+    assert 0 < described < 1 and found["fluent"] == pytest.approx(1 - 0.5 * described)
+
+
+def test_the_likeliest_alone_is_the_greedy_answer_at_any_temperature():
+    from arms import CodeSpeaker, TokenSpeaker, load_backbone, load_processor
+    from matrix import ROOT, SIZES
+    from tasks import Tasks
+
+    from latent_trl import LatentActionModel
+
+    size, rows = SIZES["pocket"], Tasks.load(6, 8).held_out
+    backbone, processor = load_backbone(size), load_processor(size)
+    codes = LatentActionModel.from_pretrained(
+        ROOT / "model_cards" / "pocket-vlm-latent-actions-grpo", backbone=load_backbone(size)
+    )
+    for speaker in (TokenSpeaker(backbone, processor), CodeSpeaker(codes, processor)):
+        assert speaker.say(rows, 5.0, top_k=1) == speaker.say(rows) != speaker.say(rows, 5.0)
+
+
 def test_sweeps_have_as_many_laws_in_either_arm(monkeypatch):
     import measures
     from arms import CodeSpeaker, TokenSpeaker

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matrix import BY_END, LATENT_VARIANTS, SIZES, SPACES, SWEPT, TOKEN_LOSSES, VARIANTS, Size, matrix
 
-from latent_trl.evaluation.intervals import PairedDifference, paired_bootstrap
+from latent_trl.evaluation.intervals import paired_bootstrap
 
 BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 TOKEN_COLOUR, CODE_COLOUR = "#b5651d", "#1f5fa8"
@@ -17,6 +17,8 @@ TOKEN_COLOUR, CODE_COLOUR = "#b5651d", "#1f5fa8"
 ROLLOUTS = (256, 512, 1024, 2048, 3840)
 FLUENCY = 0.9
 SHOWN = {"space": "defaults"}
+# Questions of which the arms, and the spaces, are compared: their name on the page and in a run's file.
+ASKED = (("held out", "held_out"), ("other style", "other_style"))
 
 
 class Runs:
@@ -51,16 +53,19 @@ class Runs:
             found.append(float(np.mean(value)))
         return found
 
-    def differences(self, first: str, second: str, figure: str) -> list[float]:
-        """Seed by seed, of those that both have."""
-        runs, others = self.by_name[first], self.by_name[second]
-        return [np.mean(runs[seed][figure]) - np.mean(others[seed][figure]) for seed in sorted(set(runs) & set(others))]
-
-    def difference(self, first: str, second: str, figure: str) -> PairedDifference:
-        """Over the same questions, each with the mean over the seeds that both have."""
+    def difference(self, first: str, second: str, figure: str) -> list[str]:
+        """Over the same questions, each with the mean over the seeds that both have, and its interval; then each
+        seed's."""
         seeds = sorted(set(self.by_name[first]) & set(self.by_name[second]))
-        sides = [np.mean([self.by_name[name][seed][figure] for seed in seeds], axis=0) for name in (first, second)]
-        return paired_bootstrap(*sides)
+        if not seeds:
+            return ["–", "–"]
+        sides = [np.array([self.by_name[name][seed][figure] for seed in seeds]) for name in (first, second)]
+        found = paired_bootstrap(*(side.mean(axis=0) for side in sides))
+        each = (sides[0] - sides[1]).mean(axis=1)
+        return [
+            f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]",
+            " ".join(f"{value:+.3f}" for value in each),
+        ]
 
 
 def figure(values: list[float], digits: int = 3) -> str:
@@ -127,11 +132,8 @@ def difference_table(runs: Runs) -> str:
     rows = []
     for name in main_rows(runs):
         if best and name.startswith("latent") and name != "latent, before RL":
-            for shown, key in (("held out", "held_out"), ("other style", "other_style")):
-                found = runs.difference(name, best, key)
-                interval = f"{found.estimate:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-                each = " ".join(f"{value:+.3f}" for value in runs.differences(name, best, key))
-                rows.append([f"{name} − {best}", shown, interval, each])
+            for shown, key in ASKED:
+                rows.append([f"{name} − {best}", shown, *runs.difference(name, best, key)])
     return markdown(["difference", "questions", "mean and 95 % interval over questions", "each seed"], rows)
 
 
@@ -211,35 +213,50 @@ def cost_table(runs: Runs) -> str:
     return markdown(header, rows)
 
 
+def ablations(runs: Runs, size: Size) -> dict[str, str]:
+    """Learned spaces and the run over each, the first that with which the others are compared."""
+    main, *others = size.spaces or tuple(SPACES)
+    names = {main: f"latent grpo, {size.ablated}" if size.ablated else "latent grpo"}
+    names |= {space: f"{space}, latent grpo" for space in others}
+    return {space: name for space, name in names.items() if name in runs and space in runs}
+
+
 def ablation_table(runs: Runs, size: Size) -> str:
-    spaces = size.spaces or tuple(SPACES)
-    main, rows = spaces[0], []
-    for space in spaces:
-        name = f"{space}, latent grpo"
-        if space == main:
-            name = f"latent grpo, {size.ablated}" if size.ablated else "latent grpo"
-        if name in runs and space in runs:
-            health = [run["health"] for run in runs.each(space)]
-            rows.append(
-                [
-                    f"{SHOWN.get(space, space)}{' (as above)' if space == main else ''}",
-                    str(len(runs.each(name))),
-                    figure(runs.values(name, "held_out")),
-                    figure(runs.values(name, "other_style")),
-                    figure([run["curve"][0]["reward"] for run in runs.each(name)]),
-                    figure(runs.values(name, "sampled", "diversity"), 2),
-                    figure(runs.values(name, "perplexity", "marginal"), 0),
-                    " ".join(reach(run["curve"], 0.9)[0] for run in runs.each(name)),
-                    figure([h["codebook/used"] for h in health], 0),
-                    figure([h["codebook/perplexity"] for h in health], 0),
-                    figure([h["world_model/ce_gap_no_action"] for h in health], 2),
-                    figure([h["policy/reachable"] for h in health if "policy/reachable" in h], 2),
-                ]
-            )
+    main, rows = (size.spaces or tuple(SPACES))[0], []
+    for space, name in ablations(runs, size).items():
+        health = [run["health"] for run in runs.each(space)]
+        rows.append(
+            [
+                f"{SHOWN.get(space, space)}{' (as above)' if space == main else ''}",
+                str(len(runs.each(name))),
+                figure(runs.values(name, "held_out")),
+                figure(runs.values(name, "other_style")),
+                figure([run["curve"][0]["reward"] for run in runs.each(name)]),
+                figure(runs.values(name, "sampled", "diversity"), 2),
+                figure(runs.values(name, "perplexity", "marginal"), 0),
+                " ".join(reach(run["curve"], 0.9)[0] for run in runs.each(name)),
+                figure([h["codebook/used"] for h in health], 0),
+                figure([h["codebook/perplexity"] for h in health], 0),
+                figure([h["world_model/ce_gap_no_action"] for h in health], 2),
+                figure([h["policy/reachable"] for h in health if "policy/reachable" in h], 2),
+            ]
+        )
     header = ["space", "seeds", "held out", "other style", "validation before RL", "diversity"]
     header += ["perplexity, small talk", "rollouts to .90", "codes used", "code perplexity", "nats gained by codes"]
     header += ["probability reached"]
     return markdown(header, rows)
+
+
+def ablation_difference_table(runs: Runs, size: Size) -> str:
+    main, found = (size.spaces or tuple(SPACES))[0], ablations(runs, size)
+    reference = found.pop(main, None)
+    if not reference or not found:
+        return ""
+    rows = []
+    for space, name in found.items():
+        row = [f"{SHOWN.get(space, space)} − {SHOWN.get(main, main)}"]
+        rows.append(sum((runs.difference(name, reference, key) for _, key in ASKED), row))
+    return markdown(["difference", *(name for shown, _ in ASKED for name in (shown, "each seed"))], rows)
 
 
 def control_table(runs: Runs) -> str:
@@ -319,6 +336,7 @@ def tables(size_name: str, folder: Path) -> str:
         fluency_table(runs),
         "### Spaces",
         ablation_table(runs, size),
+        ablation_difference_table(runs, size),
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -249,7 +249,7 @@ def result(name: str, seed: int, rewards: list[float], **more) -> dict:
         **measured,
         "sampled": sampled,
         "answer_perplexity": 1.2,
-        "perplexity": {"marginal" if name.startswith("latent") else "backbone": 100.0},
+        "perplexity": {"marginal" if "latent" in name else "backbone": 100.0},
         "curve": curve,
         "learning_rate": 3e-4,
         "trained": 1000,
@@ -273,9 +273,17 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     # One seed's luck is not the best token-level run.
     lucky = result("token dapo", 0, [1.0] * 4)
     (tmp_path / "runs" / "token dapo-0.json").write_text(json.dumps(lucky))
+    # The defaults' seeds 0 and 1 answer 0.25 and 0.5 right; `no balance` was run on seed 1 alone, K = 1 on neither.
+    health = {"codebook/used": 9, "codebook/perplexity": 8.0, "world_model/ce_gap_no_action": 1.0}
+    for space, seed in (("space", 0), ("space", 1), ("no balance", 1), ("K = 1", 2)):
+        runs = [{"name": space, "seed": seed, "health": health}]
+        if space != "space":
+            runs.append(result(f"{space}, latent grpo", seed, [1.0, 1.0, 0.0, 1.0]))
+        for run in runs:
+            (tmp_path / "runs" / f"{run['name']}-{seed}.json").write_text(json.dumps(run))
     page = tmp_path / "page.md"
     page.write_text(f"# Before\n{BEGIN}\nold\n{END}\nafter\n")
-    write_page("reduced", tmp_path, page)
+    write_page("pocket", tmp_path, page)
     text = page.read_text()
     assert text.startswith("# Before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "| token grpo | 2 | 0.750 (0.750–0.750) |" in text
@@ -289,6 +297,8 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert "| token dapo | 1 | 1.000 |" in text and "− token dapo" not in text
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
+    assert "| no balance − defaults | +0.250 [" in text and "] | +0.250 | +0.250 [" in text
+    assert "| K = 1 − defaults | – | – | – | – |" in text
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 
 

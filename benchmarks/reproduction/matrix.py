@@ -10,10 +10,15 @@ ROOT = Path(__file__).resolve().parents[2]
 # Runs over tokens and over codes whose samples are measured by several laws.
 SWEPT = (
     ("base", "latent, before RL"),
+    ("base", "latent, no projector, before RL"),
     ("token grpo", "latent grpo"),
     (
         "token grpo, 4 updates, decaying rate",
         "latent grpo, 4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
+    ),
+    (
+        "token grpo, 4 updates, decaying rate",
+        "latent grpo, no projector, 4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
     ),
 )
 TOKEN_LOSSES = {
@@ -30,7 +35,8 @@ class Size:
     What is run, and how much of it. `steps` are RL steps of `prompts` x `generations` rollouts, with so many `updates`
     of each where a run has no number of its own; `learning_rates` are the same grid for every arm, on the validation
     questions of seed 0; `arms` are those that choose one of them, and `spaces` those of `SPACES` that are learned, the
-    first for all but the ablations, which have its options but for their own and are trained as the variant `ablated`;
+    first for all but the ablations, which have its options but for their own and are trained as the variant `ablated`,
+    and `over`, variants of codes over another space, before RL where the variant is empty;
     `losses` and `variants` are run in both arms where both have them; with `by_end` variants are also run at the rate
     that ended best; sweeps are over so many of the `likeliest` tokens or codes, 0 for all. `error_rate` is that of the
     annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
@@ -44,6 +50,10 @@ class Size:
     arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
     spaces: tuple[str, ...] | None = None
     ablated: str = ""
+    over: tuple[tuple[str, str], ...] = (
+        ("no projector", ""),
+        ("no projector", "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"),
+    )
     losses: tuple[str, ...] = tuple(TOKEN_LOSSES)
     variants: tuple[str, ...] = (
         "2 updates",
@@ -87,6 +97,7 @@ SIZES = {
         learning_rates=(3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1"),
+        over=(),
         losses=("grpo",),
         variants=(),
         pairs=300,
@@ -132,6 +143,7 @@ SIZES = {
             "policy from last layers",
         ),
         ablated="hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
+        over=(),
         losses=("grpo",),
         variants=(
             "hot",
@@ -156,6 +168,7 @@ SIZES = {
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1", "random frozen codebook"),
+        over=(),
         losses=("grpo",),
         variants=(),
         space_rate=2e-3,
@@ -266,6 +279,11 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+def name_over(space: str, variant: str) -> str:
+    """Of a run over codes of a space that is not the first."""
+    return f"latent grpo, {space}, {variant}" if variant else f"latent, {space}, before RL"
+
+
 def arm_of(kind: str, variant: str, size: Size) -> str:
     """Whose rate a variant takes: that of its law and schedule, where it was sought, drawn together or not."""
 
@@ -332,4 +350,8 @@ def matrix(size_name: str) -> list[list[Cell]]:
         phases.append(variants[seed])
         phases.append([Cell(name, "learn", seed, SPACES[main] | SPACES[name]) for name in others])
         phases.append([Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm=arm) for name in others])
+        for space, variant in size.over:
+            options = (VARIANTS | LATENT_VARIANTS)[variant] if variant else {"times": 0}
+            run_arm = arm_of("codes", variant, size) if variant else ""
+            phases[-1].append(Cell(name_over(space, variant), "codes", seed, options, space, arm=run_arm))
     return phases

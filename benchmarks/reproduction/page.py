@@ -7,7 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matrix import BY_END, LATENT_VARIANTS, SIZES, SPACES, SWEPT, TOKEN_LOSSES, VARIANTS, Size, matrix
+from matrix import (
+    BY_END,
+    LATENT_VARIANTS,
+    SIZES,
+    SPACES,
+    SWEPT,
+    TOKEN_LOSSES,
+    VARIANTS,
+    Size,
+    matrix,
+    name_over,
+)
 
 from latent_trl.evaluation.intervals import paired_bootstrap
 
@@ -82,14 +93,15 @@ def markdown(header: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def main_rows(runs: Runs) -> list[str]:
-    order = ["base", "sft", "latent, before RL"]
+    over = {name_over(*pair): bool(pair[1]) for size in SIZES.values() for pair in size.over}
+    order = ["base", "sft", "latent, before RL", *(name for name, trained in over.items() if not trained)]
     for kind, variants in (("token", VARIANTS), ("latent", VARIANTS | LATENT_VARIANTS)):
         order += [f"{kind} {loss}" for loss in TOKEN_LOSSES]
         names = [f"{kind} grpo", *(f"{kind} grpo, {variant}" for variant in variants)]
         order += [*names[1:], *(f"{name}{BY_END}" for name in names)]
         if kind == "token":
             order.append("token grpo, all text parameters")
-    order += ["latent ppo"]
+    order += [*(name for name, trained in over.items() if trained), "latent ppo"]
     return [name for name in order if name in runs]
 
 
@@ -131,7 +143,7 @@ def difference_table(runs: Runs) -> str:
     best = best_run(runs, "token")
     rows = []
     for name in main_rows(runs):
-        if best and name.startswith("latent") and name != "latent, before RL":
+        if best and name.startswith("latent") and not name.endswith("before RL"):
             for shown, key in ASKED:
                 rows.append([f"{name} − {best}", shown, *runs.difference(name, best, key)])
     return markdown(["difference", "questions", "mean and 95 % interval over questions", "each seed"], rows)
@@ -183,6 +195,8 @@ def fluency_table(runs: Runs) -> str:
             continue
         of_seed = [{s: at_fluency(run["sweep"], FLUENCY) for s, run in runs.by_name[name].items()} for name in names]
         for name, found in zip(names, of_seed, strict=True):
+            if any(row[0] == name for row in rows):
+                continue
             known = [value for value in found.values() if value]
             reached = f"{len(known)} of {len(found)}"
             rows.append([name, reached, figure([v[0] for v in known], 2), figure([v[1] for v in known])])
@@ -280,7 +294,7 @@ def control_table(runs: Runs) -> str:
 
 def sweep_table(runs: Runs) -> str:
     rows = []
-    for name in sum(SWEPT, ()):
+    for name in dict.fromkeys(sum(SWEPT, ())):
         if not runs.swept(name):
             continue
         for points in zip(*(run["sweep"] for run in runs.each(name))):

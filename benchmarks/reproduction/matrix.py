@@ -50,10 +50,7 @@ class Size:
     arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
     spaces: tuple[str, ...] | None = None
     ablated: str = ""
-    over: tuple[tuple[str, str], ...] = (
-        ("no projector", ""),
-        ("no projector", "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"),
-    )
+    over: tuple[tuple[str, str], ...] = ()
     losses: tuple[str, ...] = tuple(TOKEN_LOSSES)
     variants: tuple[str, ...] = (
         "2 updates",
@@ -89,15 +86,24 @@ class Size:
     evaluate_every: int = 2
     likeliest: tuple[int, ...] = (0, 4, 8)
 
+    @property
+    def learned(self) -> tuple[str, ...]:
+        """Names of the spaces, all where none are chosen."""
+        return self.spaces or tuple(SPACES)
+
 
 SIZES = {
-    "pocket": Size(),
+    "pocket": Size(
+        over=(
+            ("no projector", ""),
+            ("no projector", "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"),
+        )
+    ),
     "reduced": Size(
         seeds=(0,),
         learning_rates=(3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1"),
-        over=(),
         losses=("grpo",),
         variants=(),
         pairs=300,
@@ -143,7 +149,6 @@ SIZES = {
             "policy from last layers",
         ),
         ablated="hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
-        over=(),
         losses=("grpo",),
         variants=(
             "hot",
@@ -168,7 +173,6 @@ SIZES = {
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
         arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1", "random frozen codebook"),
-        over=(),
         losses=("grpo",),
         variants=(),
         space_rate=2e-3,
@@ -296,7 +300,7 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
 def matrix(size_name: str) -> list[list[Cell]]:
     """Phases of cells; those of a phase need only what is in the phases before it."""
     size = SIZES[size_name]
-    main, *others = size.spaces or SPACES
+    main, *others = size.learned
     tuned = {
         "tokens": ("tokens", {}),
         "codes": ("codes", {}),

@@ -11,7 +11,6 @@ from matrix import (
     BY_END,
     LATENT_VARIANTS,
     SIZES,
-    SPACES,
     SWEPT,
     TOKEN_LOSSES,
     VARIANTS,
@@ -229,14 +228,14 @@ def cost_table(runs: Runs) -> str:
 
 def ablations(runs: Runs, size: Size) -> dict[str, str]:
     """Learned spaces and the run over each, the first that with which the others are compared."""
-    main, *others = size.spaces or tuple(SPACES)
+    main, *others = size.learned
     names = {main: f"latent grpo, {size.ablated}" if size.ablated else "latent grpo"}
     names |= {space: f"{space}, latent grpo" for space in others}
     return {space: name for space, name in names.items() if name in runs and space in runs}
 
 
 def ablation_table(runs: Runs, size: Size) -> str:
-    main, rows = (size.spaces or tuple(SPACES))[0], []
+    main, rows = size.learned[0], []
     for space, name in ablations(runs, size).items():
         health = [run["health"] for run in runs.each(space)]
         rows.append(
@@ -262,7 +261,7 @@ def ablation_table(runs: Runs, size: Size) -> str:
 
 
 def ablation_difference_table(runs: Runs, size: Size) -> str:
-    main, found = (size.spaces or tuple(SPACES))[0], ablations(runs, size)
+    main, found = size.learned[0], ablations(runs, size)
     reference = found.pop(main, None)
     if not reference or not found:
         return ""

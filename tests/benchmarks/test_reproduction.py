@@ -257,6 +257,18 @@ def result(name: str, seed: int, rewards: list[float], **more) -> dict:
     }
 
 
+def test_a_variant_over_another_space_differs_in_the_space_alone():
+    from matrix import matrix
+
+    cells = {cell.key: cell for phase in matrix("pocket") for cell in phase}
+    law = "4 updates, decaying rate, anchor 0.1 with captions, arithmetic-2"
+    over, main = cells[f"latent grpo, no projector, {law}"], cells[f"latent grpo, {law}"]
+    assert (over.space, main.space) == ("no projector", "space")
+    assert (over.kind, over.options, over.arm, over.by_end) == (main.kind, main.options, main.arm, main.by_end)
+    untrained = cells["latent, no projector, before RL-2"]
+    assert (untrained.space, untrained.options) == ("no projector", {"times": 0})
+
+
 def test_the_page_shows_what_the_runs_left(tmp_path):
     from page import BEGIN, END, write_page
 
@@ -273,6 +285,9 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     # One seed's luck is not the best token-level run.
     lucky = result("token dapo", 0, [1.0] * 4)
     (tmp_path / "runs" / "token dapo-0.json").write_text(json.dumps(lucky))
+    for name in ("latent, no projector, before RL", "latent, before RL"):
+        run = result(name, 0, [0.0] * 4, controls={"permuted": [0.0], "shuffled": 0.0})
+        (tmp_path / "runs" / f"{name}-0.json").write_text(json.dumps(run))
     # The defaults' seeds 0 and 1 answer 0.25 and 0.5 right; `no balance` was run on seed 1 alone, K = 1 on neither.
     health = {"codebook/used": 9, "codebook/perplexity": 8.0, "world_model/ce_gap_no_action": 1.0}
     for space, seed in (("space", 0), ("space", 1), ("no balance", 1), ("K = 1", 2)):
@@ -298,6 +313,7 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     # .90 is first reached at the last point: 256 rollouts, 4 seconds.
     assert "| latent grpo | 0 | 0.0003 | 1,000 | 15.6 | 256 | 4 | 256 | 4 |" in text
     assert "| no balance − defaults | +0.250 [" in text and "] | +0.250 | +0.250 [" in text
+    assert "| latent, no projector, before RL | 1 | 0.000 |" in text and "before RL − token grpo" not in text
     assert "| K = 1 − defaults | – | – | – | – |" in text
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 

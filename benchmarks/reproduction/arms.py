@@ -1,5 +1,6 @@
 """The arms of the reproduction: how each is trained, and one way to ask all of them."""
 
+import json
 import time
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -34,7 +35,9 @@ from latent_trl.data.prompts import encode_prompts
 from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
 from latent_trl.models.arithmetic_sampling import ArithmeticSampler, even_points
+from latent_trl.models.configuration import STAGES
 from latent_trl.rewards.exact_match import ExactMatchReward
+from latent_trl.trainer.latent_action_space_trainer import HISTORY_FILE
 
 MAX_NEW_TOKENS = 12
 DESCRIPTION_TOKENS = 24
@@ -146,11 +149,11 @@ def rewards_of(rows: list[dict[str, Any]], texts: list[str]) -> list[float]:
 class Curve(TrainerCallback):
     """Reward on the validation questions every so many steps, with rollouts and seconds of training so far."""
 
-    def __init__(self, speaker, tasks: Tasks, size: Size, times: int):
+    def __init__(self, speaker, tasks: Tasks, size: Size, cell: Cell):
         self.speaker, self.tasks, self.size = speaker, tasks, size
         self.rollouts = size.prompts * size.generations
         # A longer run has as many points.
-        self.every = size.evaluate_every * times
+        self.every = (cell.evaluate_every or size.evaluate_every) * cell.options.get("times", 1)
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
 
@@ -176,9 +179,11 @@ class Curve(TrainerCallback):
 
 
 def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
-    """A latent action space and the policy cloned, saved in `folder`. Returns the codebook's health."""
+    """A latent action space and the policy cloned, saved in `folder`. Returns the codebook's health. Where only some
+    `stages` are learned, those before them are the first space's, found beside `folder`."""
     set_seed(cell.seed)
     options = dict(cell.options)
+    stages = list(options.pop("stages", STAGES[1:5]))
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
     freeze = options.pop("freeze_codebook", False)
     names = ("balance_coef", "use_cycle", "cloning_target", "coverage_coef", "coverage_positions", "coverage_min_prob")
@@ -191,11 +196,16 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
         **options,
     )
     start = seconds(size)
-    processor = load_processor(size)
-    model = LatentActionModel.from_backbone(load_backbone(size), config)
+    processor, history = load_processor(size), []
+    if cell.space:
+        last = STAGES.index(stages[0]) - 1
+        done = folder.parent / f"{cell.space}-{cell.seed}" / "run" / f"{last}-{STAGES[last]}"
+        model = LatentActionModel.from_pretrained(done, backbone=load_backbone(size))
+        history = json.loads((done / HISTORY_FILE).read_text(encoding="utf-8"))
+    else:
+        model = LatentActionModel.from_backbone(load_backbone(size), config)
     if freeze:
         model.codebook.weight.register_hook(torch.zeros_like)
-    stages = ["inverse_dynamics", "projector", "joint", "policy"]
     if not model.config.use_projector:
         stages.remove("projector")
     trainer = LatentActionSpaceTrainer(
@@ -223,7 +233,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     )
     trainer.train()
     model.save_pretrained(folder / "model")
-    health = {k: v for row in trainer.history for k, v in row.items() if k.startswith(PREFIXES)}
+    health = {k: v for row in history + trainer.history for k, v in row.items() if k.startswith(PREFIXES)}
     return {"health": health, "seconds": seconds(size) - start}
 
 
@@ -265,7 +275,7 @@ def train_tokens(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_ra
         part.requires_grad_(True)
     speaker = TokenSpeaker(model, processor)
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
+    curve = Curve(speaker, tasks, size, cell)
     trainer = GRPOTrainer(
         model=model,
         reward_funcs=REWARD,
@@ -301,7 +311,7 @@ def train_codes(cell: Cell, size: Size, folder: Path, tasks: Tasks, learning_rat
         options |= {"num_iterations": 2, "value_learning_rate": 1e-3}
         trainer_class, config_class = LatentActionPPOTrainer, LatentActionPPOConfig
     options = rl_options(cell, size, folder, learning_rate, options)
-    curve = Curve(speaker, tasks, size, cell.options.get("times", 1))
+    curve = Curve(speaker, tasks, size, cell)
     held = None
     if "anchor_coef" in options:
         # As much small talk as captions.

@@ -38,8 +38,9 @@ class Size:
     first for all but the ablations, which have its options but for their own and are trained as the variant `ablated`,
     and `over`, variants of codes over another space, before RL where the variant is empty;
     `losses` and `variants` are run in both arms where both have them; with `by_end` variants are also run at the rate
-    that ended best; sweeps are over so many of the `likeliest` tokens or codes, 0 for all. `error_rate` is that of the
-    annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
+    that ended best; validation curves have a point every `evaluate_every` steps, the ablations' every
+    `ablations_evaluate_every`; sweeps are over so many of the `likeliest` tokens or codes, 0 for all. `error_rate` is
+    that of the annotator whose answers `backbone` was taught. A `gpu` is used where there is one.
     """
 
     backbone: Path = ROOT / "model_cards" / "pocket-vlm"
@@ -52,21 +53,7 @@ class Size:
     ablated: str = ""
     over: tuple[tuple[str, str], ...] = ()
     losses: tuple[str, ...] = tuple(TOKEN_LOSSES)
-    variants: tuple[str, ...] = (
-        "2 updates",
-        "T = 0.7",
-        "T = 1.5",
-        "hot",
-        "decaying rate",
-        "KL 0.04",
-        "entropy 0.01",
-        "entropy 0.1, arithmetic",
-        "anchor 0.1",
-        "entropy 0.01, anchor 0.1",
-        "arithmetic",
-        "4 updates, decaying rate",
-        "4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
-    )
+    variants: tuple[str, ...] = ()
     pairs: int = 1500
     texts: int = 1500
     space_steps: int = 150
@@ -84,6 +71,7 @@ class Size:
     questions: int = 600
     others: int = 240
     evaluate_every: int = 2
+    ablations_evaluate_every: int = 4
     likeliest: tuple[int, ...] = (0, 4, 8)
 
     @property
@@ -94,10 +82,50 @@ class Size:
 
 SIZES = {
     "pocket": Size(
+        spaces=(
+            "space",
+            "K = 1",
+            "random frozen codebook",
+            "no cycle",
+            "no projector",
+            "no text",
+            "100 pairs",
+            "500 pairs",
+            "2 000 pairs",
+            "all pairs",
+            "K = 16",
+            "K = 64",
+            "K = 512",
+            "read-out subtract",
+            "read-out last block",
+            "no balance",
+        ),
+        cloning_steps=100,
+    ),
+    # What might make RL over codes better, and what else was tried.
+    "levers": Size(
+        arms=("tokens", "codes"),
+        spaces=("space", "no projector", "coverage", "cloned from inferred codes", "policy from last layers"),
         over=(
             ("no projector", ""),
             ("no projector", "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"),
-        )
+        ),
+        losses=("grpo",),
+        variants=(
+            "2 updates",
+            "T = 0.7",
+            "T = 1.5",
+            "hot",
+            "decaying rate",
+            "KL 0.04",
+            "entropy 0.01",
+            "entropy 0.1, arithmetic",
+            "anchor 0.1",
+            "entropy 0.01, anchor 0.1",
+            "arithmetic",
+            "4 updates, decaying rate",
+            "4 updates, decaying rate, anchor 0.1 with captions, arithmetic",
+        ),
     ),
     "reduced": Size(
         seeds=(0,),
@@ -192,9 +220,11 @@ class Cell:
         kind (`str`): `learn` (a latent action space and policy), `base`, `sft`, `tokens` or `codes`.
         seed (`int`): Of everything that is drawn.
         options (`dict`): For `learn`, of configuration and size; else of the trainer.
-        space (`str`): For `codes`: the name of the `learn` cell to start from.
+        space (`str`): The name of the `learn` cell to start from: of `codes`, and of a space whose first stages are
+            another one's.
         arm (`str`): Whose chosen learning rate is used; empty for a run that has its own.
         by_end (`bool`): Chosen by the end of the validation curve, not its mean.
+        evaluate_every (`int`): Steps from one point of the validation curve to the next; 0 for the size's.
     """
 
     name: str
@@ -204,20 +234,28 @@ class Cell:
     space: str = ""
     arm: str = ""
     by_end: bool = False
+    evaluate_every: int = 0
+
+    def needs(self, other: "Cell") -> bool:
+        """Whether `other` must have been run before."""
+        if other.kind == "learn":
+            return (other.name, other.seed) == (self.space, self.seed)
+        return bool(self.arm) and other.name.startswith(f"tune {self.arm} ")
 
     @property
     def key(self) -> str:
         return f"{self.name}-{self.seed}"
 
 
+# With `stages` only those are learned, after the first space's own.
 SPACES: dict[str, dict[str, Any]] = {
     # What the package does by itself, said for a size whose other spaces have it.
     "space": {"coverage_coef": 0.0},
     "K = 1": {"num_codes": 1},
     "random frozen codebook": {"freeze_codebook": True},
-    "no cycle": {"use_cycle": False},
+    "no cycle": {"use_cycle": False, "stages": ("joint", "policy")},
     "no projector": {"use_projector": False},
-    "no text": {"texts": 0},
+    "no text": {"texts": 0, "stages": ("joint", "policy")},
     "100 pairs": {"pairs": 100},
     "500 pairs": {"pairs": 500},
     "2 000 pairs": {"pairs": 2000},
@@ -229,7 +267,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
     "coverage": {"coverage_coef": 0.2, "coverage_min_prob": 0.01},
-    "cloned from inferred codes": {"cloning_target": "inferred"},
+    "cloned from inferred codes": {"cloning_target": "inferred", "stages": ("policy",)},
     "policy from last layers": {"policy_init": "last_layers"},
 }
 # Sampling among the 16 likeliest, far hotter than they are.
@@ -297,8 +335,8 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
     return next((arm for arm in size.arms if law(arm) == law(f"{kind}, {variant}")), kind)
 
 
-def matrix(size_name: str) -> list[list[Cell]]:
-    """Phases of cells; those of a phase need only what is in the phases before it."""
+def matrix(size_name: str) -> list[Cell]:
+    """All runs in their order: each comes after those that it needs."""
     size = SIZES[size_name]
     main, *others = size.learned
     tuned = {
@@ -346,16 +384,19 @@ def matrix(size_name: str) -> list[list[Cell]]:
                 for kind, arm, space in (("token", "tokens", ""), ("latent", "codes", main)):
                     cell = Cell(f"{kind} grpo{law}{BY_END}", arm, seed, options, space, arm=f"{arm}{law}", by_end=True)
                     variants[seed].append(cell)
-    phases = [[Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds], tune, compared, losses]
+    cells = [Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds] + tune + compared + losses
     trained = (VARIANTS | LATENT_VARIANTS)[size.ablated] if size.ablated else {}
     arm = arm_of("codes", size.ablated, size)
+    every = size.ablations_evaluate_every
     # One seed of every variant and ablation before the second of any.
     for seed in size.seeds:
-        phases.append(variants[seed])
-        phases.append([Cell(name, "learn", seed, SPACES[main] | SPACES[name]) for name in others])
-        phases.append([Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm=arm) for name in others])
+        cells += variants[seed]
+        for name in others:
+            start = main if "stages" in SPACES[name] else ""
+            cells.append(Cell(name, "learn", seed, SPACES[main] | SPACES[name], start))
+            cells.append(Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm, evaluate_every=every))
         for space, variant in size.over:
             options = (VARIANTS | LATENT_VARIANTS)[variant] if variant else {"times": 0}
             run_arm = arm_of("codes", variant, size) if variant else ""
-            phases[-1].append(Cell(name_over(space, variant), "codes", seed, options, space, arm=run_arm))
-    return phases
+            cells.append(Cell(name_over(space, variant), "codes", seed, options, space, arm=run_arm))
+    return cells

@@ -75,7 +75,7 @@ def perplexities(speaker, tasks: Tasks) -> dict[str, float]:
     if isinstance(speaker, TokenSpeaker):
         model, laws = _reading(speaker.model), ("backbone",)
     else:
-        model, laws = speaker.model, ("marginal", "most_likely")
+        model, laws = speaker.model, ("marginal",)
     return {
         law: text_perplexity(model, speaker.processor, tasks.references, law=law, batch_size=32).value for law in laws
     }

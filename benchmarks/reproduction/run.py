@@ -18,7 +18,7 @@ import multiprocessing
 import os
 import shutil
 import sys
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -103,34 +103,36 @@ def space_folder(folder: Path, name: str, seed: int) -> Path:
     return folder / "work" / f"{name}-{seed}" / "model"
 
 
-def is_done(folder: Path, cell: Cell, phases: list[list[Cell]]) -> bool:
+def is_done(folder: Path, cell: Cell, cells: list[Cell]) -> bool:
     """Whether nothing is left to do: a result is there, and the model of a space as long as some run needs it."""
     if not path_of(folder, cell).is_file():
         return False
     if cell.kind != "learn" or space_folder(folder, cell.name, cell.seed).is_dir():
         return True
-    users = [c for phase in phases for c in phase if (c.space, c.seed) == (cell.name, cell.seed)]
-    return all(path_of(folder, user).is_file() for user in users)
+    return all(path_of(folder, user).is_file() for user in cells if user.needs(cell))
 
 
 def run(size_name: str, folder: Path, jobs: int, only: tuple[str, ...] = ()) -> None:
     from tqdm import tqdm
 
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    phases = [[c for c in phase if not only or c.name in only] for phase in matrix(size_name)]
-    total = sum(map(len, phases))
+    cells = [cell for cell in matrix(size_name) if not only or cell.name in only]
+    waiting = [cell for cell in cells if not is_done(folder, cell, cells)]
+    running: dict[Future, Cell] = {}
     context = multiprocessing.get_context("spawn")
-    with tqdm(total=total, unit="run") as bar, ProcessPoolExecutor(jobs, mp_context=context) as pool:
-        for phase in phases:
-            waiting = {}
-            for cell in phase:
-                if is_done(folder, cell, phases):
-                    bar.update()
-                else:
-                    waiting[pool.submit(run_cell, size_name, folder, cell)] = cell
-            for done in as_completed(waiting):
+    with (
+        tqdm(total=len(cells), initial=len(cells) - len(waiting), unit="run") as bar,
+        ProcessPoolExecutor(jobs, mp_context=context) as pool,
+    ):
+        while waiting or running:
+            missing = [*waiting, *running.values()]
+            ready = [cell for cell in waiting if not any(map(cell.needs, missing))]
+            for cell in ready[: jobs - len(running)]:
+                waiting.remove(cell)
+                running[pool.submit(run_cell, size_name, folder, cell)] = cell
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
                 done.result()
-                bar.set_postfix_str(waiting[done].key)
+                bar.set_postfix_str(running.pop(done).key)
                 bar.update()
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -93,6 +94,7 @@ class Tasks:
     references: list[dict[str, Any]]
 
     @classmethod
+    @cache
     def load(cls, questions: int, others: int) -> "Tasks":
         rows = list(shape_questions("test", 870, seed=0))
         held_out, validation = rows[:questions], rows[600 : 600 + others]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.collator import LatentActionDataCollator
+from ..trainer.backbone_cloning import chunk_size, spoken_log_probs
 from .intervals import Interval, bootstrap_interval
 
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
@@ -160,11 +161,18 @@ def _losses(model, batch: dict[str, Any], law: str) -> tuple[torch.Tensor, list[
         choice = model.policy(states, attention_mask, call.position_ids)[:, :-1][mask]
     if law != "marginal":
         return _cross_entropy(model, model.merge(inputs, model.codebook(choice.argmax(dim=-1))), targets), counts
-    total = torch.full_like(targets, -torch.inf, dtype=torch.float32)
-    for code, log_prob in enumerate(choice.log_softmax(dim=-1).unbind(dim=-1)):
-        vectors = model.codebook(torch.full_like(targets, code))
-        total = total.logaddexp(log_prob - _cross_entropy(model, model.merge(inputs, vectors), targets))
-    return -total, counts
+    return _mixture_losses(model, inputs, choice.log_softmax(dim=-1), targets), counts
+
+
+def _mixture_losses(model, states: torch.Tensor, log_probs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihood `[M]` of `targets` `[M]` under all codes, chosen with `log_probs` `[M, K]`, in `states`
+    `[M, d]`."""
+    size = chunk_size(model, model.config.num_codes, states.device)
+    losses = []
+    for part, of_codes, wanted in zip(*(t.split(size) for t in (states, log_probs, targets)), strict=True):
+        spoken = spoken_log_probs(model, part, wanted[:, None])[0].squeeze(-1)
+        losses.append(-(of_codes + spoken).logsumexp(dim=-1))
+    return torch.cat(losses)
 
 
 def _cross_entropy(model, merged: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

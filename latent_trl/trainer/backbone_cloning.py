@@ -29,20 +29,32 @@ def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 def _laws(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Most likely tokens `[M, K]` of the codes, their log-probabilities `[M, K]`, and the probabilities of all tokens
     `[M, K, V]` as multiples of theirs."""
-    laws = model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
-    best = laws.max(dim=-1)
-    # In place, for time and memory: less the largest, that one's log-probability is minus the sum's logarithm.
-    laws = laws.sub_(best.values[..., None]).exp_()
-    return best.indices, -laws.sum(dim=-1).log(), laws
+    laws = _logits(model, states)
+    said, _, total = _exponentials(laws)
+    # Less the largest, that one's log-probability is minus the sum's logarithm.
+    return said, -total.log(), laws
 
 
 @torch.no_grad()
 def spoken_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities `[M, K, N]` of `tokens` `[M, N]` under each code in `states` `[M, d]`, float32, and the most
     likely token `[M, K]` of each code."""
-    logits = model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
+    logits = _logits(model, states)
     of_tokens = logits.gather(2, tokens[:, None].expand(-1, logits.shape[1], -1))
-    return of_tokens - logits.logsumexp(dim=-1, keepdim=True), logits.argmax(dim=-1)
+    said, highest, total = _exponentials(logits)
+    return of_tokens - (highest + total.log())[..., None], said
+
+
+def _logits(model, states: torch.Tensor) -> torch.Tensor:
+    """`[M, K, V]` of all codes in `states` `[M, d]`, float32."""
+    return model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
+
+
+def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Most likely tokens `[M, K]`, their logits `[M, K]`, and the sums `[M, K]` of what `logits` `[M, K, V]` becomes:
+    its exponentials as multiples of the largest. In place, for time and memory."""
+    best = logits.max(dim=-1)
+    return best.indices, best.values, logits.sub_(best.values[..., None]).exp_().sum(dim=-1)
 
 
 @torch.no_grad()

@@ -71,34 +71,84 @@ def test_the_probe_finds_what_states_hold_and_no_more():
     assert 0.35 < found(other[:800], rows[:800], other[800:], rows[800:], seed=0) < 0.65
 
 
-@pytest.mark.parametrize("size", ["pocket", "reduced", "rare", "smol"])
-def test_every_run_needs_only_earlier_phases(size):
+@pytest.mark.parametrize("size", ["pocket", "levers", "reduced", "rare", "smol"])
+def test_every_run_comes_after_those_that_it_needs(size):
     from matrix import SIZES, matrix
 
-    phases = matrix(size)
-    keys = [cell.key for phase in phases for cell in phase]
-    assert len(keys) == len(set(keys))
-    done = set()
-    for phase in phases:
-        for cell in phase:
-            assert not cell.space or f"{cell.space}-{cell.seed}" in done
-            assert not cell.arm or any(key.startswith(f"tune {cell.arm} ") for key in done)
-        done |= {cell.key for cell in phase}
+    cells = matrix(size)
+    assert len({cell.key for cell in cells}) == len(cells)
+    for i, cell in enumerate(cells):
+        needed = [other for other in cells if cell.needs(other)]
+        assert all(other in cells[:i] for other in needed)
+        assert any(other.kind == "learn" for other in needed) == bool(cell.space)
+        rates = {other.options["learning_rate"] for other in needed if other.name.startswith("tune ")}
+        assert rates == (set(SIZES[size].learning_rates) if cell.arm else set())
     assert len(SIZES["pocket"].seeds) >= 3
+
+
+def test_a_run_starts_when_what_it_needs_is_done(tmp_path, monkeypatch):
+    import run
+    from matrix import Cell
+
+    cells = [
+        Cell("space", "learn", 0),
+        Cell("space", "learn", 1),
+        Cell("tune codes 0.001", "codes", 0, {}, "space"),
+        Cell("latent grpo", "codes", 0, {}, "space", arm="codes"),
+        Cell("latent grpo", "codes", 1, {}, "space", arm="codes"),
+        Cell("base", "base", 0),
+    ]
+    started, done = [], []
+
+    class Pool:
+        """Keeps what it is given until it is waited for, and ends the latest first."""
+
+        def __init__(self, jobs, mp_context=None):
+            self.jobs = jobs
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, function, size, folder, cell):
+            assert not any(cell.needs(other) for other in cells if other not in done)
+            started.append(cell)
+            future = run.Future()
+            future.cell = cell
+            return future
+
+    class Waited:
+        def __init__(self, running, return_when):
+            assert len(running) <= 2
+            last = list(running)[-1]
+            done.append(last.cell)
+            last.set_result(None)
+            self.done = {last}
+
+    monkeypatch.setattr(run, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(run, "wait", Waited)
+    monkeypatch.setattr(run, "matrix", lambda size: cells)
+    run.run("pocket", tmp_path, jobs=2)
+    assert sorted(cell.key for cell in done) == sorted(cell.key for cell in cells) and len(started) == len(cells)
+    # The second space was done first: then what needs nothing else.
+    assert [cell.key for cell in started[:4]] == ["space-0", "space-1", "base-0", "tune codes 0.001-0"]
 
 
 def test_ablations_keep_what_they_do_not_ablate():
     from matrix import LATENT_VARIANTS, SIZES, SPACES, matrix
 
-    cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
+    cells = {cell.name: cell for cell in matrix("rare") if cell.seed == 0}
     coverage = SPACES["coverage"]
-    assert cells["no text"].options == {**coverage, "texts": 0}
+    assert cells["no text"].options == {**coverage, "texts": 0, "stages": ("joint", "policy")}
     assert cells["space"].options["coverage_coef"] == 0.0
     trained, best = cells["no text, latent grpo"], cells[f"latent grpo, {SIZES['rare'].ablated}"]
     assert trained.options == best.options == LATENT_VARIANTS[SIZES["rare"].ablated]
     assert trained.arm == best.arm != "codes"
-    pocket = {cell.name: cell for phase in matrix("pocket") for cell in phase}
-    assert pocket["no text"].options == {**SPACES["space"], "texts": 0}
+    pocket = {cell.name: cell for cell in matrix("pocket")}
+    assert pocket["100 pairs"].options == {**SPACES["space"], "pairs": 100}
+    assert (pocket["no text"].space, pocket["100 pairs"].space) == ("space", "")
     assert pocket["no text, latent grpo"].options == {}
 
 
@@ -111,9 +161,37 @@ def test_every_space_can_be_learned(tmp_path, monkeypatch):
     monkeypatch.setattr(arms, "small_talk", lambda *_: rows)
     monkeypatch.setattr(arms.LatentActionSpaceTrainer, "train", lambda self: stages.update({name: self.args.stages}))
     for name, options in SPACES.items():
+        options = {key: value for key, value in options.items() if key != "stages"}
         arms.learn(Cell(name, "learn", 0, options), SIZES["pocket"], tmp_path / name)
     assert stages.pop("no projector") == ["inverse_dynamics", "joint", "policy"]
     assert len(stages) == len(SPACES) - 1 and all(len(ran) == 4 for ran in stages.values())
+
+
+@pytest.mark.parametrize("name", ["no text", "cloned from inferred codes"])
+def test_a_space_that_goes_on_from_the_first_ones_stages_is_the_same(tmp_path, name):
+    from dataclasses import replace
+
+    from arms import learn, load_backbone
+    from matrix import SIZES, SPACES, Cell
+
+    from latent_trl import LatentActionModel
+
+    size = replace(
+        SIZES["pocket"], pairs=32, texts=32, space_steps=5, projector_steps=5, joint_steps=5, cloning_steps=5
+    )
+    whole = {key: value for key, value in SPACES[name].items() if key != "stages"}
+    learn(Cell("space", "learn", 0), size, tmp_path / "space-0")
+    found = [
+        learn(cell, size, tmp_path / f"{name}-{i}")["health"]
+        for i, cell in enumerate((Cell(name, "learn", 0, SPACES[name], "space"), Cell(name, "learn", 0, whole)))
+    ]
+    assert found[0] == found[1] and "codebook/used" in found[0]
+    models = [
+        LatentActionModel.from_pretrained(tmp_path / f"{name}-{i}" / "model", backbone=load_backbone(size))
+        for i in range(2)
+    ]
+    for own, other in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.equal(own, other)
 
 
 def test_small_talk_that_is_measured_is_not_learned_from():
@@ -146,7 +224,7 @@ def test_an_anchor_with_captions_holds_as_much_small_talk(tmp_path, monkeypatch)
     monkeypatch.setattr(arms, "load_backbone", lambda _: None)
     monkeypatch.setattr(arms.LatentActionModel, "from_pretrained", lambda *_, **__: None)
     monkeypatch.setattr(arms, "LatentActionGRPOTrainer", Recorded)
-    cells = {cell.name: cell for phase in matrix("pocket") for cell in phase if cell.seed == 1}
+    cells = {cell.name: cell for cell in matrix("levers") if cell.seed == 1}
     name = "4 updates, decaying rate, anchor 0.1 with captions, arithmetic"
     for variant in (name, "anchor 0.1", "decaying rate"):
         arms.train_codes(cells[f"latent grpo, {variant}"], SIZES["pocket"], tmp_path, None, 1e-3, tmp_path)
@@ -163,14 +241,15 @@ def test_a_longer_run_has_more_rollouts_and_as_many_points(tmp_path):
     from matrix import SIZES, matrix
 
     size = SIZES["rare"]
-    cells = {cell.name: cell for phase in matrix("rare") for cell in phase if cell.seed == 0}
+    cells = {cell.name: cell for cell in matrix("rare") if cell.seed == 0}
     short, long = (
         cells[f"latent grpo, hot, decaying rate{more}"] for more in ("", ", anchor 0.1, arithmetic, 4 times the steps")
     )
     steps = [rl_options(cell, size, tmp_path, 1e-3, cell.options)["max_steps"] for cell in (short, long)]
     assert steps == [60, 240], "two updates of 30 and of 120 rollouts"
-    every = [Curve(None, None, size, cell.options.get("times", 1)).every for cell in (short, long)]
-    assert every == [2, 8]
+    assert [Curve(None, None, size, cell).every for cell in (short, long)] == [2, 8]
+    ablation = next(cell for cell in matrix("pocket") if cell.name == "no balance, latent grpo")
+    assert Curve(None, None, SIZES["pocket"], ablation).every == 4
     assert long.by_end and not short.by_end
     assert "times" in long.options, "not taken from the cell for good"
 
@@ -224,17 +303,17 @@ def test_a_space_is_learned_again_only_where_a_run_still_needs_its_model(tmp_pat
     from run import is_done, path_of, space_folder
 
     space, user = Cell("space", "learn", 0), Cell("latent grpo", "codes", 0, {}, "space")
-    phases = [[space, Cell("space", "learn", 1)], [user, Cell("latent grpo", "codes", 1, {}, "space")]]
+    cells = [space, Cell("space", "learn", 1), user, Cell("latent grpo", "codes", 1, {}, "space")]
     (tmp_path / "runs").mkdir()
-    assert not is_done(tmp_path, space, phases)
+    assert not is_done(tmp_path, space, cells)
     path_of(tmp_path, space).write_text("{}")
-    assert not is_done(tmp_path, space, phases), "its model is not there"
+    assert not is_done(tmp_path, space, cells), "its model is not there"
     space_folder(tmp_path, "space", 0).mkdir(parents=True)
-    assert is_done(tmp_path, space, phases)
+    assert is_done(tmp_path, space, cells)
     space_folder(tmp_path, "space", 0).rmdir()
     path_of(tmp_path, user).write_text("{}")
-    assert is_done(tmp_path, space, phases)
-    assert is_done(tmp_path, user, phases)
+    assert is_done(tmp_path, space, cells)
+    assert is_done(tmp_path, user, cells)
 
 
 def result(name: str, seed: int, rewards: list[float], **more) -> dict:
@@ -260,7 +339,7 @@ def result(name: str, seed: int, rewards: list[float], **more) -> dict:
 def test_a_variant_over_another_space_differs_in_the_space_alone():
     from matrix import matrix
 
-    cells = {cell.key: cell for phase in matrix("pocket") for cell in phase}
+    cells = {cell.key: cell for cell in matrix("levers")}
     law = "4 updates, decaying rate, anchor 0.1 with captions, arithmetic-2"
     over, main = cells[f"latent grpo, no projector, {law}"], cells[f"latent grpo, {law}"]
     assert (over.space, main.space) == ("no projector", "space")

@@ -153,7 +153,8 @@ class Curve(TrainerCallback):
         self.speaker, self.tasks, self.size = speaker, tasks, size
         self.rollouts = size.prompts * size.generations
         # A longer run has as many points.
-        self.every = (cell.evaluate_every or size.evaluate_every) * cell.options.get("times", 1)
+        every = size.ablations_evaluate_every if cell.ablation else size.evaluate_every
+        self.every = every * cell.options.get("times", 1)
         self.points: list[dict[str, float]] = []
         self.paused = 0.0
 

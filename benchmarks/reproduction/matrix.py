@@ -48,7 +48,7 @@ class Size:
     gpu: bool = False
     seeds: tuple[int, ...] = (0, 1, 2)
     learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3)
-    arms: tuple[str, ...] = ("tokens", "codes", "ppo", "all text parameters")
+    arms: tuple[str, ...] = ("tokens", "codes", "ppo")
     spaces: tuple[str, ...] | None = None
     ablated: str = ""
     over: tuple[tuple[str, str], ...] = ()
@@ -104,7 +104,7 @@ SIZES = {
     ),
     # What might make RL over codes better, and what else was tried.
     "levers": Size(
-        arms=("tokens", "codes"),
+        arms=("tokens", "codes", "all text parameters"),
         spaces=("space", "no projector", "coverage", "cloned from inferred codes", "policy from last layers"),
         over=(
             ("no projector", ""),
@@ -130,7 +130,6 @@ SIZES = {
     "reduced": Size(
         seeds=(0,),
         learning_rates=(3e-4, 1e-3),
-        arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1"),
         losses=("grpo",),
         variants=(),
@@ -199,7 +198,6 @@ SIZES = {
         backbone=ROOT / "outputs" / "smol-vlm",
         gpu=True,
         learning_rates=(3e-5, 1e-4, 3e-4, 1e-3),
-        arms=("tokens", "codes", "ppo"),
         spaces=("space", "K = 1", "random frozen codebook"),
         losses=("grpo",),
         variants=(),
@@ -224,7 +222,7 @@ class Cell:
             another one's.
         arm (`str`): Whose chosen learning rate is used; empty for a run that has its own.
         by_end (`bool`): Chosen by the end of the validation curve, not its mean.
-        evaluate_every (`int`): Steps from one point of the validation curve to the next; 0 for the size's.
+        ablation (`bool`): Its validation curve has fewer points, and what no table shows is not measured.
     """
 
     name: str
@@ -234,7 +232,7 @@ class Cell:
     space: str = ""
     arm: str = ""
     by_end: bool = False
-    evaluate_every: int = 0
+    ablation: bool = False
 
     def needs(self, other: "Cell") -> bool:
         """Whether `other` must have been run before."""
@@ -387,14 +385,13 @@ def matrix(size_name: str) -> list[Cell]:
     cells = [Cell(main, "learn", seed, SPACES[main]) for seed in size.seeds] + tune + compared + losses
     trained = (VARIANTS | LATENT_VARIANTS)[size.ablated] if size.ablated else {}
     arm = arm_of("codes", size.ablated, size)
-    every = size.ablations_evaluate_every
     # One seed of every variant and ablation before the second of any.
     for seed in size.seeds:
         cells += variants[seed]
         for name in others:
             start = main if "stages" in SPACES[name] else ""
             cells.append(Cell(name, "learn", seed, SPACES[main] | SPACES[name], start))
-            cells.append(Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm, evaluate_every=every))
+        cells += [Cell(f"{name}, latent grpo", "codes", seed, trained, name, arm, ablation=True) for name in others]
         for space, variant in size.over:
             options = (VARIANTS | LATENT_VARIANTS)[variant] if variant else {"times": 0}
             run_arm = arm_of("codes", variant, size) if variant else ""

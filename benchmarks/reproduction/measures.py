@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import DESCRIPTION_TOKENS, CodeSpeaker, TokenSpeaker, load_backbone, rewards_of
-from matrix import Size
+from matrix import Cell, Size
 from tasks import SAMPLES, Tasks, is_fluent
 
 from latent_trl import LatentActionConfig, LatentActionModel
@@ -81,13 +81,16 @@ def perplexities(speaker, tasks: Tasks) -> dict[str, float]:
     }
 
 
-def measure(speaker, tasks: Tasks, seed: int, size: Size) -> dict[str, Any]:
+def measure(speaker, tasks: Tasks, cell: Cell, size: Size) -> dict[str, Any]:
     """Rewards per question, and the rest."""
-    asked = {"held_out": tasks.held_out, "other_style": tasks.other_style, "blind": tasks.blind}
+    asked = {"held_out": tasks.held_out, "other_style": tasks.other_style}
+    if not cell.ablation:
+        asked["blind"] = tasks.blind
     texts = {name: speaker.say(rows) for name, rows in asked.items()}
     result: dict[str, Any] = {name: rewards_of(rows, texts[name]) for name, rows in asked.items()}
-    result["answer_perplexity"] = perplexity_of_answers(speaker.processor, tasks.held_out, texts["held_out"], size)
-    result["sampled"] = sampled(speaker, tasks, 1.0, seed)
+    if not cell.ablation:
+        result["answer_perplexity"] = perplexity_of_answers(speaker.processor, tasks.held_out, texts["held_out"], size)
+    result["sampled"] = sampled(speaker, tasks, 1.0, cell.seed)
     result["perplexity"] = perplexities(speaker, tasks)
     return result
 

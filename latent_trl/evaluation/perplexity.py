@@ -7,15 +7,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.collator import LatentActionDataCollator
 from ..trainer.backbone_cloning import chunk_size, spoken_log_probs
+from ..trainer.cross_entropy import token_cross_entropy
 from .intervals import Interval, bootstrap_interval
 
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
-CHUNK_VALUES = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -152,7 +151,7 @@ def _losses(model, batch: dict[str, Any], law: str) -> tuple[torch.Tensor, list[
     targets, counts = ids[:, 1:][mask], mask.sum(dim=1).tolist()
     call = model.backbone_view.encode(ids, attention_mask, **batch["vision"])
     if law == "backbone":
-        return _cross_entropy(model, call.states[:, :-1][mask], targets), counts
+        return token_cross_entropy(model, call.states[:, :-1][mask], targets), counts
     states = model.context_states(call.states, batch["has_image"])
     inputs = states[:, :-1][mask]
     if law == "inferred":
@@ -160,7 +159,7 @@ def _losses(model, batch: dict[str, Any], law: str) -> tuple[torch.Tensor, list[
     else:
         choice = model.policy(states, attention_mask, call.position_ids)[:, :-1][mask]
     if law != "marginal":
-        return _cross_entropy(model, model.merge(inputs, model.codebook(choice.argmax(dim=-1))), targets), counts
+        return token_cross_entropy(model, model.merge(inputs, model.codebook(choice.argmax(dim=-1))), targets), counts
     return _mixture_losses(model, inputs, choice.log_softmax(dim=-1), targets), counts
 
 
@@ -172,11 +171,4 @@ def _mixture_losses(model, states: torch.Tensor, log_probs: torch.Tensor, target
     for part, of_codes, wanted in zip(*(t.split(size) for t in (states, log_probs, targets)), strict=True):
         spoken = spoken_log_probs(model, part, wanted[:, None])[0].squeeze(-1)
         losses.append(-(of_codes + spoken).logsumexp(dim=-1))
-    return torch.cat(losses)
-
-
-def _cross_entropy(model, merged: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    size = max(1, CHUNK_VALUES // model.backbone_view.text_config.vocab_size)
-    parts = zip(merged.split(size), targets.split(size), strict=True)
-    losses = [F.cross_entropy(model.backbone_view.logits(m[None])[0].float(), t, reduction="none") for m, t in parts]
     return torch.cat(losses)

@@ -238,7 +238,7 @@ class Cell:
         """Whether `other` must have been run before."""
         if other.kind == "learn":
             return (other.name, other.seed) == (self.space, self.seed)
-        return bool(self.arm) and other.name.startswith(f"tune {self.arm} ")
+        return other.name.startswith(f"tune {self.arm} ")
 
     @property
     def key(self) -> str:

@@ -35,8 +35,8 @@ from tqdm.auto import tqdm
 
 from latent_trl import LatentActionConfig, LatentActionModel
 from latent_trl.data.collator import LatentActionDataCollator
-from latent_trl.trainer.component_training import train_only
-from latent_trl.trainer.latent_action_space_objective import STAGE_COMPONENTS, LatentActionSpaceObjective
+from latent_trl.trainer.run.component_training import train_only
+from latent_trl.trainer.space.objective import STAGE_COMPONENTS, LatentActionSpaceObjective
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -46,7 +46,7 @@ from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
 
 from latent_trl import LatentActionConfig, LatentActionGRPOConfig, LatentActionGRPOTrainer, LatentActionModel
-from latent_trl.trainer.code_scoring import trunk_positions
+from latent_trl.generation.output import trunk_positions
 
 LORA_TARGETS = r".*\.layers\.\d+\.(self_attn|mlp)\.(q|k|v|o|gate|up|down)_proj"
 PARTS = ("rollout", "scoring", "update", "step")

@@ -8,23 +8,23 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "ActionLaw": "models.action_law",
+    "ActionLaw": "generation.action_law",
     "CheckpointError": "models.component",
     "Codebook": "models.codebook",
     "CrossModalProjector": "models.projector",
     "InverseDynamicsModel": "models.inverse_dynamics",
     "LanguageWorldModel": "models.world_model",
     "LatentActionConfig": "models.configuration",
-    "LatentActionGRPOConfig": "trainer.latent_action_grpo_config",
-    "LatentActionGRPOTrainer": "trainer.latent_action_grpo_trainer",
+    "LatentActionGRPOConfig": "trainer.grpo.config",
+    "LatentActionGRPOTrainer": "trainer.grpo.trainer",
     "LatentActionModel": "models.latent_action_model",
-    "LatentActionPPOConfig": "trainer.latent_action_ppo_config",
-    "LatentActionPPOTrainer": "trainer.latent_action_ppo_trainer",
+    "LatentActionPPOConfig": "trainer.ppo.config",
+    "LatentActionPPOTrainer": "trainer.ppo.trainer",
     "LatentActionPolicy": "models.policy",
-    "LatentActionSFTConfig": "trainer.latent_action_sft_config",
-    "LatentActionSFTTrainer": "trainer.latent_action_sft_trainer",
-    "LatentActionSpaceConfig": "trainer.latent_action_space_config",
-    "LatentActionSpaceTrainer": "trainer.latent_action_space_trainer",
+    "LatentActionSFTConfig": "trainer.sft.config",
+    "LatentActionSFTTrainer": "trainer.sft.trainer",
+    "LatentActionSpaceConfig": "trainer.space.config",
+    "LatentActionSpaceTrainer": "trainer.space.trainer",
     "ValueHead": "models.policy",
 }
 

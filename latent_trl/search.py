@@ -14,9 +14,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .data.prompts import encode_prompts
+from .generation.output import LatentActionGenerateOutput, trunk_positions
 from .models.latent_action_model import LatentActionModel
-from .models.rollout import LatentActionGenerateOutput
-from .trainer.code_scoring import trunk_positions
 
 
 @dataclass

@@ -11,7 +11,7 @@ from latent_trl.data.collator import LatentActionDataCollator
 from latent_trl.data.shapes import ANSWERS, chitchat, shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
 from latent_trl.rewards.exact_match import ExactMatchReward
-from latent_trl.trainer.latent_action_space_objective import LatentActionSpaceObjective
+from latent_trl.trainer.space.objective import LatentActionSpaceObjective
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 LEARNED = "pocket-vlm-latent-actions"

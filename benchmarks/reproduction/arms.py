@@ -34,10 +34,10 @@ from latent_trl import (
 from latent_trl.data.prompts import encode_prompts
 from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
-from latent_trl.models.arithmetic_sampling import ArithmeticSampler, even_points
+from latent_trl.generation.arithmetic_sampling import ArithmeticSampler, even_points
 from latent_trl.models.configuration import STAGES
 from latent_trl.rewards.exact_match import ExactMatchReward
-from latent_trl.trainer.latent_action_space_trainer import HISTORY_FILE
+from latent_trl.trainer.space.trainer import HISTORY_FILE
 
 MAX_NEW_TOKENS = 12
 DESCRIPTION_TOKENS = 24

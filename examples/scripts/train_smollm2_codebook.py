@@ -24,7 +24,7 @@ from latent_trl.data.shapes import chitchat
 from latent_trl.evaluation.intervals import bootstrap_interval
 from latent_trl.hub.card import write_card
 from latent_trl.hub.facts import CodebookReport, Evaluation, TrainingReport
-from latent_trl.trainer.latent_action_space_objective import LatentActionSpaceObjective
+from latent_trl.trainer.space.objective import LatentActionSpaceObjective
 
 BACKBONE = "SmolLM2-135M-Instruct-Q4_1"
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -176,7 +176,7 @@ def _whole(model, inputs, sequences):
 def _compare(model, inputs, sequences, action_ids, recorded) -> str:
     import torch
 
-    from ..models.action_law import ActionLaw
+    from ..generation.action_law import ActionLaw
 
     with torch.no_grad():
         passed = model(**_whole(model, inputs, sequences), return_logits=False)

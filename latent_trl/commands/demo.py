@@ -128,8 +128,8 @@ class Demo:
         from ..data.shapes import chitchat, shape_pairs
         from ..models.configuration import LatentActionConfig
         from ..models.latent_action_model import LatentActionModel
-        from ..trainer.latent_action_space_config import LatentActionSpaceConfig
-        from ..trainer.latent_action_space_trainer import LatentActionSpaceTrainer
+        from ..trainer.space.config import LatentActionSpaceConfig
+        from ..trainer.space.trainer import LatentActionSpaceTrainer
         from .progress import BarCallback, draw_with
 
         s = self.settings
@@ -180,8 +180,8 @@ class Demo:
     def fine_tune(self) -> None:
         """Stage 5: a short SFT with LoRA, following inferred codes."""
         from ..data.shapes import shape_pairs
-        from ..trainer.latent_action_sft_config import LatentActionSFTConfig
-        from ..trainer.latent_action_sft_trainer import LatentActionSFTTrainer
+        from ..trainer.sft.config import LatentActionSFTConfig
+        from ..trainer.sft.trainer import LatentActionSFTTrainer
         from .progress import BarCallback, draw_with
 
         s = self.settings
@@ -222,16 +222,16 @@ class Demo:
             use_cpu=True,
         )
         if s.algorithm == "ppo":
-            from ..trainer.latent_action_ppo_config import LatentActionPPOConfig
-            from ..trainer.latent_action_ppo_trainer import LatentActionPPOTrainer
+            from ..trainer.ppo.config import LatentActionPPOConfig
+            from ..trainer.ppo.trainer import LatentActionPPOTrainer
 
             # Two updates of each rollout: half the rate, twice the steps.
             common |= dict(max_steps=2 * s.rl_steps, learning_rate=s.rl_learning_rate / 2, num_iterations=2)
             args: Any = LatentActionPPOConfig(value_learning_rate=1e-3, **common)
             trainer_class: Any = LatentActionPPOTrainer
         else:
-            from ..trainer.latent_action_grpo_config import LatentActionGRPOConfig
-            from ..trainer.latent_action_grpo_trainer import LatentActionGRPOTrainer
+            from ..trainer.grpo.config import LatentActionGRPOConfig
+            from ..trainer.grpo.trainer import LatentActionGRPOTrainer
 
             trainer_class, args = LatentActionGRPOTrainer, LatentActionGRPOConfig(**common)
         trainer = trainer_class(

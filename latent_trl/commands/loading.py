@@ -85,7 +85,7 @@ def load_processor(model, name: str | None = None):
         from transformers import AutoProcessor
 
         return AutoProcessor.from_pretrained(name, padding_side="left")
-    from ..trainer.latent_action_space_trainer import load_processing_class
+    from ..trainer.run.loading import load_processing_class
 
     return load_processing_class(model)
 

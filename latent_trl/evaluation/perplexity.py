@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.collator import LatentActionDataCollator
-from ..trainer.backbone_cloning import chunk_size, spoken_log_probs
-from ..trainer.cross_entropy import token_cross_entropy
+from ..models.cross_entropy import token_cross_entropy
+from ..models.spoken import chunk_size, spoken_log_probs
 from .intervals import Interval, bootstrap_interval
 
 LAWS = ("most_likely", "marginal", "inferred", "backbone")

@@ -1,20 +1,14 @@
 """The inverse dynamics model: which code explains the next token."""
 
-from typing import Any
-
 import torch
-from torch import nn
-from transformers import PreTrainedConfig
 
-from .component import LatentActionComponent
-from .configuration import read_text_config
-from .decoder_stack import DecoderStack
+from .code_predictor import CodePredictor
 
 
-class InverseDynamicsModel(LatentActionComponent):
+class InverseDynamicsModel(CodePredictor):
     """
-    Decoder layers over the states, then a linear map to K logits, shifted left by one: the code at t sees the states
-    up to t + 1, the token that it must explain among them, and nothing later. Needed for learning only.
+    Decoder layers over the states, then K logits, shifted left by one: the code at t sees the states up to t + 1, the
+    token that it must explain among them, and nothing later. Needed for learning only.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`): Configuration of its decoder layers.
@@ -22,19 +16,7 @@ class InverseDynamicsModel(LatentActionComponent):
         num_codes (`int`): K.
     """
 
-    config_keys = ("text_config", "hidden_size", "num_codes")
     folder_name = "inverse_dynamics"
-
-    def __init__(self, text_config: PreTrainedConfig | dict[str, Any], hidden_size: int, num_codes: int):
-        super().__init__()
-        config = read_text_config(text_config)
-        self.hidden_size = hidden_size
-        self.num_codes = num_codes
-        self.decoder_stack = DecoderStack(config, hidden_size)
-        self.head = nn.Linear(self.decoder_stack.hidden_size, num_codes, bias=False)
-
-    def to_config(self) -> dict[str, Any]:
-        return {**super_config(self), "text_config": self.decoder_stack.decoder.config.to_dict()}
 
     def forward(
         self,
@@ -56,15 +38,9 @@ class InverseDynamicsModel(LatentActionComponent):
         if token_embeddings is not None:
             scale = rms(states) / rms(token_embeddings).clamp(min=1e-6)
             states = states + token_embeddings.to(states.dtype) * scale.to(states.dtype)
-        features = self.decoder_stack(states, attention_mask, position_ids)
-        return self.head(features[:, 1:]).float()
+        return self.head(self.features(states, attention_mask, position_ids)[:, 1:])
 
 
 def rms(x: torch.Tensor) -> torch.Tensor:
     """Root mean square over the last dimension, which is kept, in float32."""
     return x.float().pow(2).mean(dim=-1, keepdim=True).sqrt()
-
-
-def super_config(component: LatentActionComponent) -> dict[str, Any]:
-    """The plain arguments of a component whose text configuration is kept by its decoder."""
-    return {name: getattr(component, name) for name in component.config_keys if name != "text_config"}

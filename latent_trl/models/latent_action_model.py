@@ -14,16 +14,16 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..generation.generate import LatentActionGenerationMixin
+from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
 from .configuration import LatentActionConfig
 from .download import cached_commit
-from .generation import LatentActionGenerationMixin
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector
-from .rollout import LatentActionGenerateOutput
 from .world_model import LanguageWorldModel
 
 

@@ -6,15 +6,14 @@ import torch
 from torch import nn
 from transformers import Cache, PreTrainedConfig
 
+from .code_predictor import CodePredictor
 from .component import LatentActionComponent
-from .configuration import read_text_config
-from .decoder_stack import DecoderStack
-from .inverse_dynamics import super_config
+from .float32_head import Float32Head
 
 
-class LatentActionPolicy(LatentActionComponent):
+class LatentActionPolicy(CodePredictor):
     """
-    Decoder layers over the states, then a linear map to K logits. No shift: the code at t sees states up to t only.
+    π(a | s): decoder layers over the states, then K logits. No shift: the code at t sees states up to t only.
 
     Args:
         text_config (`PreTrainedConfig` or `dict`): Configuration of its decoder layers.
@@ -22,20 +21,11 @@ class LatentActionPolicy(LatentActionComponent):
         num_codes (`int`): K.
     """
 
-    config_keys = ("text_config", "hidden_size", "num_codes")
     folder_name = "policy"
 
     def __init__(self, text_config: PreTrainedConfig | dict[str, Any], hidden_size: int, num_codes: int):
-        super().__init__()
-        config = read_text_config(text_config)
-        self.hidden_size = hidden_size
-        self.num_codes = num_codes
-        self.decoder_stack = DecoderStack(config, hidden_size)
-        self.head = nn.Linear(self.decoder_stack.hidden_size, num_codes, bias=False)
+        super().__init__(text_config, hidden_size, num_codes)
         nn.init.normal_(self.head.weight, std=0.02)
-
-    def to_config(self) -> dict[str, Any]:
-        return {**super_config(self), "text_config": self.decoder_stack.decoder.config.to_dict()}
 
     def forward(
         self,
@@ -56,9 +46,8 @@ class LatentActionPolicy(LatentActionComponent):
         Returns:
             Logits `[B, L or keep_last, K]` in float32, and the features if asked for.
         """
-        features = self.decoder_stack(states, attention_mask, position_ids, past_key_values)
-        features = features[:, -keep_last:]
-        logits = self.head(features).float()
+        features = self.features(states, attention_mask, position_ids, past_key_values)[:, -keep_last:]
+        logits = self.head(features)
         return (logits, features) if return_features else logits
 
 
@@ -76,10 +65,10 @@ class ValueHead(LatentActionComponent):
     def __init__(self, input_size: int):
         super().__init__()
         self.input_size = input_size
-        self.head = nn.Linear(input_size, 1)
+        self.head = Float32Head(input_size, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Values `[B, L]` in float32 of features `[B, L, input_size]`."""
-        return self.head(features).squeeze(-1).float()
+        return self.head(features).squeeze(-1)

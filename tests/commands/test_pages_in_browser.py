@@ -78,7 +78,7 @@ def test_the_atlas(atlas, tmp_path, width):
 @pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 500])
 def test_the_page_of_completions(tmp_path, width):
-    from latent_trl.trainer.completions_table import CompletionRow, html_page
+    from latent_trl.trainer.run.completions_table import CompletionRow, html_page
 
     rows = [
         CompletionRow(

@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
 from every_trainer import build, logs  # noqa: E402
 
-from latent_trl.trainer.checkpoint_manifest import newest_whole_checkpoint  # noqa: E402
+from latent_trl.trainer.run.manifest import newest_whole_checkpoint  # noqa: E402
 
 # Where a run is killed: within calls of these methods.
 SAVING, ROLLOUT, STEP = "_save_checkpoint", "_generate_and_score_completions", "training_step"

@@ -14,8 +14,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
 from every_trainer import build, letters  # noqa: E402
 
-from latent_trl.trainer.checkpoint_manifest import checkpoint_fault, newest_whole_checkpoint  # noqa: E402
-from latent_trl.trainer.reward_checks import RewardError  # noqa: E402
+from latent_trl.rewards.calling import RewardError  # noqa: E402
+from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_checkpoint  # noqa: E402
 
 TESTS = Path(__file__).parent.parent
 

@@ -11,7 +11,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
 from every_trainer import build, letters, logs  # noqa: E402
 
-from latent_trl.models.rollout import ActionChoice  # noqa: E402
+from latent_trl.generation.choice import ActionChoice  # noqa: E402
 
 GLOBAL = ("reward", "reward_std", "entropy", "kl", "codebook/used", "codebook/perplexity", "ppo/value_loss")
 

@@ -13,8 +13,8 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 from learning_runs import text_rows  # noqa: E402
 
 from latent_trl.data.collator import LatentActionDataCollator  # noqa: E402
-from latent_trl.trainer.component_training import load_components  # noqa: E402
-from latent_trl.trainer.latent_action_space_objective import LatentActionSpaceObjective  # noqa: E402
+from latent_trl.trainer.run.component_training import load_components  # noqa: E402
+from latent_trl.trainer.space.objective import LatentActionSpaceObjective  # noqa: E402
 
 
 def make():

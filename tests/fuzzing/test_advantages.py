@@ -8,7 +8,7 @@ from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_trl.trainer.advantage_estimation import (
+from latent_trl.trainer.rollout.advantages import (
     clipped_value_errors,
     explained_variance,
     generalized_advantages,
@@ -17,7 +17,7 @@ from latent_trl.trainer.advantage_estimation import (
     rewards_of_codes,
     whiten,
 )
-from latent_trl.trainer.dynamic_sampling import equal_groups, fresh_rows_needed, replacements_of
+from latent_trl.trainer.rollout.dynamic_sampling import equal_groups, fresh_rows_needed, replacements_of
 
 NUMBERS = st.floats(-20, 20, width=32)
 SHARES = st.sampled_from([0.0, 1.0, 0.95]) | st.floats(0, 1)

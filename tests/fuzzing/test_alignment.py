@@ -5,9 +5,9 @@ from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latent_trl.models.rollout import LatentActionGenerateOutput
-from latent_trl.trainer.code_scoring import Rollout
-from latent_trl.trainer.repeated_prompts import copies_of_each
+from latent_trl.generation.output import LatentActionGenerateOutput
+from latent_trl.trainer.rollout.repeated_prompts import copies_of_each
+from latent_trl.trainer.rollout.rollout import Rollout
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4)
 

@@ -15,7 +15,7 @@ from latent_trl.models.checkpoint import read_config
 from latent_trl.models.codebook import Codebook
 from latent_trl.models.component import CheckpointError, read_json, read_tensors
 from latent_trl.models.inverse_dynamics import InverseDynamicsModel
-from latent_trl.trainer.checkpoint_manifest import MANIFEST_FILE, checkpoint_fault, write_manifest
+from latent_trl.trainer.run.manifest import MANIFEST_FILE, checkpoint_fault, write_manifest
 
 
 @pytest.fixture(scope="module")

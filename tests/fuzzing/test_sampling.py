@@ -8,7 +8,7 @@ from cases import cases
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from latent_trl.models.action_law import ActionLaw
+from latent_trl.generation.action_law import ActionLaw
 
 EDGES = st.sampled_from([0.0, 1e-30, -1e-30, 3e38, -3e38, -math.inf])
 LOGITS = st.lists(st.floats(-5e4, 5e4, width=32) | EDGES, min_size=1, max_size=9)

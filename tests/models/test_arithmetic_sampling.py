@@ -4,9 +4,9 @@ import pytest
 import torch
 from tiny_models import latent
 
-from latent_trl.models.action_law import ActionLaw
-from latent_trl.models.arithmetic_sampling import ArithmeticSampler, even_points
-from latent_trl.models.rollout import ActionChoice
+from latent_trl.generation.action_law import ActionLaw
+from latent_trl.generation.arithmetic_sampling import ArithmeticSampler, even_points
+from latent_trl.generation.choice import ActionChoice
 
 SIZE, K = 8, 5
 

@@ -10,9 +10,11 @@ import torch
 from tiny_models import FAMILIES, latent
 from transformers import DynamicCache
 
-from latent_trl.models import cuda_graphs, generation, rollout
-from latent_trl.models.cuda_graphs import CUDAGraphRecording, GraphedCall
-from latent_trl.models.rollout import ActionChoice
+from latent_trl.generation import cuda_graphs
+from latent_trl.generation import generate as generation
+from latent_trl.generation import rollout_hook as rollout
+from latent_trl.generation.choice import ActionChoice
+from latent_trl.generation.cuda_graphs import CUDAGraphRecording, GraphedCall
 
 SLOW = pytest.mark.slow
 QUICK = ("llama", "llava", "qwen2_5_vl", "gpt2", "idefics3")

@@ -6,16 +6,15 @@ from learning_runs import build_space
 from test_latent_action_space_objective import learner, rows_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from latent_trl.trainer import backbone_cloning, latent_action_space_objective
-from latent_trl.trainer.backbone_cloning import (
+from latent_trl.models import spoken
+from latent_trl.models.spoken import chunk_size, next_token_entropy, spoken_tokens
+from latent_trl.trainer.space import objective as latent_action_space_objective
+from latent_trl.trainer.space.backbone_cloning import (
     MIXTURE_STEPS,
     backbone_codes,
-    chunk_size,
-    next_token_entropy,
-    spoken_tokens,
     surest_codes,
 )
-from latent_trl.trainer.latent_action_space_objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
+from latent_trl.trainer.space.objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
 
 
 def token_law(model, merged):
@@ -54,7 +53,7 @@ def states_of(model, batch, count=6):
 @torch.no_grad()
 @pytest.mark.parametrize("chunk", [1, 10_000_000])
 def test_wanted_codes_by_hand(chunk, monkeypatch):
-    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", chunk)
+    monkeypatch.setattr(spoken, "CHUNK_VALUES", chunk)
     model, batch, _ = learner("policy")
     states, backbone_states = states_of(model, batch)
     probs = torch.rand(len(states), len(model.codebook.weight)).softmax(dim=-1)
@@ -113,12 +112,12 @@ def test_a_cpu_s_chunks_change_nothing_and_are_no_larger_than_memory_allows(cpu_
     states, _ = states_of(model, batch)
     cpu, other = torch.device("cpu"), torch.device("cuda")
     whole = spoken_tokens(model, states)
-    monkeypatch.setattr(backbone_cloning, "CPU_CHUNK_VALUES", cpu_chunk)
+    monkeypatch.setattr(spoken, "CPU_CHUNK_VALUES", cpu_chunk)
     for got, expected in zip(spoken_tokens(model, states), whole, strict=True):
         torch.testing.assert_close(got, expected)
     vocabulary = model.backbone_view.text_config.vocab_size
     assert chunk_size(model, 3, cpu) == max(1, cpu_chunk // (3 * vocabulary))
-    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", 5 * 3 * vocabulary)
+    monkeypatch.setattr(spoken, "CHUNK_VALUES", 5 * 3 * vocabulary)
     assert chunk_size(model, 3, cpu) <= chunk_size(model, 3, other) == 5
 
 
@@ -146,7 +145,7 @@ def test_memory_does_not_grow_with_the_square_of_the_codes(monkeypatch):
             objective(model, batch)
         return seen.values
 
-    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(spoken, "CHUNK_VALUES", 1)
     assert largest(512) < 5 * largest(128)
 
 

@@ -14,7 +14,7 @@ from tiny_models import latent
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer, LatentActionPPOConfig, LatentActionPPOTrainer
 from latent_trl.evaluation.report import code_colour
-from latent_trl.trainer.completions_table import (
+from latent_trl.trainer.run.completions_table import (
     CompletionRow,
     html_page,
     markdown_table,

@@ -10,9 +10,11 @@ from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import RepeatSampler, is_async_callable, use_adapter
 
-from latent_trl.trainer import latent_action_grpo_trainer, latent_action_ppo_trainer, run_state
-from latent_trl.trainer.code_scoring import Rollout
-from latent_trl.trainer.latent_action_grpo_trainer import VISION_KEYS
+from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
+from latent_trl.trainer.grpo.trainer import VISION_KEYS
+from latent_trl.trainer.ppo import trainer as latent_action_ppo_trainer
+from latent_trl.trainer.rollout.rollout import Rollout
+from latent_trl.trainer.run import state as run_state
 
 # The same in TRL 1.15 and 1.16.
 SIGNATURES = {

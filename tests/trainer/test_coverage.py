@@ -5,8 +5,8 @@ import torch
 from test_backbone_cloning import states_of, token_law
 from test_latent_action_space_objective import learner
 
-from latent_trl.trainer import backbone_cloning
-from latent_trl.trainer.coverage import coverage_losses, own_codes
+from latent_trl.models import spoken
+from latent_trl.trainer.space.coverage import coverage_losses, own_codes
 
 
 def by_hand(model, state, backbone_state, num_tokens, min_prob):
@@ -26,7 +26,7 @@ def by_hand(model, state, backbone_state, num_tokens, min_prob):
 @pytest.mark.parametrize("num_tokens, min_prob", [(6, 0.0), (6, 0.02), (1, 0.0), (40, 0.5)])
 @pytest.mark.parametrize("chunk", [1, 10_000_000])
 def test_losses_by_hand(chunk, num_tokens, min_prob, monkeypatch):
-    monkeypatch.setattr(backbone_cloning, "CHUNK_VALUES", chunk)
+    monkeypatch.setattr(spoken, "CHUNK_VALUES", chunk)
     model, batch, _ = learner("inverse_dynamics")
     states, backbone_states = states_of(model, batch)
     losses, said = coverage_losses(model, states, backbone_states, num_tokens, min_prob)

@@ -8,7 +8,7 @@ from PIL import Image
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
-from latent_trl.trainer.dynamic_sampling import draw_prompts, equal_groups, fresh_rows_needed, replacements_of
+from latent_trl.trainer.rollout.dynamic_sampling import draw_prompts, equal_groups, fresh_rows_needed, replacements_of
 
 COMMON = {
     "use_cpu": True,

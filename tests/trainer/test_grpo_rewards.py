@@ -15,7 +15,7 @@ from latent_trl import (
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
 )
-from latent_trl.trainer.reward_checks import RewardError
+from latent_trl.rewards.calling import RewardError
 
 COMMON = {
     "use_cpu": True,

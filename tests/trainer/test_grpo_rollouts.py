@@ -16,8 +16,8 @@ from latent_trl import (
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
 )
-from latent_trl.models.action_law import ActionLaw
-from latent_trl.trainer.code_scoring import Rollout
+from latent_trl.generation.action_law import ActionLaw
+from latent_trl.trainer.rollout.rollout import Rollout
 
 COMMON = {
     "use_cpu": True,

@@ -10,8 +10,8 @@ from learning_runs import build_sft, build_space, changed, paired_rows, tensors,
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionSpaceConfig
-from latent_trl.trainer.checkpoint_manifest import checkpoint_fault
-from latent_trl.trainer.component_training import load_components
+from latent_trl.trainer.run.component_training import load_components
+from latent_trl.trainer.run.manifest import checkpoint_fault
 
 STEPS = {"save_strategy": "steps", "save_steps": 1, "logging_steps": 1}
 

@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from learning_runs import build_sft, build_space, paired_rows, text_rows
 
 from latent_trl.data.collator import LatentActionDataCollator
-from latent_trl.trainer import latent_action_space_objective
-from latent_trl.trainer.cross_entropy import global_mean
-from latent_trl.trainer.latent_action_sft_trainer import guided_loss
-from latent_trl.trainer.latent_action_space_objective import (
+from latent_trl.models.cross_entropy import global_mean
+from latent_trl.trainer.sft.trainer import guided_loss
+from latent_trl.trainer.space import objective as latent_action_space_objective
+from latent_trl.trainer.space.objective import (
     BALANCE_TEMPERATURE,
     LatentActionSpaceObjective,
     distinct_next_tokens,

@@ -14,7 +14,7 @@ from learning_runs import (
     tensors,
 )
 
-from latent_trl.trainer.checkpoint_manifest import MANIFEST_FILE, checkpoint_fault, newest_whole_checkpoint
+from latent_trl.trainer.run.manifest import MANIFEST_FILE, checkpoint_fault, newest_whole_checkpoint
 
 RUN = {"save_strategy": "steps", "save_steps": 100, "logging_steps": 3, "lr_scheduler_type": "linear"}
 RUN |= {f"{stage}_max_steps": 6 for stage in STAGES}
@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, whole, tmp_path, caplog):
 
 def test_older_checkpoints_are_kept_until_the_new_one_is_whole(tmp_path, monkeypatch):
     """With `save_total_limit=1` too."""
-    from latent_trl.trainer import component_training
+    from latent_trl.trainer.run import component_training
 
     options = {**RUN, "stages": ["inverse_dynamics"], "save_steps": 2, "save_total_limit": 1}
     calls = []

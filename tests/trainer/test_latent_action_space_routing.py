@@ -6,8 +6,8 @@ from peft import LoraConfig
 from tiny_models import latent, latent_config, llava
 
 from latent_trl import LatentActionModel
-from latent_trl.trainer.component_training import train_only
-from latent_trl.trainer.latent_action_space_objective import STAGE_COMPONENTS
+from latent_trl.trainer.run.component_training import train_only
+from latent_trl.trainer.space.objective import STAGE_COMPONENTS
 
 MODELS = {
     "VLM, own head": ("llava", {}),

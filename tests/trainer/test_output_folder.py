@@ -17,9 +17,9 @@ from tiny_models import latent_config
 from transformers import TrainerCallback
 
 from latent_trl.models.component import CheckpointError
-from latent_trl.trainer import output_folder
-from latent_trl.trainer.checkpoint_manifest import checkpoint_fault, newest_whole_checkpoint
-from latent_trl.trainer.output_folder import CheckpointWriteError
+from latent_trl.trainer.run import output_folder
+from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_checkpoint
+from latent_trl.trainer.run.output_folder import CheckpointWriteError
 
 SOME = [pytest.param(kind, marks=[] if kind in ("sft", "ppo") else pytest.mark.slow) for kind in KINDS]
 

@@ -10,7 +10,7 @@ from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
 from latent_trl.data.collator import LatentActionDataCollator, RowError
-from latent_trl.trainer.policy_anchor import PolicyAnchor
+from latent_trl.trainer.rollout.anchor import PolicyAnchor
 
 COMMON = {
     "use_cpu": True,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from latent_trl.trainer.advantage_estimation import (
+from latent_trl.trainer.rollout.advantages import (
     AdaptiveKLController,
     clipped_value_errors,
     explained_variance,

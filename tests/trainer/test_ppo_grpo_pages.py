@@ -9,7 +9,7 @@ from tiny_models import latent
 from trl import GRPOConfig
 
 from latent_trl import LatentActionGRPOConfig, LatentActionModel, LatentActionPPOConfig
-from latent_trl.trainer import latent_action_grpo_trainer
+from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = {"grpo": (DOCS / "grpo_trainer.md").read_text(), "ppo": (DOCS / "ppo_trainer.md").read_text()}

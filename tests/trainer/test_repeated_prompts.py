@@ -9,8 +9,9 @@ from test_grpo_rollouts import build, image, rollout, rows
 from transformers import FalconConfig
 
 from latent_trl.models.policy import LatentActionPolicy
-from latent_trl.trainer import code_scoring, latent_action_grpo_trainer
-from latent_trl.trainer.repeated_prompts import copies_of_each, same_prompt
+from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
+from latent_trl.trainer.rollout import scoring as code_scoring
+from latent_trl.trainer.rollout.repeated_prompts import copies_of_each, same_prompt
 
 
 def record_rows(trainer) -> list[int]:

@@ -10,7 +10,7 @@ from latent_trl import (
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
 )
-from latent_trl.trainer.code_scoring import Rollout
+from latent_trl.trainer.rollout.rollout import Rollout
 
 COMMON = {
     "use_cpu": True,

@@ -15,7 +15,7 @@ from latent_trl import (
     LatentActionSFTConfig,
     LatentActionSpaceConfig,
 )
-from latent_trl.trainer.run_health import MOST_CONSTANT, MOST_SKIPPED, CollapseError, RunHealth
+from latent_trl.trainer.run.health import MOST_CONSTANT, MOST_SKIPPED, CollapseError, RunHealth
 
 CONFIGS = (LatentActionSpaceConfig, LatentActionSFTConfig, LatentActionGRPOConfig, LatentActionPPOConfig)
 SOME = [pytest.param(kind, marks=[] if kind in ("sft", "ppo") else pytest.mark.slow) for kind in KINDS]

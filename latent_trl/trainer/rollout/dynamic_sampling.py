@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 
-from .code_scoring import Rollout
+from .scoring import Rollout
 
 
 @dataclass

@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from .latent_action_space_objective import CLONING_TARGETS, STAGE_COMPONENTS
-from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
+from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
+from .objective import CLONING_TARGETS, STAGE_COMPONENTS
 
 
 @dataclass

@@ -10,17 +10,18 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from ..models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
-from ..models.component import WEIGHTS_NAME, CheckpointError, check_state, load_state, read_tensors
-from ..models.latent_action_model import LatentActionModel
-from .checkpoint_manifest import (
+from ...models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
+from ...models.component import WEIGHTS_NAME, CheckpointError, check_state, load_state, read_tensors
+from ...models.latent_action_model import LatentActionModel
+from .health import RunHealth, is_finite, loss_trouble, remedy
+from .hub import HubTrainingMixin
+from .manifest import (
     MANIFEST_FILE,
     checkpoint_fault,
     newest_whole_checkpoint,
     write_json,
     write_manifest,
 )
-from .hub_training import HubTrainingMixin
 from .output_folder import (
     check_same_method,
     earlier_run,
@@ -29,7 +30,6 @@ from .output_folder import (
     raise_together,
     written_whole,
 )
-from .run_health import RunHealth, is_finite, loss_trouble, remedy
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,6 @@
 """Supervised fine-tuning under action guidance: codes are followed, and the language model is tuned."""
 
 import functools
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,15 +8,15 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
-from ..data.collator import LatentActionDataCollator
-from ..data.mixing import MixedRows, MixedRowsCollator
-from ..models.configuration import STAGES
-from ..models.latent_action_model import LatentActionModel
-from .component_training import ExactLearningMixin, train_only
-from .cross_entropy import global_mean, token_cross_entropy
-from .latent_action_sft_config import LatentActionSFTConfig
-from .latent_action_space_trainer import check_columns, load_processing_class
-from .output_folder import check_writable
+from ...data.collator import LatentActionDataCollator
+from ...data.mixing import MixedRows, MixedRowsCollator
+from ...models.configuration import STAGES
+from ...models.cross_entropy import global_mean, token_cross_entropy
+from ...models.latent_action_model import LatentActionModel
+from ..run.component_training import ExactLearningMixin, train_only
+from ..run.loading import check_columns, load_model, load_processing_class
+from ..run.output_folder import check_writable
+from .config import LatentActionSFTConfig
 
 logger = logging.get_logger(__name__)
 
@@ -52,8 +51,7 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
     ):
         args = args or LatentActionSFTConfig("latent-action-sft")
         check_writable(args)
-        if isinstance(model, (str, os.PathLike)):
-            model = LatentActionModel.from_pretrained(model, is_trainable=True)
+        model = load_model(model, is_trainable=True)
         processing_class = processing_class or load_processing_class(model)
         check_columns(train_dataset, "train_dataset")
         model.require("policy", "codebook", "world_model")

@@ -9,8 +9,11 @@ from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorL
 
 from .action_law import ActionLaw
 from .arithmetic_sampling import ACTION_SAMPLING
+from .choice import ActionChoice
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
-from .rollout import POLICY_LAYERS, ActionChoice, LatentActionGenerateOutput, RolloutHook, SharedPrefill
+from .output import LatentActionGenerateOutput
+from .rollout_hook import POLICY_LAYERS, RolloutHook
+from .shared_prefill import SharedPrefill
 
 ACTION_DEFAULTS = {
     "action_do_sample": True,

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
-from ..models.latent_action_model import LatentActionModel
-from .advantage_estimation import (
+from ...models.latent_action_model import LatentActionModel
+from ..grpo.trainer import LatentActionGRPOTrainer
+from ..rollout.advantages import (
     AdaptiveKLController,
     clipped_value_errors,
     explained_variance,
@@ -16,9 +17,9 @@ from .advantage_estimation import (
     rewards_of_codes,
     whiten,
 )
-from .dynamic_sampling import equal_groups
-from .latent_action_grpo_trainer import LatentActionGRPOTrainer, load_model
-from .latent_action_ppo_config import LatentActionPPOConfig
+from ..rollout.dynamic_sampling import equal_groups
+from ..run.loading import load_model
+from .config import LatentActionPPOConfig
 
 
 class LatentActionPPOTrainer(LatentActionGRPOTrainer):

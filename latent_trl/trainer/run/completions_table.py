@@ -16,8 +16,8 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ..data.pieces import text_pieces
-from ..evaluation.report import code_colour, image_url
+from ...data.pieces import text_pieces
+from ...evaluation.report import code_colour, image_url
 
 TEMPLATE = "completions.html.j2"
 # Of the picture, in pixels.

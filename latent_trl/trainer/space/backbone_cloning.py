@@ -1,70 +1,11 @@
-"""What the codes say, and the distribution over them that says what the backbone would."""
+"""The distribution over codes that says what the backbone would."""
 
 import torch
 
-from .cross_entropy import CHUNK_VALUES
+from ...models.spoken import chunk_size, spoken_laws
 
-CPU_CHUNK_VALUES = 4_000_000
 # Of expectation-maximisation. One comes as close, but spreads over more codes.
 MIXTURE_STEPS = 3
-
-
-@torch.no_grad()
-def spoken_tokens(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    What each code says in each state.
-
-    Args:
-        model (`LatentActionModel`): With codebook and world model.
-        states (`torch.Tensor`): `[M, d]` context states.
-
-    Returns:
-        The most likely next tokens `[M, K]` and their log-probabilities `[M, K]`, float32.
-    """
-    parts = [_laws(model, part)[:2] for part in states.split(chunk_size(model, model.config.num_codes, states.device))]
-    tokens, log_probs = map(torch.cat, zip(*parts, strict=True))
-    return tokens, log_probs
-
-
-def _laws(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Most likely tokens `[M, K]` of the codes, their log-probabilities `[M, K]`, and the probabilities of all tokens
-    `[M, K, V]` as multiples of theirs."""
-    laws = _logits(model, states)
-    said, _, total = _exponentials(laws)
-    # Less the largest, that one's log-probability is minus the sum's logarithm.
-    return said, -total.log(), laws
-
-
-@torch.no_grad()
-def spoken_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities `[M, K, N]` of `tokens` `[M, N]` under each code in `states` `[M, d]`, float32, and the most
-    likely token `[M, K]` of each code."""
-    logits = _logits(model, states)
-    of_tokens = logits.gather(2, tokens[:, None].expand(-1, logits.shape[1], -1))
-    said, highest, total = _exponentials(logits)
-    return of_tokens - (highest + total.log())[..., None], said
-
-
-def _logits(model, states: torch.Tensor) -> torch.Tensor:
-    """`[M, K, V]` of all codes in `states` `[M, d]`, float32."""
-    return model.backbone_view.logits(model.merge(states[:, None], model.codebook.weight)).float()
-
-
-def _exponentials(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Most likely tokens `[M, K]`, their logits `[M, K]`, and the sums `[M, K]` of what `logits` `[M, K, V]` becomes:
-    its exponentials as multiples of the largest. In place, for time and memory."""
-    best = logits.max(dim=-1)
-    return best.indices, best.values, logits.sub_(best.values[..., None]).exp_().sum(dim=-1)
-
-
-@torch.no_grad()
-def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats `[M]` of the backbone's next token at its own states `[M, d]`."""
-    entropies = []
-    for part in states.split(chunk_size(model, 1, states.device)):
-        log_probs = model.backbone_view.logits(part[None])[0].float().log_softmax(dim=-1)
-        entropies.append(-(log_probs.exp() * log_probs).sum(dim=-1))
-    return torch.cat(entropies)
 
 
 @torch.no_grad()
@@ -92,7 +33,7 @@ def backbone_codes(
     size = chunk_size(model, model.config.num_codes, states.device)
     parts = (tensor.split(size) for tensor in (states, backbone_states, probs))
     for part, of_backbone, of_policy in zip(*parts, strict=True):
-        tokens, log_probs, laws = _laws(model, part)
+        tokens, log_probs, laws = spoken_laws(model, part)
         wanted = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
         surest = surest_codes(tokens, log_probs)
         said = wanted.gather(1, tokens) * (surest == torch.arange(tokens.shape[1], device=tokens.device))
@@ -129,9 +70,3 @@ def surest_codes(tokens: torch.Tensor, sureness: torch.Tensor) -> torch.Tensor:
     in_front[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     leaders = order.gather(1, places.where(in_front, 0).cummax(dim=1).values)
     return torch.empty_like(tokens).scatter_(1, order, leaders)
-
-
-def chunk_size(model, codes: int, device: torch.device) -> int:
-    """States whose logits for so many codes fit in memory; on a CPU, in its cache."""
-    values = min(CHUNK_VALUES, CPU_CHUNK_VALUES) if device.type == "cpu" else CHUNK_VALUES
-    return max(1, values // (codes * model.backbone_view.text_config.vocab_size))

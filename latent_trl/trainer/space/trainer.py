@@ -16,15 +16,16 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from ..data.collator import LatentActionDataCollator
-from ..data.mixing import MixedRows, MixedRowsCollator
-from ..models.configuration import STAGES
-from ..models.latent_action_model import LatentActionModel
-from .checkpoint_manifest import newest_whole_checkpoint, write_json
-from .component_training import ExactLearningMixin, load_components, train_only
-from .latent_action_space_config import LatentActionSpaceConfig
-from .latent_action_space_objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
-from .output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
+from ...data.collator import LatentActionDataCollator
+from ...data.mixing import MixedRows, MixedRowsCollator
+from ...models.configuration import STAGES
+from ...models.latent_action_model import LatentActionModel
+from ..run.component_training import ExactLearningMixin, load_components, train_only
+from ..run.loading import check_columns, load_model, load_processing_class
+from ..run.manifest import newest_whole_checkpoint, write_json
+from ..run.output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
+from .config import LatentActionSpaceConfig
+from .objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
 
 logger = logging.get_logger(__name__)
 
@@ -70,8 +71,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
     ):
         args = args or LatentActionSpaceConfig("latent-action-space")
         check_writable(args)
-        if isinstance(model, (str, os.PathLike)):
-            model = LatentActionModel.from_pretrained(model)
+        model = load_model(model)
         if processing_class is None:
             processing_class = load_processing_class(model)
         check_columns(train_dataset, "train_dataset")
@@ -307,30 +307,3 @@ def check_stages(model: LatentActionModel, stages: list[str]) -> None:
                 "Leave it out of `stages`."
             )
         ran.add(stage)
-
-
-def load_processing_class(model: LatentActionModel):
-    """The processor or tokenizer of the model's backbone, by the name that it was loaded from."""
-    from transformers import AutoProcessor
-
-    name = model.config.base_model_name_or_path
-    if not name:
-        raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
-    return AutoProcessor.from_pretrained(name, padding_side="left")
-
-
-def check_columns(dataset: Any, name: str) -> None:
-    """Raises `ValueError` unless `dataset` has `messages`, or `prompt` and `completion`."""
-    if dataset is None:
-        raise ValueError(f"`{name}` must be given.")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}, which has no length. Rows are read in random order: give a "
-            "`datasets.Dataset`, not a stream."
-        )
-    columns = getattr(dataset, "column_names", None) or (list(dataset[0]) if len(dataset) else [])
-    if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
-        raise ValueError(
-            f"`{name}` has the columns {sorted(columns)}; it needs `messages`, or `prompt` and `completion`, in TRL's "
-            "conversational format."
-        )

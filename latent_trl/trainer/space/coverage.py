@@ -2,8 +2,8 @@
 
 import torch
 
-from .backbone_cloning import chunk_size, spoken_log_probs
-from .cross_entropy import token_cross_entropy
+from ...models.cross_entropy import token_cross_entropy
+from ...models.spoken import chunk_size, spoken_log_probs
 
 
 def coverage_losses(

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .backbone_cloning import backbone_codes, next_token_entropy, spoken_tokens
+from ...models.cross_entropy import global_mean, token_cross_entropy
+from ...models.spoken import next_token_entropy, spoken_tokens
+from .backbone_cloning import backbone_codes
 from .coverage import coverage_losses
-from .cross_entropy import global_mean, token_cross_entropy
 
 # Logits are divided by it in the balance term.
 BALANCE_TEMPERATURE = 0.25

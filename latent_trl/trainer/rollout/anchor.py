@@ -7,9 +7,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..data.collator import RowError
-from ..models.latent_action_model import LatentActionModel
-from ..models.policy import LatentActionPolicy
+from ...data.collator import RowError
+from ...models.latent_action_model import LatentActionModel
+from ...models.policy import LatentActionPolicy
 
 
 class PolicyAnchor:

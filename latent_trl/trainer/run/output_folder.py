@@ -12,10 +12,10 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from ..models.checkpoint import REPORT_FILE
-from ..models.component import CheckpointError, read_json
-from .checkpoint_manifest import newest_whole_checkpoint
-from .run_health import what_is_kept
+from ...models.checkpoint import REPORT_FILE
+from ...models.component import CheckpointError, read_json
+from .health import what_is_kept
+from .manifest import newest_whole_checkpoint
 
 LOCK_FILE = ".run.lock"
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
-from .run_health import ON_NONFINITE, check_choice
+from ..run.health import ON_NONFINITE, check_choice
 
 GUIDANCE = ("inferred", "policy")
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from .checkpoint_manifest import newest_whole_checkpoint
+from .manifest import newest_whole_checkpoint
 
 logger = logging.get_logger(__name__)
 

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import os
 from collections.abc import Sized
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -15,22 +14,29 @@ from transformers.utils import logging
 from trl import GRPOTrainer
 from trl.trainer.utils import use_adapter
 
-from ..data.collator import LatentActionDataCollator
-from ..models.action_law import ActionLaw
-from ..models.latent_action_model import LatentActionModel
-from ..rewards.shaping import SoftOverlongPunishment
-from .code_scoring import CodeScorer, CodeScores, Rollout
-from .completions_table import CompletionsTable, prompt_text
-from .component_training import ComponentTrainingMixin, train_only
-from .dynamic_sampling import Sample, all_prompts, draw_prompts, equal_groups, fresh_rows_needed, replacements_of
-from .latent_action_grpo_config import LatentActionGRPOConfig
-from .latent_action_space_trainer import check_columns, load_processing_class
-from .output_folder import check_writable
-from .policy_anchor import PolicyAnchor
-from .repeated_prompts import copies_of_each
-from .reward_checks import RewardErrors, check_model_rewards, checked_reward
-from .run_health import origin, what_is_kept
-from .run_state import ExactResumeMixin
+from ...data.collator import LatentActionDataCollator
+from ...generation.action_law import ActionLaw
+from ...models.latent_action_model import LatentActionModel
+from ...rewards.calling import RewardErrors, check_model_rewards, checked_reward
+from ...rewards.shaping import SoftOverlongPunishment
+from ..rollout.anchor import PolicyAnchor
+from ..rollout.dynamic_sampling import (
+    Sample,
+    all_prompts,
+    draw_prompts,
+    equal_groups,
+    fresh_rows_needed,
+    replacements_of,
+)
+from ..rollout.repeated_prompts import copies_of_each
+from ..rollout.scoring import CodeScorer, CodeScores, Rollout
+from ..run.completions_table import CompletionsTable, prompt_text
+from ..run.component_training import ComponentTrainingMixin, train_only
+from ..run.health import origin, what_is_kept
+from ..run.loading import check_columns, load_model, load_processing_class
+from ..run.output_folder import check_writable
+from ..run.state import ExactResumeMixin
+from .config import LatentActionGRPOConfig
 
 logger = logging.get_logger(__name__)
 
@@ -459,15 +465,6 @@ def check_anchor(args: LatentActionGRPOConfig, dataset: Any) -> None:
         raise ValueError(
             "`anchor_dataset` is not read while `anchor_coef` is 0. Set it, 0.1 say, or leave the data out."
         )
-
-
-def load_model(model: LatentActionModel | str | os.PathLike) -> LatentActionModel:
-    """A latent action model, from itself, a folder or a Hub id."""
-    if isinstance(model, (str, os.PathLike)):
-        return LatentActionModel.from_pretrained(model)
-    if not isinstance(model, LatentActionModel):
-        raise TypeError(f"`model` must be a LatentActionModel, a folder or a Hub id, got {type(model).__name__}.")
-    return model
 
 
 def copy_adapter(peft_backbone, name: str) -> None:

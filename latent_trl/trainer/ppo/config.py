@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .latent_action_grpo_config import LatentActionGRPOConfig
+from ..grpo.config import LatentActionGRPOConfig
 
 CLIPPED_LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo")
 

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from trl import GRPOConfig
 
-from ..models.arithmetic_sampling import ACTION_SAMPLING
-from .run_health import ON_COLLAPSE, ON_NONFINITE, check_choice
+from ...generation.arithmetic_sampling import ACTION_SAMPLING
+from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 # What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
 PRESETS: dict[str, dict[str, Any]] = {

@@ -1,0 +1,77 @@
+"""How a code is chosen from the policy's logits: the law, forced codes, bans, and how samples are drawn."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from .action_law import ActionLaw
+from .arithmetic_sampling import ArithmeticSampler, even_points
+
+
+@dataclass
+class ActionChoice:
+    """
+    How codes are chosen while generating.
+
+    Args:
+        law (`ActionLaw`): The law to sample from.
+        do_sample (`bool`): Sample, or take the most likely code.
+        forced (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
+        bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
+        generator (`torch.Generator`, *optional*): Source of the sampling.
+        copies (`int`, defaults to `1`): Samples a prompt; rows are the whole batch so many times.
+        arithmetic (`bool`, defaults to `False`): Draw the samples of a prompt together, see [`ArithmeticSampler`].
+    """
+
+    law: ActionLaw = field(default_factory=ActionLaw)
+    do_sample: bool = True
+    forced: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    generator: torch.Generator | None = None
+    copies: int = 1
+    arithmetic: bool = False
+    allowed: torch.Tensor | None = field(init=False, default=None)
+    sampler: ArithmeticSampler | None = field(init=False, default=None)
+
+    def __post_init__(self):
+        # Looked at once: to read a tensor's value at each token would make the device wait for the host.
+        if self.bias is not None and torch.isneginf(self.bias).any():
+            self.allowed = ~torch.isneginf(self.bias)
+
+    def choose(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Codes `[B]`, their log-probabilities `[B]` and the support `[B, K]` for logits `[B, K]` of step `step`."""
+        support = None
+        if self.bias is not None:
+            logits = logits + self.bias.to(logits)
+        support = self.law.support(logits)
+        if self.allowed is not None:
+            allowed = self.allowed.to(logits.device).expand_as(logits)
+            support = allowed if support is None else support & allowed
+        log_probs = self.law.log_probs(logits, support)
+        wanted = None
+        if self.forced is not None and step < self.forced.shape[1]:
+            wanted = self.forced[:, step].to(log_probs.device)
+        if not self.do_sample:
+            action_ids = log_probs.argmax(dim=-1)
+        elif self.arithmetic and self.copies > 1:
+            action_ids = self._draw_together(log_probs.exp(), wanted)
+        else:
+            action_ids = self._draw(log_probs.exp())
+        if wanted is not None:
+            action_ids = torch.where(wanted >= 0, wanted, action_ids)
+        chosen = log_probs.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)
+        return action_ids, chosen.masked_fill(torch.isneginf(chosen), 0.0), support
+
+    def _draw(self, probs: torch.Tensor) -> torch.Tensor:
+        """Codes `[B]`, drawn prompt by prompt though rows come in tiles: a seed gives the same samples either way."""
+        by_prompt = probs.unflatten(0, (self.copies, -1)).transpose(0, 1).flatten(0, 1)
+        # What `torch.multinomial` draws, without its look at the values, for which the host would wait.
+        drawn = (by_prompt / torch.empty_like(by_prompt).exponential_(generator=self.generator)).argmax(dim=-1)
+        return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
+
+    def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
+        """Codes `[B]` of an arithmetic code, as long as samples of a prompt can still say the same."""
+        if self.sampler is None:
+            points = even_points(len(probs) // self.copies, self.copies, self.generator, probs.device)
+            self.sampler = ArithmeticSampler(points.flatten(), self.copies)
+        return self.sampler.draw(probs, self._draw(probs), None if wanted is None else wanted < 0)

@@ -1,0 +1,173 @@
+"""What happens inside the backbone's own `generate` between the states and the head."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
+import torch
+from torch import nn
+from transformers import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
+from transformers.masking_utils import create_masks_for_generate
+
+from .choice import ActionChoice
+from .cuda_graphs import GraphedCall, static_cache
+from .shared_prefill import SharedPrefill
+
+POLICY_LAYERS = "latent_action_policy_layers"
+
+
+class RolloutHook:
+    """
+    Forward hook of the text model during one `generate` call.
+
+    At each call it turns the new states into context states, runs the policy over them, chooses a code for the last
+    position and puts the merged vector where the head will read. Everything stays on the device.
+
+    Args:
+        model (`LatentActionModel`): Whose components are run.
+        choice (`ActionChoice`): How codes are chosen.
+        attention_mask (`torch.Tensor`): `[B, P]` of the prompts, one row per generated sequence.
+        has_image (`torch.Tensor`): Boolean `[B]`, whether a row's prompt has an image.
+        keep_states (`bool`): Whether context states are kept.
+        shared (`SharedPrefill`): How several samples of a prompt share its encoding.
+        cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
+    """
+
+    def __init__(
+        self,
+        model,
+        choice: ActionChoice,
+        attention_mask: torch.Tensor,
+        has_image: torch.Tensor,
+        keep_states: bool,
+        shared: SharedPrefill,
+        cuda_graphs: bool = False,
+    ):
+        self.model = model
+        self.choice = choice
+        self.attention_mask = attention_mask
+        self.padded = not bool(attention_mask.all())
+        self.has_image = has_image
+        self.keep_states = keep_states
+        self.shared = shared
+        self.cuda_graphs = cuda_graphs
+        self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
+        self.policy_cache: Cache | None = None
+        self.action_ids: list[torch.Tensor] = []
+        self.log_probs: list[torch.Tensor] = []
+        self.supports: list[torch.Tensor] = []
+        self.states: list[torch.Tensor] = []
+        self.position_ids: list[torch.Tensor] = []
+
+    @contextmanager
+    def attached(self, decoder: nn.Module) -> Iterator[None]:
+        """Listens to `decoder` inside the block."""
+        handle = decoder.register_forward_hook(self, with_kwargs=True)
+        try:
+            with GraphedCall(decoder.forward).instead_of_forward(decoder) if self.cuda_graphs else nullcontext():
+                yield
+        finally:
+            handle.remove()
+
+    def __call__(self, decoder: nn.Module, args, kwargs, output):
+        step = len(self.action_ids)
+        cache = output.past_key_values if output.past_key_values is not None else kwargs.get("past_key_values")
+        if cache is None:
+            self.states.clear()
+            self.position_ids.clear()
+        else:
+            self._add_policy_layers(cache)
+        hidden, position_ids = output.last_hidden_state, kwargs.get("position_ids")
+        rows = len(hidden)
+        mask = self._mask(step, rows, hidden.shape[1], kwargs.get("attention_mask"))
+        states, logits = self.choose_from(hidden, self.has_image[:rows], mask, position_ids)
+        last = states[:, -1:]
+        if self.shared.pending:
+            self.shared.copy_cache(cache)
+            hidden, last, logits = hidden[:, -1:], self.shared.tiled(last), self.shared.tiled(logits)
+            if self.keep_states:
+                states = self.shared.tiled(states)
+                if position_ids is not None and position_ids.shape[-2] == rows:
+                    position_ids = self.shared.tiled(position_ids, dim=-2)
+        action_ids, log_probs, support = self.choice.choose(logits, step)
+        self.action_ids.append(action_ids)
+        self.log_probs.append(log_probs)
+        if support is not None:
+            self.supports.append(support)
+        if self.keep_states:
+            self.states.append(states)
+            if position_ids is not None:
+                self.position_ids.append(position_ids)
+        merged = self.model.merge(last, self.model.codebook(action_ids)[:, None]).to(hidden.dtype)
+        if hidden.shape[1] > 1:
+            merged = torch.cat([hidden[:, :-1], merged], dim=1)
+        output["last_hidden_state"] = merged
+        return output
+
+    def _policy_step(self, hidden, has_image, mask, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+        """Context states `[B, n, d]` of the text model's states, and the policy's logits `[B, K]` of the last."""
+        states = self.model.context_states(hidden, has_image)
+        logits = self.model.policy(
+            states,
+            attention_mask=mask,
+            position_ids=position_ids,
+            past_key_values=self.policy_cache,
+            keep_last=1,
+        )
+        return states, logits[:, -1]
+
+    def _mask(self, step: int, rows: int, length: int, of_text_model) -> torch.Tensor | dict[str, torch.Tensor] | None:
+        """What the policy attends to: of the prompt's length and the steps since, or of the whole static cache."""
+        prepared = of_text_model.values() if isinstance(of_text_model, dict) else [of_text_model]
+        if self.cuda_graphs and length == 1 and all(m is not None and m.dtype == torch.bool for m in prepared):
+            # The text model's own, made for a cache of the same length and layers of the same kind.
+            return of_text_model
+        mask = None
+        if self.padded:
+            mask = self.attention_mask[:rows]
+            mask = torch.cat([mask, mask.new_ones(rows, step)], dim=1)
+        if not self.cuda_graphs or length > 1:
+            return mask
+        stack = self.model.policy.decoder_stack.decoder
+        like = torch.empty(rows, 1, 0, dtype=stack.dtype, device=self.attention_mask.device)
+        return create_masks_for_generate(stack.config, like, mask, self.policy_cache)
+
+    def _add_policy_layers(self, cache: Cache) -> None:
+        """Puts the policy's own layers behind the backbone's, in the one cache that `generate` moves about."""
+        if self.policy_cache is not None:
+            return
+        config = self.model.policy.decoder_stack.decoder.config
+        if POLICY_LAYERS not in vars(cache):
+            if isinstance(cache, StaticCache):
+                length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+                make = static_cache if self.cuda_graphs else StaticCache
+                layers = make(config, length).layers
+            else:
+                layers = DynamicCache(config=config).layers
+            setattr(cache, POLICY_LAYERS, slice(len(cache.layers), len(cache.layers) + len(layers)))
+            cache.layers.extend(layers)
+        self.policy_cache = Cache(layers=cache.layers[vars(cache)[POLICY_LAYERS]])
+
+    def result(self, sequences: torch.Tensor, prompt_length: int) -> dict[str, torch.Tensor | None]:
+        """What was recorded, cut to the completion's length; `FloatingPointError` where no code could be drawn."""
+        length = sequences.shape[1] - prompt_length
+        # Looked at once: to look at each step would make the device wait for the host.
+        if torch.stack(self.log_probs).isnan().any():
+            raise FloatingPointError("No code could be drawn: the policy's probabilities are not finite.")
+        fields = {
+            "action_ids": torch.stack(self.action_ids, dim=1)[:, :length],
+            "action_log_probs": torch.stack(self.log_probs, dim=1)[:, :length],
+            "action_support": torch.stack(self.supports, dim=1)[:, :length] if self.supports else None,
+        }
+        if self.keep_states:
+            end = prompt_length + length - 1
+            fields["context_states"] = torch.cat(self.states, dim=1)[:, :end]
+            if self.position_ids:
+                positions = torch.cat(self.position_ids, dim=-1)[..., :end]
+                rows = len(sequences)
+                if positions.ndim == 2:
+                    positions = positions.expand(rows, -1)
+                else:
+                    positions = positions.expand(-1, rows, -1).transpose(0, 1)
+                fields["position_ids"] = positions.contiguous()
+        return fields

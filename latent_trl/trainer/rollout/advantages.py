@@ -1,4 +1,4 @@
-"""Advantages, returns and value losses over codes: pure functions of `[B, C]` tensors in float32."""
+"""Advantages and returns: pure functions of rewards and groups, and of values over codes, in float32."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,6 +6,97 @@ from dataclasses import dataclass
 import torch
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
+
+# Added to a standard deviation that is divided by, as in TRL.
+STD_EPS = 1e-4
+
+
+def weighted_rewards(rewards: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """
+    One reward a completion `[N]`: the weighted sum of those that are numbers; NaN where none is.
+
+    Args:
+        rewards (`torch.Tensor`): `[N, F]`, NaN where a function could not score.
+        weights (`torch.Tensor`): `[F]`.
+    """
+    total = (rewards * weights.to(rewards)).nansum(dim=1)
+    return total.masked_fill(rewards.isnan().all(dim=1), torch.nan)
+
+
+def nan_std(x: torch.Tensor, dim: int | None = None, keepdim: bool = False) -> torch.Tensor:
+    """Sample standard deviation of what is a number; 0 for a single number, NaN where there is none."""
+    counted = ~x.isnan()
+    mean = x.nanmean(dim=dim, keepdim=True) if dim is not None else x.nanmean()
+    squares = torch.where(counted, (x - mean) ** 2, 0.0)
+    total, count = (t.sum(dim=dim, keepdim=keepdim) if dim is not None else t.sum() for t in (squares, counted))
+    return (total / (count - 1).clamp(min=1)).sqrt().masked_fill(count == 0, torch.nan)
+
+
+def grpo_advantages(rewards: torch.Tensor, group_size: int, scale: str = "group") -> torch.Tensor:
+    """
+    GRPO ([Shao et al.](https://huggingface.co/papers/2402.03300), section 4.1): the reward less its group's mean, over
+    the standard deviation.
+
+    Args:
+        rewards (`torch.Tensor`): `[N]` over all processes, groups one after another; NaN is left out of its group.
+        group_size (`int`): G.
+        scale (`str`, defaults to `"group"`): What it is divided by: the standard deviation of the `"group"`, of the
+            `"batch"`, or `"none"` ([Dr. GRPO](https://huggingface.co/papers/2503.20783)).
+    """
+    groups = rewards.view(-1, group_size)
+    advantages = groups - groups.nanmean(dim=1, keepdim=True)
+    if scale == "group":
+        advantages = advantages / (nan_std(groups, dim=1, keepdim=True) + STD_EPS)
+    elif scale == "batch":
+        advantages = advantages / (nan_std(rewards) + STD_EPS)
+    return advantages.flatten()
+
+
+def rloo_advantages(rewards: torch.Tensor, group_size: int, scale: str = "none") -> torch.Tensor:
+    """
+    RLOO ([Ahmadian et al.](https://huggingface.co/papers/2402.14740), equation 8): the reward less the mean of the
+    others of its group. Arguments as of [`grpo_advantages`]; `scale="batch"` whitens over the batch.
+    """
+    groups = rewards.view(-1, group_size)
+    counted = ~groups.isnan()
+    others = counted.sum(dim=1, keepdim=True) - counted.long()
+    baseline = (groups.nansum(dim=1, keepdim=True) - groups.nan_to_num(0.0)) / others.clamp(min=1)
+    # A completion without siblings has nothing to be compared with.
+    advantages = torch.where(others > 0, groups - baseline, torch.where(counted, 0.0, torch.nan)).flatten()
+    if scale == "batch":
+        advantages = (advantages - advantages.nanmean()) / (nan_std(advantages) + STD_EPS)
+    return advantages
+
+
+def reinforce_advantages(rewards: torch.Tensor, group_size: int, scale: str = "batch") -> torch.Tensor:
+    """
+    REINFORCE++ ([Hu et al.](https://huggingface.co/papers/2501.03262)): the reward less the batch's mean, over the
+    batch's standard deviation unless `scale` is `"none"`. Groups play no part, so a single sample a prompt will do.
+    """
+    advantages = rewards - rewards.nanmean()
+    return advantages if scale == "none" else advantages / (nan_std(rewards) + STD_EPS)
+
+
+GROUP_ADVANTAGES: dict[str, Callable[..., torch.Tensor]] = {
+    "grpo": grpo_advantages,
+    "rloo": rloo_advantages,
+    "reinforce++": reinforce_advantages,
+}
+
+
+def normalize_then_sum(rewards: torch.Tensor, weights: torch.Tensor, group_size: int) -> torch.Tensor:
+    """
+    GDPO ([Liu et al.](https://huggingface.co/papers/2601.05242)): each reward's group advantages, summed by weight and
+    whitened over the batch.
+
+    Args:
+        rewards (`torch.Tensor`): `[N, F]`.
+        weights (`torch.Tensor`): `[F]`.
+        group_size (`int`): G.
+    """
+    each = torch.stack([grpo_advantages(column, group_size) for column in rewards.unbind(dim=1)], dim=1)
+    total = weighted_rewards(each, weights)
+    return (total - total.nanmean()) / (nan_std(total) + STD_EPS)
 
 
 def _here(tensor: torch.Tensor) -> torch.Tensor:
@@ -144,6 +235,9 @@ class AdaptiveKLController:
     horizon: int
 
     def next(self, coefficient: float, kl: float, completions: int) -> float:
-        """The coefficient after `completions` completions of mean divergence `kl`."""
+        """
+        The coefficient after `completions` completions of mean divergence `kl`. One rollout changes it by a factor of
+        2 at most, so that it stays positive where a rollout has more completions than the horizon.
+        """
         error = min(max(kl / self.target - 1, -0.2), 0.2)
-        return coefficient * (1 + error * completions / self.horizon)
+        return coefficient * min(max(1 + error * completions / self.horizon, 0.5), 2.0)

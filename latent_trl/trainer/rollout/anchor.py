@@ -46,19 +46,24 @@ class PolicyAnchor:
         try:
             return self.collate([{**self.dataset[i], "_row": i} for i in drawn])
         except RowError as error:
-            # The collator's own names of the limits are not those of the trainers.
-            raise RowError(f"`anchor_dataset`, with `anchor_max_length` and `anchor_image_root`: {error}") from error
+            # The rows are counted in a data set of their own.
+            raise RowError(f"`anchor_dataset`: {error}") from error
+
+    @staticmethod
+    def count(batch: dict[str, Any]) -> int:
+        """The answers' tokens in a batch."""
+        return int(batch["loss_mask"][:, 1:].sum())
 
     def divergence(self, model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
-        """The mean over the answers' tokens of KL(reference ‖ policy), in nats a code; 0 without a token."""
+        """KL(reference ‖ policy) in nats, summed over the answers' tokens."""
         mask = batch["loss_mask"][:, 1:]
         with torch.no_grad():
             states, position_ids = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
             before = self._log_probs(self.reference, states, batch, position_ids, mask)
         now = self._log_probs(model.policy, states, batch, position_ids, mask)
-        return F.kl_div(now, before, reduction="sum", log_target=True) / mask.sum().clamp(min=1)
+        return F.kl_div(now, before, reduction="sum", log_target=True)
 
     @staticmethod
     def _log_probs(policy, states, batch, position_ids, mask) -> torch.Tensor:
         logits = policy(states, batch["attention_mask"], position_ids)
-        return logits[:, :-1][mask].float().log_softmax(dim=-1)
+        return logits[:, :-1][mask].log_softmax(dim=-1)

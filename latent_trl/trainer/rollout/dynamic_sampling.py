@@ -1,32 +1,13 @@
 """DAPO's dynamic sampling: groups whose rewards are all equal teach nothing, and give way to other prompts' groups."""
 
-from dataclasses import dataclass, field
+import hashlib
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from PIL import Image
 
-from .scoring import Rollout
-
-
-@dataclass
-class Sample:
-    """
-    One completion with all that is needed to score it again in another batch.
-
-    Args:
-        completion_ids (`list[int]`): Its tokens.
-        rollout (`Rollout`): Its codes and states, a batch of one without padding.
-        row (`dict`): The data set's row.
-        rewards (`torch.Tensor`, *optional*): `[functions]`, NaN for `None`.
-        extra (`dict`): What reward functions logged of it, by column.
-    """
-
-    completion_ids: list[int]
-    rollout: Rollout
-    row: dict[str, Any] = field(default_factory=dict)
-    rewards: torch.Tensor | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
+from ...rewards.conversation import IMAGE_COLUMNS
 
 
 def equal_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -74,24 +55,50 @@ def fresh_rows_needed(equal: torch.Tensor, rows: int, group_size: int) -> int:
     return int(equal.view(-1, rows // group_size).sum(dim=1).max()) * group_size
 
 
-def draw_prompts(dataset, count: int, seen: list[Any], seed: int) -> list[dict[str, Any]]:
-    """`count` rows drawn at random, other than those whose prompt is in `seen` while there are others."""
+def draw_prompts(dataset, count: int, seen: set[bytes], seed: int) -> list[dict[str, Any]]:
+    """
+    `count` rows drawn at random, other than those whose [`prompt_key`] is in `seen` while there are others among the
+    first rows drawn. At most as many rows are read as could be needed where all prompts differ.
+    """
     generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator).tolist()
-    seen_prompts = {repr(prompt) for prompt in seen}
+    order = torch.randperm(len(dataset), generator=generator)[: count + len(seen)].tolist()
     drawn: list[dict[str, Any]] = []
     again: list[dict[str, Any]] = []
     for index in order:
         if len(drawn) == count:
             break
         row = dataset[index]
-        (again if repr(row["prompt"]) in seen_prompts else drawn).append(row)
+        (again if prompt_key(row) in seen else drawn).append(row)
     rest = [*again, *drawn]
     while len(drawn) < count:
         drawn.append(rest[len(drawn) % len(rest)])
     return drawn
 
 
-def all_prompts(rows: list[dict[str, Any]]) -> list[Any]:
-    """The prompts of `rows` on all processes."""
-    return gather_object([row["prompt"] for row in rows])
+def prompt_key(row: dict[str, Any]) -> bytes:
+    """A digest of a row's prompt and its pictures, which tells two prompts apart."""
+    digest = hashlib.sha256()
+    for name in ("prompt", *IMAGE_COLUMNS):
+        _update(digest, row.get(name))
+    return digest.digest()
+
+
+def _update(digest, value: Any) -> None:
+    if isinstance(value, dict):
+        for key in sorted(value):
+            digest.update(repr(key).encode())
+            _update(digest, value[key])
+    elif isinstance(value, (list, tuple)):
+        digest.update(f"[{len(value)}".encode())
+        for item in value:
+            _update(digest, item)
+    elif isinstance(value, Image.Image):
+        digest.update(f"{value.mode}{value.size}".encode())
+        digest.update(value.tobytes())
+    else:
+        digest.update(repr(value).encode())
+
+
+def all_keys(rows: list[dict[str, Any]]) -> set[bytes]:
+    """[`prompt_key`] of the rows of all processes."""
+    return set(gather_object([prompt_key(row) for row in rows]))

@@ -1,258 +1,123 @@
-"""Scores the codes of a rollout under a policy: log-probabilities, entropies and values."""
+"""Scores a rollout under a policy: log-probabilities and entropies of its codes, and values of its states."""
 
-import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.masking_utils import create_masks_for_generate
 
+from ...data.prompts import collate_prompts
 from ...generation.action_law import ActionLaw
 from ...generation.output import trunk_positions
+from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
+from .groups import has_groups, policy_over_groups
 from .rollout import Rollout
-
-# Up to so many states of one prompt and its completions, their attention to each other costs less than a second pass.
-PACKED_STATES = 4096
 
 
 @dataclass
 class CodeScores:
-    """The names that TRL reads: log-probabilities and entropies of the completion `[B, C]`."""
+    """
+    Args:
+        log_probs (`torch.Tensor`): `[B, C]` of the codes, under the law that they were sampled from, float32.
+        entropies (`torch.Tensor`): `[B, C]` of that law, in nats.
+        values (`torch.Tensor`, *optional*): `[B, C]` of the states, where the model has a value head.
+        aux_loss (`torch.Tensor`, *optional*): Load-balancing loss of a mixture-of-experts backbone that is trained.
+    """
 
     log_probs: torch.Tensor
-    entropy: torch.Tensor
-    state_values: torch.Tensor | None = None
+    entropies: torch.Tensor
+    values: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
 
 
-class CodeScorer:
-    """
-    Stands in for the model where TRL scores tokens, and scores codes. TRL calls it with one chunk of rows after
-    another, so it keeps its place.
-
-    Args:
-        model: A (wrapped) [`LatentActionModel`], or a [`LatentActionPolicy`], the reference, which needs
-            `encode_with`.
-        rollout (`Rollout`): Codes, and states when they are kept.
-        law (`ActionLaw`): The law that was sampled from.
-        encode_with (`LatentActionModel`, *optional*): Makes states for a bare policy where none are kept.
-        image_counts (`list[int]`, *optional*): Images of each row, where the backbone asks for them.
-    """
-
-    def __init__(self, model, rollout: Rollout, law: ActionLaw, encode_with=None, image_counts=None):
-        self.model = model
-        self.rollout = rollout
-        self.law = law
-        self.encode_with = encode_with
-        self.image_counts = image_counts
-        self.start = 0
-        self.state_values: list[torch.Tensor] = []
-
-    def __call__(self, input_ids, attention_mask, labels=None, fused_lm_head=True, **inputs) -> CodeScores:
-        rows = slice(self.start, self.start + len(input_ids))
-        rollout = self.rollout.rows(rows.start, rows.stop)
-        self.start = rows.stop
-        length = rollout.action_ids.shape[1]
-        attention_mask = attention_mask[:, :-1]
-        inputs = {k: v[:, :-1] if v.shape == input_ids.shape else v for k, v in inputs.items() if v is not None}
-        if self.image_counts is not None and "pixel_values" in inputs:
-            inputs["batch_num_images"] = self.image_counts[rows]
-        if "token_type_ids" in inputs:
-            # TRL gives completions the type of prompts, which some backbones read both ways.
-            inputs["completion_mask"] = torch.ones_like(attention_mask)
-            inputs["completion_mask"][:, : attention_mask.shape[1] - length + 1] = 0
-        device = attention_mask.device
-        kept = rollout.context_states is not None
-        positions = trunk_positions(rollout.position_ids, device)
-        if kept and has_groups(rollout.prompt_index):
-            batch = {
-                "states": rollout.context_states.to(device),
-                "attention_mask": attention_mask,
-                "position_ids": positions,
-                "prompt_index": rollout.prompt_index,
-                "length": length,
-            }
-            if isinstance(self.model, LatentActionPolicy):
-                logits, values = policy_over_groups(self.model, **batch)[0], None
-            else:
-                logits, values = self.model(objective=logits_and_values, batch=batch).loss
-        elif isinstance(self.model, LatentActionPolicy):
-            if kept:
-                states = rollout.context_states.to(device)
-            else:
-                states, positions = self.encode_with.encode(input_ids[:, :-1], attention_mask, **inputs)
-            logits, values = self.model(states, attention_mask, positions, keep_last=length), None
-        else:
-            source = (
-                {"context_states": rollout.context_states.to(device), "position_ids": positions}
-                if kept
-                else {"input_ids": input_ids[:, :-1], **inputs}
-            )
-            output = self.model(attention_mask=attention_mask, keep_last=length, return_logits=False, **source)
-            logits, values = output.action_logits, output.state_values
-        log_probs, entropy = self.law.score(logits, rollout.action_ids, rollout.action_support)
-        if values is not None:
-            self.state_values.append(values)
-        return CodeScores(log_probs, entropy, values)
-
-
-def has_groups(prompt_index: torch.Tensor | None) -> bool:
-    """Whether some rows share a prompt."""
-    return prompt_index is not None and len(set(prompt_index.tolist())) < len(prompt_index)
-
-
-def logits_and_values(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """An objective of [`LatentActionModel`]'s forward: logits `[B, C, K]` and, with a value head, values `[B, C]`."""
-    model.require("policy")
-    logits, features = policy_over_groups(model.policy, **batch)
-    return logits, None if model.value_head is None else model.value_head(features)
-
-
-def policy_over_groups(
-    policy: LatentActionPolicy,
-    states: torch.Tensor,
-    attention_mask: torch.Tensor,
-    position_ids: torch.Tensor | None,
-    prompt_index: torch.Tensor,
-    length: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    The policy over completions of which some share a prompt, which is passed once.
-
-    Args:
-        policy (`LatentActionPolicy`): The policy.
-        states (`torch.Tensor`): `[B, P+C-1, d]`; rows of one prompt have the same first P.
-        attention_mask (`torch.Tensor`), position_ids (`torch.Tensor`, *optional*): Of all states.
-        prompt_index (`torch.Tensor`): `[B]`, which prompt is whose.
-        length (`int`): C.
-
-    Returns:
-        Logits `[B, C, K]` and features `[B, C, hidden_size]` of the positions that chose the completion's codes.
-    """
-    decoder = policy.decoder_stack.decoder
-    layers = {type(layer) for layer in DynamicCache(config=decoder.config).layers}
-    if not layers <= {DynamicLayer, DynamicSlidingWindowLayer}:
-        return policy(states, attention_mask, position_ids, keep_last=length, return_features=True)
-    groups = PromptGroups.of(prompt_index, states.device)
-    packed_length = states.shape[1] + (groups.rows.shape[1] - 1) * (length - 1)
-    if layers == {DynamicLayer} and takes_packed(decoder) and launches_dominate(states.device, packed_length):
-        return policy_over_packed(policy, states, attention_mask, position_ids, groups, length)
-    if policy.training and decoder.is_gradient_checkpointing:
-        return policy(states, attention_mask, position_ids, keep_last=length, return_features=True)
-    return policy_after_prompts(policy, states, attention_mask, position_ids, groups, length)
-
-
-def takes_packed(decoder) -> bool:
-    """Whether a text model of full attention takes masks and positions as they are given, not by place (ALiBi)."""
-    config = decoder.config
-    takes_positions = "position_ids" in inspect.signature(decoder.forward).parameters
-    return takes_positions and config._attn_implementation in ("sdpa", "eager") and not getattr(config, "alibi", False)
-
-
-def launches_dominate(device: torch.device, packed_length: int) -> bool:
-    """Whether one pass over more pairs of states is cheaper than two passes: on an accelerator, for short texts."""
-    return device.type != "cpu" and packed_length <= PACKED_STATES
-
-
 @dataclass
-class PromptGroups:
+class PolicyPass:
     """
-    The N prompts of a batch, and whose they are.
+    An objective of [`LatentActionModel`]'s forward, so that wrappers (DDP, FSDP) see the pass: logits, values and
+    auxiliary loss of a rollout.
 
     Args:
-        of_row (`torch.Tensor`): `[B]`, the prompt of each row.
-        place (`torch.Tensor`): `[B]`, which of its prompt's rows it is.
-        rows (`torch.Tensor`): `[N, G]`, the rows of each prompt; the first of them once more where there are fewer.
-        counts (`torch.Tensor`): `[N]`, how many there are.
+        reference (`LatentActionPolicy`, *optional*): A policy to run over the model's states in place of its own.
+        detach_values (`bool`, defaults to `False`): Whether the value's gradient ends at the value head.
+        aux_loss (`bool`, defaults to `False`): Whether the backbone's load-balancing loss is wanted.
     """
 
-    of_row: torch.Tensor
-    place: torch.Tensor
-    rows: torch.Tensor
-    counts: torch.Tensor
+    reference: LatentActionPolicy | None = None
+    detach_values: bool = False
+    aux_loss: bool = False
 
-    @classmethod
-    def of(cls, prompt_index: torch.Tensor, device: torch.device) -> "PromptGroups":
-        members: dict[int, list[int]] = {}
-        place, of_row = [], []
-        for row, prompt in enumerate(prompt_index.tolist()):
-            group = members.setdefault(prompt, [])
-            of_row.append(list(members).index(prompt))
-            place.append(len(group))
-            group.append(row)
-        most = max(map(len, members.values()))
-        rows = [group + group[:1] * (most - len(group)) for group in members.values()]
-        counts = [len(group) for group in members.values()]
-        return cls(*(torch.tensor(x, device=device) for x in (of_row, place, rows, counts)))
-
-
-def policy_after_prompts(policy, states, attention_mask, position_ids, groups: PromptGroups, length: int):
-    """Arguments and results of [`policy_over_groups`], in two passes: the prompts' keys and values are copied for the
-    rows of their groups; gradients flow through the copies."""
-    first, of_row = groups.rows[:, 0], groups.of_row
-    width = states.shape[1] - length + 1
-    cache = DynamicCache(config=policy.decoder_stack.decoder.config)
-    logits, features = policy(
-        states[first, :width],
-        attention_mask[first, :width],
-        None if position_ids is None else position_ids.index_select(-2, first)[..., :width],
-        past_key_values=cache,
-        keep_last=1,
-        return_features=True,
-    )
-    logits, features = logits[of_row], features[of_row]
-    if length == 1:
-        return logits, features
-    for layer in cache.layers:
-        layer.batch_select_indices(of_row)
-    later = policy(
-        states[:, width:],
-        attention_mask,
-        None if position_ids is None else position_ids[..., width:],
-        past_key_values=cache,
-        return_features=True,
-    )
-    return torch.cat([logits, later[0]], dim=1), torch.cat([features, later[1]], dim=1)
+    def __call__(self, model: LatentActionModel, rollout: Rollout) -> tuple[torch.Tensor, torch.Tensor | None, Any]:
+        model.require("policy")
+        policy = self.reference if self.reference is not None else model.policy
+        length = rollout.action_ids.shape[1]
+        device = rollout.action_ids.device
+        # The last token's state chooses nothing.
+        mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[:, :-1]
+        aux_loss = None
+        if rollout.context_states is not None:
+            states, positions = rollout.context_states.to(device), trunk_positions(rollout.position_ids, device)
+        else:
+            states, positions, aux_loss = encode(model, rollout, mask, self.aux_loss)
+        if rollout.context_states is not None and has_groups(rollout.prompt_index):
+            logits, features = policy_over_groups(policy, states, mask, positions, rollout.prompt_index, length)
+        else:
+            logits, features = policy(states, mask, positions, keep_last=length, return_features=True)
+        values = None
+        if self.reference is None and model.value_head is not None:
+            values = model.value_head(features.detach() if self.detach_values else features)
+        return logits, values, aux_loss
 
 
-def policy_over_packed(policy, states, attention_mask, position_ids, groups: PromptGroups, length: int):
-    """Arguments and results of [`policy_over_groups`], in one pass: a prompt and all its completions stand behind each
-    other, and a completion sees the prompt and itself. Half the launches of two passes, more pairs of states."""
-    device, most = states.device, groups.rows.shape[1]
-    width, tail = states.shape[1] - length + 1, length - 1
-    first = groups.rows[:, 0]
+def encode(model: LatentActionModel, rollout: Rollout, mask: torch.Tensor, aux_loss: bool = False):
+    """Context states `[B, P+C-1, d]`, their position ids, and the auxiliary loss, by a pass of the backbone."""
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
+    width, device = rollout.prompt_ids.shape[1], ids.device
+    inputs = collate_prompts(rollout.prompts, pad_token_id=0)
+    inputs = {name: value.to(device) for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
+    for name, value in inputs.items():
+        # Fields of tokens have one entry a token of the prompt; completions hold text.
+        if value.ndim == 2 and len(value) == len(ids) and name in rollout.prompts[0].fields:
+            inputs[name] = torch.zeros_like(ids)
+            inputs[name][:, width - value.shape[1] : width] = value
+    if "token_type_ids" in inputs:
+        # A backbone may read a prompt both ways: a completion is read forward alone.
+        inputs["completion_mask"] = torch.ones_like(ids)
+        inputs["completion_mask"][:, :width] = 0
+    if aux_loss:
+        return model.encode_with_aux_loss(ids, mask, **inputs)
+    return *model.encode(ids, mask, **inputs), None
 
-    def packed(tensor: torch.Tensor) -> torch.Tensor:
-        """`[..., B, P+C-1, x]` as `[..., N, P+G(C-1), x]`."""
-        rows = tensor[..., groups.rows, width:, :].flatten(-3, -2)
-        return torch.cat([tensor[..., first, :width, :], rows], dim=-2)
 
-    if position_ids is None:
-        position_ids = torch.arange(states.shape[1], device=device).expand(states.shape[:2])
-    # Rows that only fill up a group are seen by nobody.
-    there = torch.arange(most, device=device) < groups.counts[:, None]
-    mask = packed(attention_mask[..., None])[..., 0].bool()
-    mask[:, width:] &= there.repeat_interleave(tail, dim=1)
-    completion = F.pad(torch.arange(1, most + 1, device=device).repeat_interleave(tail), (width, 0))
+def score(
+    model: Any,
+    rollout: Rollout,
+    law: ActionLaw,
+    reference: LatentActionPolicy | None = None,
+    detach_values: bool = False,
+    aux_loss: bool = False,
+) -> CodeScores:
+    """
+    Scores the codes of a rollout.
 
-    def may_see(batch, head, query, key):
-        return (completion[key] == 0) | (completion[key] == completion[query])
+    Args:
+        model (`LatentActionModel`): Or a wrapper of one.
+        rollout (`Rollout`): The codes, and the states that chose them where they are kept.
+        law (`ActionLaw`): The law that was sampled from.
+        reference, detach_values, aux_loss: As [`PolicyPass`] takes them.
+    """
+    objective = PolicyPass(reference, detach_values, aux_loss)
+    logits, values, aux = model(objective=objective, batch=rollout).loss
+    log_probs, entropies = law.score(logits, rollout.action_ids, rollout.action_support)
+    return CodeScores(log_probs, entropies, values, aux)
 
-    together = packed(states)
-    decoder_config = policy.decoder_stack.decoder.config
-    logits, features = policy(
-        together,
-        create_masks_for_generate(decoder_config, together, mask, None, and_mask_function=may_see),
-        packed(position_ids[..., None])[..., 0],
-        keep_last=1 + most * tail,
-        return_features=True,
-    )
 
-    def by_row(tensor: torch.Tensor) -> torch.Tensor:
-        later = tensor[:, 1:].unflatten(1, (most, tail))[groups.of_row, groups.place]
-        return torch.cat([tensor[groups.of_row, :1], later], dim=1)
-
-    return by_row(logits), by_row(features)
+@torch.no_grad()
+def score_in_parts(model: Any, rollout: Rollout, law: ActionLaw, rows: int, **options: Any) -> CodeScores:
+    """[`score`] without gradient, `rows` rows of the batch at a time."""
+    parts = [
+        score(model, rollout.rows(start, start + rows), law, **options)
+        for start in range(0, len(rollout.action_ids), rows)
+    ]
+    values = None if parts[0].values is None else torch.cat([part.values for part in parts])
+    log_probs, entropies = (torch.cat([getattr(part, k) for part in parts]) for k in ("log_probs", "entropies"))
+    return CodeScores(log_probs, entropies, values)

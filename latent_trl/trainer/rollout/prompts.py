@@ -1,0 +1,51 @@
+"""From the rows of a rollout batch to encoded prompts, each processed once, and from tokens to completions."""
+
+import math
+from typing import Any
+
+from trl.data_utils import is_conversational, prepare_multimodal_messages
+
+from ...rewards.conversation import IMAGE_COLUMNS
+
+
+def groups_of(rows: list[dict[str, Any]], first: int, size: int) -> tuple[list[dict[str, Any]], int]:
+    """
+    One row for each call of the generator, where TRL repeats a row for every sample of its group.
+
+    Args:
+        rows (`list[dict]`): Of this process.
+        first (`int`): The place of its first row in the batch of all processes.
+        size (`int`): Samples of a group.
+
+    Returns:
+        The rows, and how often each is to be answered. A group that processes share is a part on each; parts of
+        unlike sizes are cut to their common divisor, and then a row stands for several calls.
+    """
+    starts = [0, *(i for i in range(1, len(rows)) if (first + i) % size == 0), len(rows)]
+    lengths = [end - start for start, end in zip(starts, starts[1:])]
+    copies = math.gcd(*lengths)
+    parts = [rows[start] for start, length in zip(starts, lengths) for _ in range(length // copies)]
+    return parts, copies
+
+
+def decoded(processing_class: Any, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> list[Any]:
+    """Completions as reward functions see them: a text for a text, a message for a conversation."""
+    texts = processing_class.batch_decode(completion_ids, skip_special_tokens=True)
+    return [
+        [{"role": "assistant", "content": text}] if is_conversational({"prompt": row["prompt"]}) else text
+        for row, text in zip(rows, texts, strict=True)
+    ]
+
+
+def reward_prompts(rows: list[dict[str, Any]]) -> list[Any]:
+    """Prompts as reward functions see them, with the pictures in their places, as TRL gives them."""
+    prompts = []
+    for row in rows:
+        prompt = row["prompt"]
+        if any(name in row for name in IMAGE_COLUMNS) and not isinstance(prompt, str):
+            images = row.get("images")
+            if images is None:
+                images = [row["image"]] if row.get("image") is not None else []
+            prompt = prepare_multimodal_messages(prompt, images=list(images) or None)
+        prompts.append(prompt)
+    return prompts

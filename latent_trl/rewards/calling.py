@@ -1,94 +1,365 @@
-"""Reward functions that fail say which function, which sample, and why; nothing that is not a number gets through."""
+"""The one way to call rewards, functions or models: all checked, and what one does wrong named with its sample."""
 
+import asyncio
 import functools
+import inspect
 import math
 import numbers
-from collections.abc import Callable
+import os
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from transformers.utils import logging
-from trl.trainer.utils import is_async_callable
+from trl.trainer.utils import get_callable_name, start_event_loop_in_daemon
+
+from .conversation import completion_text, prompt_text
+from .reward_model import RewardModelReward
 
 logger = logging.get_logger(__name__)
 
-Rewards = list[float | None]
+FLOAT32_MAX = torch.finfo(torch.float32).max
+# Columns of the data set that reward functions get as arguments of their own.
+OWN_ARGUMENTS = ("prompt", "completion", "completion_ids")
+LONGEST_TEXT = 200
 
 
 class RewardError(ValueError):
     """A reward function raised, or returned what is not one number or `None` for each completion."""
 
 
-class RewardErrors:
+class RewardCaller:
     """
-    Errors of reward functions, kept until all processes know of them. The functions run before the processes exchange
-    their rewards: one that raised there would leave the others waiting.
+    Calls reward functions for a batch of completions, and checks what they say. Trainers, evaluation, search and the
+    command line all call rewards through it.
+
+    A function that raises for a batch is called once more, with the first sample alone, to tell whether it fails on
+    that sample or only on the batch.
 
     Args:
-        skip_nonfinite (`bool`): Whether NaN and infinities count as `None`, with a warning, and are no error.
+        functions (`Callable`, `nn.Module`, or list of them):
+            Functions of TRL's signature `(prompts, completions, completion_ids, **columns)` that return a number or
+            `None` for each completion. Async ones run side by side, also where an event loop runs already. A module is
+            a reward model with one logit, scored as in TRL: chat template over prompt and completion, inference mode.
+        names (`list[str]`, *optional*): Of the functions, for errors and metrics. Defaults to their own.
+        processing_classes (tokenizer, or list of tokenizers and `None`, *optional*): Of the reward models.
+        chat_template_kwargs (`dict`, *optional*): For the chat templates of the reward models.
+        on_nonfinite (`str`, defaults to `"stop"`):
+            What NaN, infinities and numbers beyond float32 are: `"stop"` for an error, `"skip"` for `None` and a
+            warning.
+        device (`str` or `torch.device`, defaults to `"cpu"`): Of the rewards, and of the reward models.
+
+    Raises:
+        ValueError: For lists of unequal lengths, an unknown `on_nonfinite`, or a model without a tokenizer.
+
+    Example:
+
+    ```python
+    call = RewardCaller([JudgeReward("a-judge"), RepetitionPenalty()])
+    rewards = call.score(rows, prompts, completions, completion_ids)  # [N, 2]
+    ```
     """
+
+    def __init__(
+        self,
+        functions: Any,
+        names: list[str] | None = None,
+        processing_classes: Any = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        on_nonfinite: str = "stop",
+        device: str | torch.device = "cpu",
+    ):
+        if on_nonfinite not in ("stop", "skip"):
+            raise ValueError(f"`on_nonfinite` must be 'stop' or 'skip', got {on_nonfinite!r}.")
+        functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
+        if not isinstance(processing_classes, (list, tuple)):
+            processing_classes = [processing_classes] * len(functions)
+        self.names = [reward_name(function) for function in functions] if names is None else list(names)
+        for argument, given in (("names", self.names), ("processing_classes", processing_classes)):
+            if len(given) != len(functions):
+                raise ValueError(f"`{argument}` must be as many as `functions`, {len(functions)}; got {len(given)}.")
+        self.skip_nonfinite = on_nonfinite == "skip"
+        self.device = torch.device(device)
+        self._are_models = [isinstance(function, nn.Module) for function in functions]
+        self._functions = [
+            self._model_reward(function, name, tokenizer, chat_template_kwargs)
+            if isinstance(function, nn.Module)
+            else function
+            for function, name, tokenizer in zip(functions, self.names, processing_classes, strict=True)
+        ]
+        self._error: RewardError | None = None
+
+    def _model_reward(self, model: nn.Module, name: str, tokenizer: Any, chat_template_kwargs: Any) -> Callable:
+        if tokenizer is None:
+            raise ValueError(f"The reward model {name!r} needs its tokenizer in `processing_classes`; got None.")
+        return RewardModelReward(
+            model,
+            tokenizer,
+            max_length=None,
+            device=self.device,
+            name=name,
+            add_special_tokens=False,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+
+    def __call__(
+        self,
+        rows: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        **context: Any,
+    ) -> torch.Tensor:
+        """
+        Rewards of the samples of this process. It raises nothing for a reward that fails, since other processes would
+        wait for this one: the error is kept, and its column is infinite. Call [`~RewardCaller.raise_any`] on the
+        rewards of all processes.
+
+        Args:
+            rows (`list[dict]`): The data set's row of each sample. Every column but `prompt`, `completion` and
+                `completion_ids` is passed to the functions as a list.
+            prompts (`list`), completions (`list`): Plain texts or conversations.
+            completion_ids (`list[list[int]]`): Tokens of the completions.
+            context: Further arguments of the functions, such as `trainer_state`, `log_extra` and `log_metric`.
+
+        Returns:
+            `torch.Tensor` `[N, functions]`, float32: NaN where a function returned `None`.
+        """
+        self._error = None
+        if not prompts:
+            return torch.zeros(0, len(self._functions), device=self.device)
+        names = dict.fromkeys(name for row in rows for name in row if name not in OWN_ARGUMENTS)
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        for name in ("prompts", "completions"):
+            if name in columns:
+                raise ValueError(f"The column {name!r} has the name of an argument of reward functions. Rename it.")
+        batch = _Batch(prompts, completions, completion_ids, columns, context)
+        outcomes = _call(self._functions, batch.arguments())
+        rewards = [self._checked(i, outcome, batch) for i, outcome in enumerate(outcomes)]
+        table = torch.tensor(rewards, dtype=torch.float32, device=self.device).T
+        self._warn_of_unscored(table, batch)
+        return table
+
+    def score(
+        self, rows: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]], **context
+    ) -> torch.Tensor:
+        """As `__call__`, for a single process: raises [`RewardError`] at once."""
+        rewards = self(rows, prompts, completions, completion_ids, **context)
+        if self._error is not None:
+            raise self._error
+        return rewards
+
+    def raise_any(self, rewards: torch.Tensor) -> None:
+        """Raises the [`RewardError`] of any process on all of them; `rewards` `[N, functions]` of all processes."""
+        if rewards.isinf().any():
+            own, self._error = self._error, None
+            _raise_told(own)
+
+    def _checked(self, index: int, outcome: Any, batch: "_Batch") -> list[float]:
+        """The rewards of one function; infinities, which no checked function gives, where there is an error."""
+        try:
+            if isinstance(outcome, RewardError):  # of a reward that calls others
+                raise outcome
+            if isinstance(outcome, BaseException):
+                raise self._failure(index, outcome, batch) from outcome
+            return self._numbers(index, outcome, batch)
+        except RewardError as error:
+            self._error = self._error or error
+            return [math.inf] * len(batch)
+
+    def _title(self, index: int) -> str:
+        return f"The reward {'model' if self._are_models[index] else 'function'} {self.names[index]!r}"
+
+    def _said(self, index: int) -> str:
+        return f"{self._title(index)} {'gave' if self._are_models[index] else 'returned'}"
+
+    def _failure(self, index: int, error: BaseException, batch: "_Batch") -> RewardError:
+        """The error of a function that raised, after one more call with the first sample alone."""
+        what, alone = _words(error), ""
+        # A model may be shared out over the processes, which then have to call it equally often.
+        if len(batch) > 1 and not self._are_models[index]:
+            again = _call([self._functions[index]], batch.first().arguments())[0]
+            failed = isinstance(again, BaseException)
+            alone = f", and {_words(again)} on the first alone" if failed else ", though not on the first of them alone"
+            if failed and _words(again) == what:
+                return RewardError(f"{self._title(index)} raised {what} on {batch.sample(0)}.")
+        if len(batch) == 1:
+            return RewardError(f"{self._title(index)} raised {what} on {batch.sample(0)}.")
+        return RewardError(
+            f"{self._title(index)} raised {what} on a batch of {len(batch)} samples{alone}; the first is "
+            f"{batch.sample(0)}."
+        )
+
+    def _numbers(self, index: int, answer: Any, batch: "_Batch") -> list[float]:
+        count = len(batch)
+        if isinstance(answer, torch.Tensor):
+            answer = answer.tolist()
+        try:
+            rewards = None if isinstance(answer, (str, bytes, dict, set)) else list(answer)
+        except TypeError:
+            rewards = None
+        if rewards is None:
+            raise RewardError(f"{self._title(index)} must return a list of {count} numbers, got {_short(answer)}.")
+        if len(rewards) != count:
+            what = "first without a reward of its own" if len(rewards) < count else "last of which"
+            raise RewardError(
+                f"{self._said(index)} {len(rewards)} rewards for {count} completions, the {what} is "
+                f"{batch.sample(min(len(rewards), count - 1))}."
+            )
+        return [self._number(index, reward, row, batch) for row, reward in enumerate(rewards)]
+
+    def _number(self, index: int, reward: Any, row: int, batch: "_Batch") -> float:
+        if reward is None:
+            return math.nan
+        if isinstance(reward, torch.Tensor) and reward.numel() == 1:
+            reward = reward.item()
+        # NumPy's scalars are numbers but for its booleans, which convert as Python's do.
+        if not isinstance(reward, numbers.Real) and type(reward).__name__ not in ("bool", "bool_"):
+            raise RewardError(
+                f"{self._said(index)} {_short(reward)}, a {type(reward).__name__}, for {batch.sample(row)}. "
+                "Return a number, or None where there is nothing to score."
+            )
+        try:
+            value = float(reward)
+        except OverflowError:  # an integer beyond float64
+            value = math.inf if reward > 0 else -math.inf
+        if abs(value) <= FLOAT32_MAX:
+            return value
+        beyond = isinstance(reward, int) or math.isfinite(value)
+        number = f"{_short(reward)}, which is beyond float32," if beyond else value
+        message = f"{self._said(index)} {number} for {batch.sample(row)}."
+        if not self.skip_nonfinite:
+            raise RewardError(f"{message} Return a finite number, or None where there is nothing to score.")
+        logger.warning(f"{message} It counts as not scored.")
+        return math.nan
+
+    def _warn_of_unscored(self, rewards: torch.Tensor, batch: "_Batch") -> None:
+        unscored = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
+        if unscored:
+            more = f" Nor could they score {len(unscored) - 1} more of this batch." if len(unscored) > 1 else ""
+            logger.warning(
+                f"All reward functions ({', '.join(self.names)}) returned None for {batch.sample(unscored[0])}: it is "
+                f"not scored.{more}"
+            )
+
+
+class _Batch:
+    """What the reward functions are called with."""
+
+    def __init__(self, prompts: list, completions: list, completion_ids: list, columns: dict, context: dict):
+        self.own = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids}
+        self.columns, self.context = columns, context
+
+    def __len__(self) -> int:
+        return len(self.own["prompts"])
+
+    def arguments(self) -> dict[str, Any]:
+        return {**self.columns, **self.own, **self.context}
+
+    def first(self) -> "_Batch":
+        own = [values[:1] for values in self.own.values()]
+        return _Batch(*own, {name: values[:1] for name, values in self.columns.items()}, self.context)
+
+    def sample(self, row: int) -> str:
+        """Names a sample by its texts, which leave pictures out."""
+        prompt, completion = prompt_text(self.own["prompts"][row]), completion_text(self.own["completions"][row])
+        return f"sample {row} of {len(self)} (prompt {_short(prompt)}, completion {_short(completion)})"
+
+
+def reward_name(function: Any) -> str:
+    """The name of a reward function as TRL's trainers have it: a reward model's is that of its checkpoint."""
+    if isinstance(function, nn.Module):
+        return function.config._name_or_path.split("/")[-1] or type(function).__name__
+    return get_callable_name(function)
+
+
+def _call(functions: list[Callable], arguments: dict[str, Any]) -> list[Any]:
+    """What each function returns, or the exception that it raises. Plain ones run first, then all async together."""
+    outcomes = [_start(function, arguments) for function in functions]
+    waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
+    if waiting:
+        for i, outcome in zip(waiting, run_together([outcomes[i] for i in waiting]), strict=True):
+            outcomes[i] = outcome
+    return outcomes
+
+
+def _start(function: Callable, arguments: dict[str, Any]) -> Any:
+    try:
+        outcome = function(**arguments)
+        return list(outcome) if isinstance(outcome, Iterator) else outcome
+    except Exception as error:
+        return error
+
+
+def run_together(awaitables: list[Awaitable]) -> list[Any]:
+    """Results of awaitables, or the exceptions that they raise. They share one event loop, in a thread of its own."""
+
+    async def gathered():
+        return await asyncio.gather(*awaitables, return_exceptions=True)
+
+    future = asyncio.run_coroutine_threadsafe(gathered(), _event_loop(os.getpid()))
+    try:
+        return future.result()
+    except BaseException:
+        future.cancel()
+        raise
+
+
+@functools.cache
+def _event_loop(process: int) -> asyncio.AbstractEventLoop:
+    """The loop of a process. It lives as long as the process, so that functions may keep their connections."""
+    _, loop, ready = start_event_loop_in_daemon("rewards")
+    ready.wait()
+    return loop
+
+
+def _raise_told(own: RewardError | None) -> None:
+    """Raises the own error, or else that of another process; all processes take part."""
+    told = gather_object([own and str(own)])
+    if own is not None:
+        raise own
+    for process, message in enumerate(told):
+        if message is not None:
+            raise RewardError(f"On process {process}: {message}")
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."
+
+
+class RewardErrors:
+    """Errors of [`checked_reward`] functions, kept until all processes know of them."""
 
     def __init__(self, skip_nonfinite: bool = False):
         self.skip_nonfinite = skip_nonfinite
         self.first: RewardError | None = None
 
-    def keep(self, error: RewardError, count: int) -> list[float]:
-        """Keeps the first error; infinite rewards, which no checked function gives, tell the others of it."""
-        self.first = self.first or error
-        return [math.inf] * count
-
     def raise_any(self, rewards: torch.Tensor) -> None:
-        """Raises the error of any process on all of them; `rewards` `[N, functions]` of all processes."""
-        if not rewards.isinf().any():
-            return
-        own, self.first = self.first, None
-        told = gather_object([own and str(own)])
-        if own is not None:
-            raise own
-        for process, message in enumerate(told):
-            if message is not None:
-                raise RewardError(f"On process {process}: {message}")
+        """As [`RewardCaller.raise_any`]."""
+        if rewards.isinf().any():
+            own, self.first = self.first, None
+            _raise_told(own)
 
 
 def checked_reward(function: Callable[..., Any], name: str, errors: RewardErrors) -> Callable[..., Any]:
-    """
-    `function` with its answers checked, sync or async as it is. When it raises, or returns the wrong number of rewards,
-    NaN, an infinity or what is no number, a [`RewardError`] is kept in `errors`.
+    """`function` called through a [`RewardCaller`] that keeps its error in `errors`."""
+    caller = RewardCaller([function], [name], on_nonfinite="skip" if errors.skip_nonfinite else "stop")
 
-    Args:
-        function (`Callable`): A reward function with TRL's signature.
-        name (`str`): How errors call it.
-        errors (`RewardErrors`): Of this process.
-    """
-    if is_async_callable(function):
+    def call(prompts, completions, completion_ids, trainer_state=None, log_extra=None, log_metric=None, **columns):
+        rows = [{name: values[i] for name, values in columns.items()} for i in range(len(prompts))]
+        context = {"trainer_state": trainer_state, "log_extra": log_extra, "log_metric": log_metric}
+        rewards = caller(rows, prompts, completions, completion_ids, **context)
+        errors.first = errors.first or caller._error
+        return [None if math.isnan(reward) else reward for reward in rewards[:, 0].tolist()]
 
-        @functools.wraps(function, updated=())
-        async def call(prompts, completions, **columns):
-            try:
-                try:
-                    answer = await function(prompts=prompts, completions=completions, **columns)
-                except Exception as error:
-                    where = await _first_failing_async(function, prompts, completions, columns)
-                    raise _failure(name, error, where, prompts, completions) from error
-                return _numbers(answer, name, prompts, completions, errors.skip_nonfinite)
-            except RewardError as error:
-                return errors.keep(error, len(prompts))
-
-    else:
-
-        @functools.wraps(function, updated=())
-        def call(prompts, completions, **columns):
-            try:
-                try:
-                    answer = function(prompts=prompts, completions=completions, **columns)
-                except Exception as error:
-                    where = _first_failing(function, prompts, completions, columns)
-                    raise _failure(name, error, where, prompts, completions) from error
-                return _numbers(answer, name, prompts, completions, errors.skip_nonfinite)
-            except RewardError as error:
-                return errors.keep(error, len(prompts))
-
+    call.__name__ = name
     return call
 
 
@@ -112,88 +383,3 @@ def check_model_rewards(
             raise RewardError(message)
         logger.warning(f"{message} It counts as not scored.")
         rewards[wrong, column] = torch.nan
-
-
-def _one(columns: dict[str, Any], row: int, count: int) -> dict[str, Any]:
-    return {k: [v[row]] if isinstance(v, list) and len(v) == count else v for k, v in columns.items()}
-
-
-def _first_failing(function, prompts, completions, columns) -> int | None:
-    """The first sample on which the function raises when it is given that one alone."""
-    for row in range(len(prompts)):
-        try:
-            function(prompts=[prompts[row]], completions=[completions[row]], **_one(columns, row, len(prompts)))
-        except Exception:
-            return row
-    return None
-
-
-async def _first_failing_async(function, prompts, completions, columns) -> int | None:
-    for row in range(len(prompts)):
-        try:
-            await function(prompts=[prompts[row]], completions=[completions[row]], **_one(columns, row, len(prompts)))
-        except Exception:
-            return row
-    return None
-
-
-def _failure(name: str, error: Exception, row: int | None, prompts: list, completions: list) -> RewardError:
-    if row is None:
-        where = f"on a batch of {len(prompts)} samples, though on none of them alone; the first is "
-    else:
-        where = "on "
-    where += _sample(row or 0, prompts, completions)
-    return RewardError(f"The reward function {name!r} raised {type(error).__name__}: {error} {where}.")
-
-
-def _sample(row: int, prompts: list, completions: list) -> str:
-    return f"sample {row} of {len(prompts)} (prompt {_short(prompts[row])}, completion {_short(completions[row])})"
-
-
-def _short(value: Any, length: int = 200) -> str:
-    text = repr(value)
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-def _numbers(answer: Any, name: str, prompts: list, completions: list, skip_nonfinite: bool) -> Rewards:
-    if isinstance(answer, torch.Tensor):
-        answer = answer.tolist()
-    try:
-        rewards = list(answer)
-    except TypeError:
-        rewards = None
-    if rewards is None or isinstance(answer, (str, bytes, dict)):
-        raise RewardError(
-            f"The reward function {name!r} must return a list of {len(prompts)} numbers, got {_short(answer)}."
-        )
-    if len(rewards) != len(prompts):
-        row = min(len(rewards), len(prompts) - 1)
-        raise RewardError(
-            f"The reward function {name!r} returned {len(rewards)} rewards for {len(prompts)} completions; the first "
-            f"without a reward of its own is {_sample(row, prompts, completions)}."
-            if len(rewards) < len(prompts)
-            else f"The reward function {name!r} returned {len(rewards)} rewards for {len(prompts)} completions, the "
-            f"last of which is {_sample(row, prompts, completions)}."
-        )
-    return [_number(reward, row, name, prompts, completions, skip_nonfinite) for row, reward in enumerate(rewards)]
-
-
-def _number(reward: Any, row: int, name: str, prompts: list, completions: list, skip_nonfinite: bool) -> float | None:
-    if reward is None:
-        return None
-    if isinstance(reward, torch.Tensor) and reward.numel() == 1:
-        reward = reward.item()
-    # NumPy's scalars are numbers but for its booleans, which convert as Python's do.
-    if not isinstance(reward, numbers.Real) and type(reward).__name__ not in ("bool", "bool_"):
-        raise RewardError(
-            f"The reward function {name!r} returned {_short(reward)}, a {type(reward).__name__}, for "
-            f"{_sample(row, prompts, completions)}. Return a number, or None where there is nothing to score."
-        )
-    value = float(reward)
-    if not math.isfinite(value):
-        message = f"The reward function {name!r} returned {value} for {_sample(row, prompts, completions)}."
-        if not skip_nonfinite:
-            raise RewardError(f"{message} Return a finite number, or None where there is nothing to score.")
-        logger.warning(f"{message} It counts as not scored.")
-        return None
-    return value

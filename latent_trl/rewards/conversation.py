@@ -11,7 +11,7 @@ def content_text(content: Any) -> str:
         return ""
     if isinstance(content, str):
         return content
-    return "\n".join(block["text"] for block in content if block["type"] == "text")
+    return "\n".join(block["text"] for block in content if block.get("type") == "text")
 
 
 def completion_text(completion: str | list[dict]) -> str:
@@ -27,19 +27,19 @@ def completion_text(completion: str | list[dict]) -> str:
     """
     if isinstance(completion, str):
         return completion
-    return "\n".join(content_text(message["content"]) for message in completion if message["role"] == "assistant")
+    return "\n".join(content_text(message.get("content")) for message in completion if message["role"] == "assistant")
 
 
 def prompt_text(prompt: str | list[dict]) -> str:
     """Text of a prompt: as it is when plain, else one `role: text` paragraph for each message (images left out)."""
     if isinstance(prompt, str):
         return prompt
-    return "\n\n".join(f"{message['role']}: {content_text(message['content'])}" for message in prompt)
+    return "\n\n".join(f"{message['role']}: {content_text(message.get('content'))}" for message in prompt)
 
 
 def text_messages(messages: list[dict]) -> list[dict]:
     """The same messages with every content as one string, for models that read text only."""
-    return [{"role": message["role"], "content": content_text(message["content"])} for message in messages]
+    return [{"role": message["role"], "content": content_text(message.get("content"))} for message in messages]
 
 
 def row_images(prompts: list, columns: dict[str, Any]) -> list[list]:

@@ -28,11 +28,15 @@ class RewardModelReward:
         batch_size (`int`, *optional*, defaults to `16`):
             Conversations in one forward pass.
         max_length (`int`, *optional*, defaults to `2048`):
-            Longest conversation in tokens.
+            Longest conversation in tokens. `None` for no limit.
         device (`str` or `torch.device`, *optional*):
             Where it runs. Defaults to the process's device, as accelerate has it at the first call.
         name (`str`, *optional*, defaults to `"reward_model"`):
             Name of the reward in the metrics.
+        add_special_tokens (`bool`, *optional*, defaults to `True`):
+            Whether the tokenizer adds its special tokens to a text that no chat template made.
+        chat_template_kwargs (`dict`, *optional*):
+            Further arguments of the chat template.
 
     Example:
 
@@ -48,9 +52,11 @@ class RewardModelReward:
         label: int = 0,
         activation: str = "none",
         batch_size: int = 16,
-        max_length: int = 2048,
+        max_length: int | None = 2048,
         device: str | torch.device | None = None,
         name: str = "reward_model",
+        add_special_tokens: bool = True,
+        chat_template_kwargs: dict[str, Any] | None = None,
     ):
         if activation not in ("none", "sigmoid", "softmax"):
             raise ValueError(f"`activation` must be 'none', 'sigmoid' or 'softmax'; got {activation!r}.")
@@ -71,6 +77,8 @@ class RewardModelReward:
         self.batch_size = batch_size
         self.max_length = max_length
         self.device = device
+        self.add_special_tokens = add_special_tokens
+        self.chat_template_kwargs = chat_template_kwargs or {}
 
     @torch.inference_mode()
     def __call__(self, prompts: list, completions: list, **columns) -> list[float]:
@@ -84,7 +92,8 @@ class RewardModelReward:
             `list[float]`: Scores.
         """
         device = self.device or PartialState().device
-        self.model.to(device)
+        if next(self.model.parameters()).device != torch.device(device):
+            self.model.to(device)  # which a quantized model refuses
         ids = [self._token_ids(p, c) for p, c in zip(prompts, completions, strict=True)]
         rewards: list[float] = []
         for start in range(0, len(ids), self.batch_size):
@@ -96,12 +105,13 @@ class RewardModelReward:
     def _token_ids(self, prompt: str | list[dict], completion: str | list[dict]) -> list[int]:
         if isinstance(prompt, list) and isinstance(completion, list) and self.tokenizer.chat_template:
             messages = text_messages(prompt + completion)
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, **self.chat_template_kwargs)
             ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         else:
             separator = "" if isinstance(prompt, str) else "\n\nassistant: "
-            ids = self.tokenizer(prompt_text(prompt) + separator + completion_text(completion))["input_ids"]
-        return ids[-self.max_length :]
+            text = prompt_text(prompt) + separator + completion_text(completion)
+            ids = self.tokenizer(text, add_special_tokens=self.add_special_tokens)["input_ids"]
+        return ids if self.max_length is None else ids[-self.max_length :]
 
     def _scores(self, logits: torch.Tensor) -> torch.Tensor:
         if self.activation == "sigmoid":

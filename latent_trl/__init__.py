@@ -21,6 +21,8 @@ _PUBLIC = {
     "LatentActionPPOConfig": "trainer.ppo.config",
     "LatentActionPPOTrainer": "trainer.ppo.trainer",
     "LatentActionPolicy": "models.policy",
+    "LatentActionRLOOConfig": "trainer.rloo.config",
+    "LatentActionRLOOTrainer": "trainer.rloo.trainer",
     "LatentActionSFTConfig": "trainer.sft.config",
     "LatentActionSFTTrainer": "trainer.sft.trainer",
     "LatentActionSpaceConfig": "trainer.space.config",

@@ -1,14 +1,19 @@
 """Configuration of [`LatentActionGRPOTrainer`]."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
+from transformers.utils import logging
 from trl import GRPOConfig
 
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
+from ..rollout.advantages import GROUP_ADVANTAGES
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
+logger = logging.get_logger(__name__)
+
+TOKEN_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
@@ -34,7 +39,11 @@ class LatentActionGRPOConfig(GRPOConfig):
     Args:
         preset (`str`, *optional*):
             `"grpo"`, `"bnpo"`, `"dr_grpo"` (no std scaling, constant normaliser) or `"dapo"` (clip-higher, dynamic
-            sampling, overlong shaping): sets the fields that make up that algorithm, over what else is given.
+            sampling, overlong shaping): sets the fields that make up that algorithm, where they have their defaults. A
+            field that is given another value keeps it, and is named in a warning.
+        advantage_estimator (`str`, defaults to `"grpo"`):
+            `"grpo"`: the reward less its group's mean; `"rloo"`: less the mean of the others of its group; or
+            `"reinforce++"`: less the batch's mean, over the batch's standard deviation.
         action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
         defaults to `1.0`):
             The law that codes are sampled from in rollouts, and scored under.
@@ -44,7 +53,8 @@ class LatentActionGRPOConfig(GRPOConfig):
         eval_action_do_sample (`bool`, defaults to `False`):
             Whether evaluation samples codes, or takes the most likely.
         reuse_context_states (`bool`, defaults to `True`):
-            Score from the states that the rollout computed; the frozen backbone is not run again.
+            Score from the states that the rollout computed; the frozen backbone is not run again. `False` saves their
+            memory, and costs a pass of the backbone for each score.
         offload_context_states (`bool`, defaults to `False`):
             Keep those states in host memory between updates.
         cuda_graphs (`bool`, *optional*):
@@ -60,16 +70,8 @@ class LatentActionGRPOConfig(GRPOConfig):
         anchor_coef (`float`, defaults to `0.0`):
             Weight of the KL from the policy before RL on the answers of the trainer's `anchor_dataset`, in nats a code:
             what rewards do not speak of stays as it was.
-        anchor_batch_size (`int`, defaults to `16`):
-            Conversations that each process draws for it with each micro-batch.
-        anchor_max_length (`int`, *optional*, defaults to `2048`):
-            Tokens of its longest conversation; longer ones lose whole turns from their end.
-        anchor_image_root (`str`, *optional*):
-            The only folder from which its rows may name image files.
-        min_entropy (`float`, defaults to `0.01`):
-            Alarm for a policy that no longer explores: below this mean entropy of a code's choice, in nats.
-        min_perplexity (`float`, defaults to `1.5`):
-            Alarm for collapse: below this perplexity of the codes that rollouts use.
+        image_root (`str`, *optional*):
+            The only folder from which rows may name image files.
         on_nonfinite (`str`, defaults to `"stop"`):
             What follows a reward, loss or gradient that is NaN or infinite: `"stop"` with an error before the update,
             or `"skip"`: such a reward counts as `None`, such an update is not made, `skipped_updates` is logged, and 20
@@ -84,6 +86,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     """
 
     preset: str | None = None
+    advantage_estimator: str = "grpo"
     action_temperature: float = 1.0
     action_top_k: int = 0
     action_top_p: float = 1.0
@@ -96,11 +99,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0
     anchor_coef: float = 0.0
-    anchor_batch_size: int = 16
-    anchor_max_length: int | None = 2048
-    anchor_image_root: str | None = None
-    min_entropy: float = 0.01
-    min_perplexity: float = 1.5
+    image_root: str | None = None
     on_nonfinite: str = "stop"
     on_collapse: str = "warn"
     learning_rate: float = 1e-5
@@ -112,14 +111,12 @@ class LatentActionGRPOConfig(GRPOConfig):
 
     def __post_init__(self):
         if self.preset is not None:
-            if self.preset not in PRESETS:
-                raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {self.preset!r}.")
-            for name, value in PRESETS[self.preset].items():
-                setattr(self, name, value)
+            self._apply_preset()
         if self.bf16 is None and not torch.cuda.is_available():
             # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.
             self.bf16 = False
         super().__post_init__()
+        self._check_estimator()
         if self.overlong_buffer == -1:
             self.overlong_buffer = max(1, self.max_completion_length // 5)
         if not 0 <= self.overlong_buffer <= self.max_completion_length:
@@ -132,11 +129,8 @@ class LatentActionGRPOConfig(GRPOConfig):
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(f"`dynamic_sampling_rounds` must not be negative, got {self.dynamic_sampling_rounds}.")
-        if self.anchor_coef < 0 or self.anchor_batch_size < 1:
-            raise ValueError(
-                f"`anchor_coef` must not be negative and `anchor_batch_size` at least 1, got {self.anchor_coef} and "
-                f"{self.anchor_batch_size}."
-            )
+        if self.anchor_coef < 0:
+            raise ValueError(f"`anchor_coef` must not be negative, got {self.anchor_coef}.")
         if self.anchor_coef and self.train_backbone:
             raise ValueError(
                 f"`anchor_coef={self.anchor_coef}` holds the policy alone, and with `train_backbone=True` what a code "
@@ -145,6 +139,30 @@ class LatentActionGRPOConfig(GRPOConfig):
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False
         self._refuse()
+
+    def _apply_preset(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"`preset` must be one of {sorted(PRESETS)}, got {self.preset!r}.")
+        defaults = {f.name: f.default for f in fields(self)}
+        for name, value in PRESETS[self.preset].items():
+            given = getattr(self, name)
+            if given == defaults[name]:
+                setattr(self, name, value)
+            elif given != value:
+                logger.warning(f"`preset={self.preset!r}` has `{name}={value!r}`; yours, {given!r}, is kept.")
+
+    def _check_estimator(self) -> None:
+        check_choice("advantage_estimator", self.advantage_estimator, tuple(GROUP_ADVANTAGES))
+        if self.advantage_estimator == "grpo":
+            return
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`multi_objective_aggregation={self.multi_objective_aggregation!r}` is about GRPO's advantages, and "
+                f"`advantage_estimator` is {self.advantage_estimator!r}. Leave one of them out."
+            )
+        if self.scale_rewards == "group":
+            # GRPO's default, which these estimators do not have.
+            self.scale_rewards = {"rloo": "none", "reinforce++": "batch"}[self.advantage_estimator]
 
     def _refuse(self) -> None:
         """What cannot give back one code per token."""
@@ -162,4 +180,16 @@ class LatentActionGRPOConfig(GRPOConfig):
                 raise ValueError(
                     f"`{name}={getattr(self, name)}` is about sampling tokens, which are always the most likely given "
                     "their code. Use `action_temperature`, `action_top_k` and `action_top_p`."
+                )
+        for name in self.generation_kwargs or {}:
+            if name.startswith("action_") or name in ("cuda_graphs", "num_return_sequences", "max_new_tokens"):
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which codes are scored or counted by. Set the field of the "
+                    "configuration: `action_temperature`, `action_top_k`, `action_top_p`, `action_sampling`, "
+                    "`eval_action_do_sample`, `cuda_graphs`, `num_generations` or `max_completion_length`."
+                )
+            if name in TOKEN_SAMPLING:
+                raise ValueError(
+                    f"`generation_kwargs` has {name!r}, which is about sampling tokens; they are always the most "
+                    "likely given their code. Use `action_temperature`, `action_top_k` and `action_top_p`."
                 )

@@ -1,21 +1,26 @@
 """GRPO and its variants over latent actions: one rollout, on TRL's buffering, loss and logging."""
 
+import functools
 from typing import Any
 
 import torch
 from accelerate.utils import gather
+from torch import nn
 from transformers.utils import logging
 from trl import GRPOTrainer
 
+from ...data.images import load_row_images
+from ...data.prompts import PromptEncoder
 from ...generation.action_law import ActionLaw
 from ...models.latent_action_model import LatentActionModel
 from ..rollout.adapter import attach_adapter, backbone_of_reference
 from ..rollout.advantages import GROUP_ADVANTAGES, normalize_then_sum, weighted_rewards
-from ..rollout.anchor import PolicyAnchor, check_anchor
-from ..rollout.dynamic_sampling import DynamicSamplingMixin, equal_groups
+from ..rollout.anchor import PolicyAnchor
+from ..rollout.checks import check_anchor, check_arguments, check_train_dataset
+from ..rollout.dynamic_sampling import DynamicSampling, equal_groups
 from ..rollout.generation_config import rollout_config
 from ..rollout.log import RolloutLog
-from ..rollout.prompts import decoded, groups_of, processed, reward_prompts
+from ..rollout.prompts import answers, groups_of
 from ..rollout.reference import Reference
 from ..rollout.rewards import RolloutRewards
 from ..rollout.rollout import Rollout, Sample
@@ -29,3 +34,263 @@ from ..run.state import ExactResumeMixin
 from .config import LatentActionGRPOConfig
 
 logger = logging.get_logger(__name__)
+
+
+class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrainer):
+    """
+    TRL's `GRPOTrainer` over codes: the policy of a [`LatentActionModel`] is trained; ratios, KL and entropy are over
+    its choices, aligned with the completion's tokens. Data sets, reward functions, logging, evaluation and callbacks
+    are TRL's.
+
+    It differs from TRL's GRPO in this: the action is a code, and the token is the likeliest one given it; scores come
+    from the states that the rollout computed; the reference is a copy of the policy stack; a greedy evaluation answers
+    each prompt once, and its figures are means over rows; samples of a prompt are drawn together (`action_sampling`).
+
+    Args:
+        model (`LatentActionModel` or `str`): The model, a folder or a Hub id. Its policy must have been trained.
+        reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
+        optimizers: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
+        peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
+        anchor_dataset (`Dataset`, *optional*): Conversations on which the policy is held in place, with `anchor_coef`:
+            `messages`, or `prompt` and `completion`, with `images` or without.
+
+    Raises:
+        ValueError: For what cannot give back codes (tools, environments, own rollout functions).
+    """
+
+    _tag_names = ["trl", "latent-trl", "grpo"]
+    _name = "Latent-action GRPO"
+    trained_components: tuple[str, ...] = ("policy",)
+    config_class = LatentActionGRPOConfig
+
+    def __init__(
+        self,
+        model: LatentActionModel | str,
+        reward_funcs: Any = None,
+        args: LatentActionGRPOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        reward_processing_classes: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+        peft_config: Any = None,
+        anchor_dataset: Any = None,
+        **refused: Any,
+    ):
+        check_arguments(refused)
+        args = args or self.config_class(f"latent-action-{self._tag_names[-1]}")
+        check_anchor(args, anchor_dataset)
+        check_writable(args)
+        model = load_model(model)
+        model.require("codebook", "world_model", *self.trained_components)
+        adapter, reference_adapter = attach_adapter(model, args, peft_config)
+        line = train_only(model, self.trained_components, adapter)
+        # The reference is the policy before RL, never a second model.
+        beta, args.beta = args.beta, 0.0
+        try:
+            super().__init__(
+                model,
+                reward_funcs=reward_funcs,
+                args=args,
+                train_dataset=train_dataset,
+                eval_dataset=eval_dataset,
+                processing_class=processing_class or load_processing_class(model),
+                reward_processing_classes=reward_processing_classes,
+                callbacks=callbacks,
+                optimizers=optimizers,
+            )
+        finally:
+            args.beta = beta
+        # TRL's forward for the scores of tokens.
+        vars(model).pop("forward", None)
+        logger.warning(line)
+        self.beta = beta
+        # A frozen backbone's experts are not balanced.
+        self.aux_loss_enabled = self.aux_loss_enabled and args.train_backbone
+        needed = beta != 0.0 or args.anchor_coef
+        self.reference = Reference(model, reference_adapter) if needed else None
+        self.anchor = PolicyAnchor.of(self, anchor_dataset) if args.anchor_coef else None
+        if not args.eval_action_do_sample:
+            # Greedy answers of a prompt are all the same.
+            self.num_generations_eval = 1
+        check_train_dataset(self.train_dataset, args)
+        self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
+        self.encoder = PromptEncoder(
+            self.processing_class, args.image_root, chat_template_kwargs=args.chat_template_kwargs
+        )
+        self.prepare_row = functools.partial(load_row_images, image_root=args.image_root)
+        sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
+        self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
+        self.rewards = RolloutRewards.of(self)
+        self.rollout_log = RolloutLog(self._metrics, self._logs, args.log_multimodal)
+        if args.log_completions:
+            self.add_callback(CompletionsTable(self))
+
+    def _latent_model(self) -> LatentActionModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """From the rows of a batch, each as often as it is to be answered, to the scored batch that TRL buffers."""
+        samples = self.draw_samples(inputs)
+        rewards = self.rewards(samples, self.state)
+        training = self.model.training
+        if training and self.args.dynamic_sampling_rounds:
+            self.rollout_log.figures(training, self._replace_equal_groups(samples, rewards))
+        rollout = Rollout.of(
+            samples,
+            self._tokenizer.pad_token_id,
+            self.accelerator.device,
+            self.pad_to_multiple_of or 1,
+            self.args.offload_context_states,
+        )
+        ended = self._ended(samples)
+        if self.mask_truncated_completions:
+            rollout.completion_mask *= ended[:, None]
+        rollout.num_items_in_batch = gather(rollout.completion_mask.sum()).sum()
+        self.score_rollout(rollout)
+        total = weighted_rewards(rewards, self.reward_weights)
+        advantages = self.set_advantages(rollout, rewards, total)
+        self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
+        if training:
+            self.watch_rewards(total)
+        return rollout.to_batch()
+
+    def draw_samples(self, inputs: list[dict[str, Any]]) -> list[Sample]:
+        """Answers the rows, processing each prompt once."""
+        training = self.model.training
+        size = self.num_generations if training else self.num_generations_eval
+        rows, copies = groups_of(inputs, self.accelerator.process_index * len(inputs), size)
+        self.generation_config.action_do_sample = training or self.args.eval_action_do_sample
+        try:
+            samples = answers(rows, copies, self.prepare_row, self.encoder, self.rollout_source())
+        except FloatingPointError as error:
+            raise self._no_code(error) from error
+        if training:
+            tokens = sum(len(sample.prompt.ids) + len(sample.completion_ids) for sample in samples)
+            tokens = torch.tensor(tokens, device=self.accelerator.device)
+            self.state.num_input_tokens_seen += gather(tokens).sum().item()
+        return samples
+
+    def rollout_source(self) -> GenerateSource:
+        """What answers prompts: the policy as it is now."""
+        return GenerateSource(
+            self.model_wrapped,
+            self.accelerator,
+            self.generation_config,
+            self.encoder,
+            self.eos_token_ids,
+            self.args.reuse_context_states,
+            self.args.ds3_gather_for_generation,
+        )
+
+    def _ended(self, samples: list[Sample]) -> torch.Tensor:
+        """Boolean `[B]`: which completions ended by themselves."""
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        return torch.tensor([s.completion_ids[-1] in ends for s in samples], device=self.accelerator.device)
+
+    def _replace_equal_groups(self, samples: list[Sample], rewards: torch.Tensor) -> dict[str, Any]:
+        def draw(rows):
+            fresh = self.draw_samples(rows)
+            return fresh, self.rewards(fresh, self.state)
+
+        sampling = DynamicSampling(
+            self.train_dataset,
+            self.args.dynamic_sampling_rounds,
+            self.num_generations,
+            self.reward_weights,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+            self.prepare_row,
+        )
+        return sampling.replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
+
+    @property
+    def needs_old_scores(self) -> bool:
+        """Whether an update may read a rollout that an earlier policy made."""
+        every = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % every != 0
+
+    def score_rollout(self, rollout: Rollout) -> None:
+        """Scores the rollout under the policy that made it, and under the reference, where they are needed."""
+        training = self.model.training
+        rows = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        shared = (rollout, self.law, self.encoder, rows)
+        with self.accelerator.autocast():
+            if self.needs_old_scores:
+                scores = score_in_parts(self.model, *shared)
+                rollout.old_per_token_logps, rollout.old_values = scores.log_probs, scores.values
+            if self.beta != 0.0:
+                model = self._latent_model()
+                with backbone_of_reference(model, self.args.train_backbone, self.reference.adapter):
+                    scores = score_in_parts(model, *shared, reference=self.reference.policy)
+                rollout.ref_per_token_logps = scores.log_probs
+
+    def set_advantages(self, rollout: Rollout, rewards: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
+        """
+        Gives the rollout its advantages.
+
+        Args:
+            rollout (`Rollout`): Of this process, scored.
+            rewards (`torch.Tensor`): `[N, functions]` over all processes.
+            total (`torch.Tensor`): `[N]`, the weighted rewards.
+
+        Returns:
+            `[N]`, one a completion of all processes, for the logs.
+        """
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        if self.multi_objective_aggregation == "normalize_then_sum":
+            advantages = normalize_then_sum(rewards, self.reward_weights, size)
+        else:
+            estimate = GROUP_ADVANTAGES[self.args.advantage_estimator]
+            advantages = estimate(total, size, self.scale_rewards)
+        # A completion that no function could score teaches nothing.
+        advantages = advantages.nan_to_num(0.0)
+        rollout.advantages = self.local(advantages, len(rollout.action_ids))
+        return advantages
+
+    def local(self, values: torch.Tensor, rows: int) -> torch.Tensor:
+        """This process's rows of `values` `[N]`."""
+        start = self.accelerator.process_index * rows
+        return values[start : start + rows]
+
+    def watch_rewards(self, total: torch.Tensor) -> None:
+        """Names a reward that teaches nothing."""
+        equal = bool(equal_groups(total, self.num_generations).all())
+        self.health.count_rewards(total, equal, "each group", self.state.global_step)
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> torch.Tensor:
+        rollout = Rollout.from_batch(inputs)
+        loss = self.rollout_loss(self.score(model, rollout), rollout, inputs)
+        if not self.model.training:
+            self.rollout_log.evaluation.take_appended(rollout.completion_mask.sum().item())
+        elif self.anchor is not None:
+            loss = loss + self.anchor.loss(self, model, self._step)
+        self._check_loss(loss, inputs)
+        return loss
+
+    def score(self, model: nn.Module, rollout: Rollout) -> CodeScores:
+        """The scores that an update is made from."""
+        return score(model, rollout, self.law, self.encoder, aux_loss=self.aux_loss_enabled)
+
+    def rollout_loss(self, scores: CodeScores, rollout: Rollout, inputs: dict[str, Any]) -> torch.Tensor:
+        """TRL's loss of a micro-batch, from the scores of its codes."""
+        return super()._compute_loss(scores, inputs)
+
+    def _get_per_token_logps_and_entropies(self, model: CodeScores, *args: Any, **kwargs: Any):
+        # TRL's loss asks for the scores of what it was given for a model: the scores themselves.
+        return model.log_probs, model.entropies, model.aux_loss
+
+    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        self.rollout_log.start_evaluation()
+        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            self.health.watch_exploration(self._metrics["train"], self.state.global_step)
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any):
+        self._latent_model().config.stage = "rl"
+        return super().train(*args, **kwargs)

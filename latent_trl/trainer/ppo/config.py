@@ -23,6 +23,9 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
             Of GAE over codes.
         whiten_advantages (`bool`, defaults to `True`):
             Whether advantages are whitened over all codes of the rollout batch, on all processes.
+        target_kl (`float`, *optional*):
+            Stops the epochs over a rollout batch once the policy's mean divergence from the one that made it, in nats a
+            code (`ppo/approx_kl`), is larger after an update. The updates that are left out count as steps.
         value_coef (`float`, defaults to `0.5`):
             Weight of the value loss, a squared error.
         value_clip_range (`float`, *optional*, defaults to `0.2`):
@@ -47,10 +50,12 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
     """
 
     num_generations: int | None = 1
+    advantage_estimator: str = "gae"
     num_iterations: int = 4
     gamma: float = 1.0
     gae_lambda: float = 0.95
     whiten_advantages: bool = True
+    target_kl: float | None = None
     value_coef: float = 0.5
     value_clip_range: float | None = 0.2
     value_learning_rate: float | None = 9e-6
@@ -75,6 +80,13 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
         if one:
             self._scale_batch(0.5)
 
+    def _check_estimator(self) -> None:
+        if self.advantage_estimator != "gae":
+            raise ValueError(
+                f"`advantage_estimator={self.advantage_estimator!r}` is about groups, and PPO's advantages are those of "
+                "its value function. Use `LatentActionGRPOConfig` for it."
+            )
+
     def _scale_batch(self, factor: float) -> None:
         for name in ("num_generations", "per_device_train_batch_size", "generation_batch_size"):
             value = getattr(self, name)
@@ -94,12 +106,16 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
         for name in ("gamma", "gae_lambda"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)}.")
-        for name in ("value_clip_range", "kl_target", "kl_horizon"):
+        for name in ("value_clip_range", "target_kl", "kl_target", "kl_horizon"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"`{name}` must be positive, got {value}.")
         if self.kl_target is not None and self.beta == 0.0:
             raise ValueError("`kl_target` adapts `beta`, which is 0 and would stay 0. Give `beta` a first value.")
+        if self.target_kl is not None and self.fp16:
+            raise ValueError(
+                "`target_kl` leaves updates out, which the gradient scaler of `fp16` cannot do. Use `bf16`."
+            )
         if self.dynamic_sampling_rounds:
             raise ValueError(
                 "`dynamic_sampling_rounds` replaces groups of equal rewards, which PPO learns from. Leave it 0."

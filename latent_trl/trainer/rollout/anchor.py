@@ -6,10 +6,16 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import nn
 
-from ...data.collator import RowError
+from ...data.collator import LatentActionDataCollator, RowError
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
+
+# Conversations that each process draws with each micro-batch, and tokens of the longest.
+BATCH_SIZE = 16
+MAX_LENGTH = 2048
 
 
 class PolicyAnchor:
@@ -38,6 +44,21 @@ class PolicyAnchor:
         self.collate = collate
         self.rows = min(rows, len(dataset))
         self.seed = seed
+        # The batches of the update that is being made, by micro-batch, and their tokens, averaged over processes.
+        self._waiting: dict[int, dict[str, Any]] = {}
+        self._tokens = torch.ones(())
+
+    @classmethod
+    def of(cls, trainer: Any, dataset: Any) -> "PolicyAnchor":
+        """The anchor of a trainer over `dataset`."""
+        args = trainer.args
+        collate = LatentActionDataCollator(
+            trainer.processing_class,
+            max_length=MAX_LENGTH,
+            image_root=args.image_root,
+            vision_token_ids=trainer.accelerator.unwrap_model(trainer.model).config.vision_token_ids,
+        )
+        return cls(trainer.reference.policy, dataset, collate, BATCH_SIZE, args.seed)
 
     def batch(self, step: int, process_index: int) -> dict[str, Any]:
         """A batch of different rows; `RowError` for one that cannot be used."""
@@ -62,6 +83,32 @@ class PolicyAnchor:
             before = self._log_probs(self.reference, states, batch, position_ids, mask)
         now = self._log_probs(model.policy, states, batch, position_ids, mask)
         return F.kl_div(now, before, reduction="sum", log_target=True)
+
+    def loss(self, trainer: Any, model: nn.Module, step: int) -> torch.Tensor:
+        """
+        The term of one micro-batch: the parts of an update add up to the mean over the tokens of all its micro-batches
+        and processes.
+
+        Args:
+            trainer (`GRPOTrainer`): Whose update it is.
+            model (`nn.Module`): The wrapped model.
+            step (`int`): The number of the micro-batch in the run.
+        """
+        accelerator = trainer.accelerator
+        if step not in self._waiting:
+            steps = range(step, step + trainer.current_gradient_accumulation_steps)
+            self._waiting = {s: self.batch(s, accelerator.process_index) for s in steps}
+            own = torch.tensor(float(sum(map(self.count, self._waiting.values()))), device=accelerator.device)
+            self._tokens = accelerator.reduce(own, "mean").clamp(min=1e-6)
+        batch = send_to_device(self._waiting.pop(step), accelerator.device)
+        # DDP counts the gradients of the pass that it saw last: what this one leaves out it would take for unused.
+        model = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        total = model(objective=self.divergence, batch=batch).loss
+        parts = torch.stack([total.detach(), total.new_tensor(float(self.count(batch)))])
+        divergence, tokens = accelerator.reduce(parts, "sum").tolist()
+        trainer._metrics["train"]["anchor/kl"].append(divergence / max(tokens, 1.0))
+        # Gradients of processes are averaged, and so the count is an average too.
+        return trainer.args.anchor_coef * total / self._tokens
 
     @staticmethod
     def _log_probs(policy, states, batch, position_ids, mask) -> torch.Tensor:

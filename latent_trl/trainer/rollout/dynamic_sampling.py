@@ -1,6 +1,8 @@
 """DAPO's dynamic sampling: groups whose rewards are all equal teach nothing, and give way to other prompts' groups."""
 
 import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +10,78 @@ from accelerate.utils import gather_object
 from PIL import Image
 
 from ...rewards.conversation import IMAGE_COLUMNS
+from .advantages import weighted_rewards
+from .metrics import Figure
+from .rollout import Sample
+
+
+@dataclass
+class DynamicSampling:
+    """
+    Replaces groups of equal rewards (DAPO, [Yu et al.](https://huggingface.co/papers/2503.14476), section 3.2).
+
+    Args:
+        dataset (`Dataset`): Map-style, that prompts are drawn from.
+        rounds (`int`): At most so many times a batch.
+        group_size (`int`): G.
+        weights (`torch.Tensor`): `[functions]`, of the rewards.
+        rank (`int`), processes (`int`): Of the run.
+        prepare (`Callable`): Loads the pictures of a row.
+    """
+
+    dataset: Any
+    rounds: int
+    group_size: int
+    weights: torch.Tensor
+    rank: int
+    processes: int
+    prepare: Callable[[dict[str, Any]], dict[str, Any]]
+
+    def replace(
+        self,
+        samples: list[Sample],
+        rewards: torch.Tensor,
+        draw: Callable[[list[dict[str, Any]]], tuple[list[Sample], torch.Tensor]],
+        seed: int,
+    ) -> dict[str, Figure]:
+        """
+        Puts fresh groups in the place of equal ones, in `samples` and in `rewards`.
+
+        Args:
+            samples (`list[Sample]`): Of this process.
+            rewards (`torch.Tensor`): `[N, functions]` over all processes.
+            draw (`Callable`): Samples of rows, and their rewards over all processes.
+            seed (`int`): What is drawn is a function of it and the round.
+
+        Returns:
+            Figures for the logs.
+        """
+        size, rank, rows = self.group_size, self.rank, len(samples)
+        total = weighted_rewards(rewards, self.weights)
+        equal = equal_groups(total, size)
+        figures = {"equal_groups_before": equal.float().mean().item(), "reward_before": total.nanmean().item()}
+        seen, rounds, replaced = None, 0, 0
+        while equal.any() and rounds < self.rounds:
+            rounds += 1
+            if seen is None:
+                seen = all_keys([sample.row for sample in samples])
+            fresh_rows = fresh_rows_needed(equal, rows, size)
+            drawn = draw_prompts(self.dataset, fresh_rows * self.processes // size, seen, seed + rounds, self.prepare)
+            seen |= {prompt_key(row) for row in drawn}
+            own = [row for row in drawn for _ in range(size)][rank * fresh_rows : (rank + 1) * fresh_rows]
+            fresh, fresh_rewards = draw(own)
+            fresh_equal = equal_groups(weighted_rewards(fresh_rewards, self.weights), size)
+            pairs = replacements_of(equal, fresh_equal, rows, fresh_rows, size)
+            for old, new in pairs:
+                equal[old] = False
+                rewards[old * size : (old + 1) * size] = fresh_rewards[new * size : (new + 1) * size]
+                for i in range(size):
+                    place, source = old * size + i - rank * rows, new * size + i - rank * fresh_rows
+                    if 0 <= place < rows:
+                        samples[place] = fresh[source]
+            replaced += len(pairs)
+        figures |= {"equal_groups_left": equal.float().mean().item(), "rounds": rounds, "replaced_groups": replaced}
+        return {f"dynamic_sampling/{name}": (value, 1.0) for name, value in figures.items()}
 
 
 def equal_groups(rewards: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -55,10 +129,17 @@ def fresh_rows_needed(equal: torch.Tensor, rows: int, group_size: int) -> int:
     return int(equal.view(-1, rows // group_size).sum(dim=1).max()) * group_size
 
 
-def draw_prompts(dataset, count: int, seen: set[bytes], seed: int) -> list[dict[str, Any]]:
+def draw_prompts(
+    dataset: Any,
+    count: int,
+    seen: set[bytes],
+    seed: int,
+    prepare: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row,
+) -> list[dict[str, Any]]:
     """
     `count` rows drawn at random, other than those whose [`prompt_key`] is in `seen` while there are others among the
-    first rows drawn. At most as many rows are read as could be needed where all prompts differ.
+    first rows drawn. At most as many rows are read as could be needed where all prompts differ; `prepare` loads their
+    pictures.
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(dataset), generator=generator)[: count + len(seen)].tolist()
@@ -67,7 +148,7 @@ def draw_prompts(dataset, count: int, seen: set[bytes], seed: int) -> list[dict[
     for index in order:
         if len(drawn) == count:
             break
-        row = dataset[index]
+        row = prepare(dataset[index])
         (again if prompt_key(row) in seen else drawn).append(row)
     rest = [*again, *drawn]
     while len(drawn) < count:

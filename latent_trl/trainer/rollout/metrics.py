@@ -1,7 +1,5 @@
 """What a rollout says of itself in the logs, under TRL's names."""
 
-from collections.abc import Callable
-
 import torch
 
 from .advantages import nan_std
@@ -28,9 +26,7 @@ def length_figures(lengths: torch.Tensor, ended: torch.Tensor) -> dict[str, Figu
     return figures
 
 
-def reward_figures(
-    rewards: torch.Tensor, names: list[str], total: torch.Tensor, group_size: int
-) -> dict[str, Figure]:
+def reward_figures(rewards: torch.Tensor, names: list[str], total: torch.Tensor, group_size: int) -> dict[str, Figure]:
     """
     Means and standard deviations of rewards.
 
@@ -47,16 +43,15 @@ def reward_figures(
         figures[mean] = (column.nanmean().item(), count)
         figures[std] = (nan_std(column).item(), count)
     spread = nan_std(total.view(-1, group_size), dim=1)
-    figures["frac_reward_zero_std"] = (torch.isclose(spread, torch.zeros_like(spread)).float().mean().item(), len(spread))
+    figures["frac_reward_zero_std"] = (
+        torch.isclose(spread, torch.zeros_like(spread)).float().mean().item(),
+        len(spread),
+    )
     return figures
 
 
-def usage_figures(
-    codes: list[torch.Tensor], num_codes: int, total: Callable[[torch.Tensor], torch.Tensor], device: torch.device
-) -> dict[str, Figure]:
-    """How many codes were chosen, and the perplexity of their usage, over all processes; `total` sums over them."""
-    counts = torch.bincount(torch.cat(codes).to(device), minlength=num_codes).float()
-    counts = total(counts)
+def usage_figures(counts: torch.Tensor) -> dict[str, Figure]:
+    """How many codes were chosen, and the perplexity of their usage, from how often each `[K]` was."""
     perplexity = torch.special.entr(counts / counts.sum()).sum().exp().item()
     chosen = counts.sum().item()
     return {"codebook/used": ((counts > 0).sum().item(), chosen), "codebook/perplexity": (perplexity, chosen)}

@@ -1,11 +1,17 @@
 """From the rows of a rollout batch to encoded prompts, each processed once, and from tokens to completions."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...rewards.conversation import IMAGE_COLUMNS
+from .rollout import Sample
+from .source import RolloutSource
+
+Prepare = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 def groups_of(rows: list[dict[str, Any]], first: int, size: int) -> tuple[list[dict[str, Any]], int]:
@@ -28,13 +34,33 @@ def groups_of(rows: list[dict[str, Any]], first: int, size: int) -> tuple[list[d
     return parts, copies
 
 
-def decoded(processing_class: Any, rows: list[dict[str, Any]], completion_ids: list[list[int]]) -> list[Any]:
-    """Completions as reward functions see them: a text for a text, a message for a conversation."""
-    texts = processing_class.batch_decode(completion_ids, skip_special_tokens=True)
-    return [
-        [{"role": "assistant", "content": text}] if is_conversational({"prompt": row["prompt"]}) else text
-        for row, text in zip(rows, texts, strict=True)
-    ]
+def answers(
+    rows: list[dict[str, Any]], copies: int, prepare: Prepare, encoder: PromptEncoder, source: RolloutSource
+) -> list[Sample]:
+    """
+    Answers rows, each processed once.
+
+    Args:
+        rows (`list[dict]`): As [`groups_of`] gives them; the same object for calls of one prompt.
+        copies (`int`): Samples of each.
+        prepare (`Callable`): Loads the pictures of a row.
+        encoder (`PromptEncoder`): Of the prompts.
+        source (`RolloutSource`): What generates.
+
+    Returns:
+        `list[Sample]`: Row by row.
+    """
+    prepared: dict[int, tuple[dict[str, Any], EncodedPrompt]] = {}
+    for row in rows:
+        if id(row) not in prepared:
+            loaded = prepare(row)
+            prepared[id(row)] = loaded, encoder(loaded)
+    samples = source(*map(list, zip(*(prepared[id(row)] for row in rows), strict=True)), copies)
+    texts = encoder.processing_class.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True)
+    for sample, text in zip(samples, texts, strict=True):
+        conversation = is_conversational({"prompt": sample.row["prompt"]})
+        sample.completion = [{"role": "assistant", "content": text}] if conversation else text
+    return samples
 
 
 def reward_prompts(rows: list[dict[str, Any]]) -> list[Any]:

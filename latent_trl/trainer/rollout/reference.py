@@ -1,14 +1,14 @@
 """The reference: the policy before RL, that of a run that goes on included."""
 
 import copy
+import functools
 import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...models.component import CheckpointError, load_state, read_tensors
-from ...models.component import WEIGHTS_NAME
+from ...models.component import WEIGHTS_NAME, CheckpointError, load_state, read_tensors
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
 
@@ -53,7 +53,9 @@ class Reference:
         self.policy = frozen_copy(model.policy)
         self.adapter = adapter
         self.model = model
+        self._saved_in: str | None = None
 
+    @functools.cached_property
     def digest(self) -> str:
         """Of all tensors that make the reference."""
         tensors = dict(self.policy.state_dict())
@@ -66,11 +68,9 @@ class Reference:
 
     def save(self, run_folder: str | Path) -> None:
         """Writes the policy into the run's folder, once a run."""
-        folder = Path(run_folder) / REFERENCE_FOLDER
-        if not (folder / WEIGHTS_NAME).is_file() or digest_of(read_tensors(folder / WEIGHTS_NAME)) != digest_of(
-            self.policy.state_dict()
-        ):
-            self.policy.save_pretrained(folder)
+        if self._saved_in != str(run_folder):
+            self.policy.save_pretrained(Path(run_folder) / REFERENCE_FOLDER)
+            self._saved_in = str(run_folder)
 
     def resume(self, run_folder: str | Path, digest: str) -> None:
         """
@@ -83,15 +83,15 @@ class Reference:
         Raises:
             CheckpointError: When it cannot be had: divergences would be measured from another policy.
         """
-        if self.digest() == digest:
+        if self.digest == digest:
             return
         path = Path(run_folder) / REFERENCE_FOLDER / WEIGHTS_NAME
         if path.is_file() and self.adapter is None:
-            before = {name: tensor.clone() for name, tensor in self.policy.state_dict().items()}
-            load_state(self.policy, read_tensors(path), str(path))
-            if self.digest() == digest:
+            tensors = read_tensors(path)
+            if digest_of(tensors) == digest:
+                load_state(self.policy, tensors, str(path))
+                del self.digest
                 return
-            self.policy.load_state_dict(before)
         raise CheckpointError(
             f"The run that is resumed measured its divergence from another policy than `model`'s, and {path.parent} "
             "does not hold that one. Give the model that the run began with."

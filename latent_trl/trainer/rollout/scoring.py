@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ...data.prompts import collate_prompts
+from ...data.prompts import PromptEncoder
 from ...generation.action_law import ActionLaw
 from ...generation.output import trunk_positions
 from ...models.latent_action_model import LatentActionModel
@@ -37,11 +37,13 @@ class PolicyPass:
     auxiliary loss of a rollout.
 
     Args:
+        encoder (`PromptEncoder`): Makes the visual inputs where the backbone is run again.
         reference (`LatentActionPolicy`, *optional*): A policy to run over the model's states in place of its own.
         detach_values (`bool`, defaults to `False`): Whether the value's gradient ends at the value head.
         aux_loss (`bool`, defaults to `False`): Whether the backbone's load-balancing loss is wanted.
     """
 
+    encoder: PromptEncoder
     reference: LatentActionPolicy | None = None
     detach_values: bool = False
     aux_loss: bool = False
@@ -57,7 +59,7 @@ class PolicyPass:
         if rollout.context_states is not None:
             states, positions = rollout.context_states.to(device), trunk_positions(rollout.position_ids, device)
         else:
-            states, positions, aux_loss = encode(model, rollout, mask, self.aux_loss)
+            states, positions, aux_loss = encode(model, rollout, mask, self.encoder, self.aux_loss)
         if rollout.context_states is not None and has_groups(rollout.prompt_index):
             logits, features = policy_over_groups(policy, states, mask, positions, rollout.prompt_index, length)
         else:
@@ -68,17 +70,18 @@ class PolicyPass:
         return logits, values, aux_loss
 
 
-def encode(model: LatentActionModel, rollout: Rollout, mask: torch.Tensor, aux_loss: bool = False):
+def encode(
+    model: LatentActionModel, rollout: Rollout, mask: torch.Tensor, encoder: PromptEncoder, aux_loss: bool = False
+):
     """Context states `[B, P+C-1, d]`, their position ids, and the auxiliary loss, by a pass of the backbone."""
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
     width, device = rollout.prompt_ids.shape[1], ids.device
-    inputs = collate_prompts(rollout.prompts, pad_token_id=0)
+    inputs = encoder.collate(rollout.prompts)
     inputs = {name: value.to(device) for name, value in inputs.items() if name not in ("input_ids", "attention_mask")}
-    for name, value in inputs.items():
-        # Fields of tokens have one entry a token of the prompt; completions hold text.
-        if value.ndim == 2 and len(value) == len(ids) and name in rollout.prompts[0].fields:
-            inputs[name] = torch.zeros_like(ids)
-            inputs[name][:, width - value.shape[1] : width] = value
+    for name in {name for prompt in rollout.prompts for name in prompt.fields}:
+        # One entry a token of the prompt, and zeros, for text, in the completion.
+        value, inputs[name] = inputs[name], torch.zeros_like(ids)
+        inputs[name][:, width - value.shape[1] : width] = value
     if "token_type_ids" in inputs:
         # A backbone may read a prompt both ways: a completion is read forward alone.
         inputs["completion_mask"] = torch.ones_like(ids)
@@ -92,6 +95,7 @@ def score(
     model: Any,
     rollout: Rollout,
     law: ActionLaw,
+    encoder: PromptEncoder,
     reference: LatentActionPolicy | None = None,
     detach_values: bool = False,
     aux_loss: bool = False,
@@ -103,19 +107,21 @@ def score(
         model (`LatentActionModel`): Or a wrapper of one.
         rollout (`Rollout`): The codes, and the states that chose them where they are kept.
         law (`ActionLaw`): The law that was sampled from.
-        reference, detach_values, aux_loss: As [`PolicyPass`] takes them.
+        encoder, reference, detach_values, aux_loss: As [`PolicyPass`] takes them.
     """
-    objective = PolicyPass(reference, detach_values, aux_loss)
+    objective = PolicyPass(encoder, reference, detach_values, aux_loss)
     logits, values, aux = model(objective=objective, batch=rollout).loss
     log_probs, entropies = law.score(logits, rollout.action_ids, rollout.action_support)
     return CodeScores(log_probs, entropies, values, aux)
 
 
 @torch.no_grad()
-def score_in_parts(model: Any, rollout: Rollout, law: ActionLaw, rows: int, **options: Any) -> CodeScores:
+def score_in_parts(
+    model: Any, rollout: Rollout, law: ActionLaw, encoder: PromptEncoder, rows: int, **options: Any
+) -> CodeScores:
     """[`score`] without gradient, `rows` rows of the batch at a time."""
     parts = [
-        score(model, rollout.rows(start, start + rows), law, **options)
+        score(model, rollout.rows(start, start + rows), law, encoder, **options)
         for start in range(0, len(rollout.action_ids), rows)
     ]
     values = None if parts[0].values is None else torch.cat([part.values for part in parts])

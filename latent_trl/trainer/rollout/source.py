@@ -2,12 +2,11 @@
 
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from transformers import GenerationConfig
 from trl.models import unwrap_model_for_generation
 
-from ...data.prompts import EncodedPrompt, collate_prompts
+from ...data.prompts import EncodedPrompt, PromptEncoder
 from .rollout import Sample
 
 
@@ -35,10 +34,9 @@ class GenerateSource:
         model (`nn.Module`): The wrapped model.
         accelerator (`Accelerator`): Of the trainer.
         generation_config (`GenerationConfig`): Of the rollouts.
-        pad_token_id (`int`): Of the tokenizer.
+        encoder (`PromptEncoder`): Makes a batch of prompts.
         end_token_ids (`list[int]`): What ends a completion.
         keep_states (`bool`): Whether samples carry their context states.
-        multiple (`int`): Prompts are padded to a multiple of it.
         gather (`bool`): Whether ZeRO-3 gathers all parameters for the time of the call (`ds3_gather_for_generation`).
     """
 
@@ -47,28 +45,24 @@ class GenerateSource:
         model: Any,
         accelerator: Accelerator,
         generation_config: GenerationConfig,
-        pad_token_id: int,
+        encoder: PromptEncoder,
         end_token_ids: list[int],
         keep_states: bool,
-        multiple: int = 1,
         gather: bool = True,
     ):
         self.model = model
         self.accelerator = accelerator
         self.generation_config = generation_config
-        self.pad_token_id = pad_token_id
+        self.encoder = encoder
         self.end_token_ids = end_token_ids
         self.keep_states = keep_states
-        self.multiple = multiple
         self.gather = gather
 
     def __call__(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt], copies: int) -> list[Sample]:
-        inputs = collate_prompts(prompts, self.pad_token_id, multiple=self.multiple)
+        inputs = self.encoder.collate(prompts)
         inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
         with (
-            unwrap_model_for_generation(
-                self.model, self.accelerator, gather_deepspeed3_params=self.gather
-            ) as model,
+            unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=self.gather) as model,
             self.accelerator.autocast(),
         ):
             output = model.generate(

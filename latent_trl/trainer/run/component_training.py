@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ...models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
 from ...models.component import WEIGHTS_NAME, CheckpointError, check_state, load_state, read_tensors
 from ...models.latent_action_model import LatentActionModel
-from .health import RunHealth, is_finite, loss_trouble, remedy
+from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
 from .manifest import (
     MANIFEST_FILE,
@@ -119,6 +119,9 @@ def _as_sharded(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
+    # The checkpoint that the run goes on from.
+    resumed_from: str | None = None
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
@@ -173,6 +176,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
             logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
         if resume_from_checkpoint:
             check_same_method(resume_from_checkpoint, self._name)
+        self.resumed_from = resume_from_checkpoint or None
         return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
@@ -215,12 +219,16 @@ class ComponentTrainingMixin(HubTrainingMixin):
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit = limit
+            self.save_run(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._save_arguments(folder)
                 write_manifest(folder)
         if self.args.should_save:
             rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def save_run(self, folder: str | Path) -> None:
+        """Called by every process while a checkpoint is written; what a trainer needs to go on exactly."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_components(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
@@ -230,6 +238,14 @@ class ComponentTrainingMixin(HubTrainingMixin):
 
     def _where(self) -> str:
         return f"at step {self.state.global_step}"
+
+    def _no_code(self, error: FloatingPointError) -> FloatingPointError:
+        """Names the cause when codes cannot be drawn, because their probabilities are not finite."""
+        return FloatingPointError(
+            f"No code could be drawn {self._where()}: the policy's probabilities are not finite. "
+            f"{origin(self.accelerator.unwrap_model(self.model), {})} {what_is_kept(self.args.output_dir)} "
+            f"{self._remedy()}"
+        )
 
     def _remedy(self) -> str:
         return remedy(self.accelerator.unwrap_model(self.model), self.args.fp16)

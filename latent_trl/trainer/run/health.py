@@ -17,6 +17,10 @@ ON_COLLAPSE = ("warn", "stop", "ignore")
 MOST_SKIPPED = 20
 # Rollout batches in a row whose rewards do not differ.
 MOST_CONSTANT = 5
+# Below this mean entropy of a choice, in nats, a policy no longer explores.
+MIN_ENTROPY = 0.01
+# Below this perplexity of the codes that rollouts use, the policy has collapsed to one.
+MIN_PERPLEXITY = 1.5
 
 
 class CollapseError(RuntimeError):
@@ -84,6 +88,17 @@ class RunHealth:
             raise CollapseError(f"{message} {what_is_kept(self.output_dir)} Stopped as `on_collapse='stop'` asks.")
         self.alarmed.append(name)
         logger.warning(message)
+
+    def watch_exploration(self, metrics: dict[str, list[float]], step: int) -> None:
+        """Names a policy that chooses always the same; `metrics` are the values since the last log, by name."""
+        for name, least, kind, text in (
+            ("entropy", MIN_ENTROPY, "no exploration", "the policy's choices have an entropy of {:.2g} nats"),
+            ("codebook/perplexity", MIN_PERPLEXITY, "collapse", "the codes of rollouts have perplexity {:.2f}"),
+        ):
+            mean = torch.tensor(metrics.get(name, [])).nanmean().item()
+            if mean < least:
+                remedy = "Raise `action_temperature`, `entropy_coef` or `beta`, or lower the learning rate"
+                self.collapse(kind, f"{text.format(mean)}. {remedy}", step)
 
     def count_rewards(self, rewards: torch.Tensor, all_equal: bool, what: str, step: int) -> None:
         """

@@ -1,20 +1,30 @@
-"""What a run needs, beside the files of Trainer, to go on exactly where a checkpoint was written."""
+"""What an RL run needs, beside the files of Trainer, to go on exactly where a checkpoint was written."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import IterableDataset
+from PIL import Image
 from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Sampler
+from transformers import TrainerCallback
+from transformers.trainer_callback import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ...data.prompts import EncodedPrompt
+from ...data.rendering import Rendering
 from ...models.component import read_json, read_tensors
-from .component_training import write_json
+from .manifest import write_json
 
 logger = logging.get_logger(__name__)
 
 # One pair of files a process: each holds its own part of the rollout batch.
 STATE_FILE = "rollout_state_{rank}.json"
 BUFFER_FILE = "rollout_buffer_{rank}.safetensors"
+PROMPTS = "prompts"
 
 
 def save_run_state(folder: str | Path, rank: int, state: dict[str, Any], batches: list[dict[str, Any]] | None) -> None:
@@ -25,21 +35,53 @@ def save_run_state(folder: str | Path, rank: int, state: dict[str, Any], batches
         folder (`str` or `Path`): The checkpoint.
         rank (`int`): The process.
         state (`dict`): Plain JSON values.
-        batches (`list[dict]`, *optional*): The rest of a rollout batch that is in use: tensors and plain lists.
+        batches (`list[dict]`, *optional*): The rest of a rollout batch that is in use: tensors, plain lists, prompts.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, torch.Tensor] = {}
     plain: list[dict[str, Any]] | None = None
+    prompts: dict[int, tuple[int, EncodedPrompt]] = {}
     if batches is not None:
         plain = []
         for i, batch in enumerate(batches):
             plain.append({k: v for k, v in batch.items() if not isinstance(v, torch.Tensor)})
+            if PROMPTS in batch:
+                numbers = [prompts.setdefault(id(prompt), (len(prompts), prompt))[0] for prompt in batch[PROMPTS]]
+                plain[-1][PROMPTS] = numbers
             for name, value in batch.items():
                 if isinstance(value, torch.Tensor):
                     tensors[f"{i}.{name}"] = value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        described = [_described(number, prompt, tensors) for number, prompt in prompts.values()]
+        state = {**state, PROMPTS: described}
         save_file(tensors, folder / BUFFER_FILE.format(rank=rank))
     write_json(folder / STATE_FILE.format(rank=rank), {**state, "batches": plain})
+
+
+def _described(number: int, prompt: EncodedPrompt, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Plain values of a prompt; its pictures and visual inputs are added to `tensors`."""
+    rendering = prompt.rendering
+    for name, value in prompt.vision.items():
+        tensors[f"{PROMPTS}.{number}.vision.{name}"] = value.detach().cpu().contiguous()
+    for place, image in enumerate(rendering.images):
+        tensors[f"{PROMPTS}.{number}.image.{place}"] = torch.from_numpy(np.asarray(image).copy())
+    return {
+        "ids": prompt.ids,
+        "fields": prompt.fields,
+        "text": rendering.text,
+        "images": len(rendering.images),
+        "row": rendering.row,
+        "is_plain": rendering.is_plain,
+    }
+
+
+def _prompt(number: int, described: dict[str, Any], tensors: dict[str, torch.Tensor]) -> EncodedPrompt:
+    """Undoes [`_described`]."""
+    own = f"{PROMPTS}.{number}."
+    images = [Image.fromarray(tensors[f"{own}image.{i}"].numpy()) for i in range(described["images"])]
+    vision = {k.removeprefix(f"{own}vision."): v for k, v in tensors.items() if k.startswith(f"{own}vision.")}
+    rendering = Rendering(described["text"], images, described["row"], described["is_plain"])
+    return EncodedPrompt(described["ids"], described["fields"], vision, rendering)
 
 
 def load_run_state(
@@ -63,12 +105,28 @@ def load_run_state(
             "new rollout batch, not exactly."
         )
         return None
-    batches = state.pop("batches")
+    batches, described = state.pop("batches"), state.pop(PROMPTS, [])
     if batches is not None:
-        for name, tensor in read_tensors(folder / BUFFER_FILE.format(rank=rank)).items():
+        tensors = read_tensors(folder / BUFFER_FILE.format(rank=rank))
+        prompts = [_prompt(number, one, tensors) for number, one in enumerate(described)]
+        for batch in batches:
+            if PROMPTS in batch:
+                batch[PROMPTS] = [prompts[number] for number in batch[PROMPTS]]
+        for name, tensor in tensors.items():
             index, name = name.split(".", 1)
-            batches[int(index)][name] = tensor.to(device)
+            if index != PROMPTS:
+                batches[int(index)][name] = tensor.to(device)
     return state, batches
+
+
+class RestoreRun(TrainerCallback):
+    """Restores a resumed run once Trainer has set up its counters, before the first step."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_run()
 
 
 class ExactResumeMixin:
@@ -77,9 +135,13 @@ class ExactResumeMixin:
     the middle of a rollout batch and of a logging interval too.
     """
 
-    _train_sampler = None
+    reference: Any = None
 
-    def _run_state(self) -> dict[str, Any]:
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.add_callback(RestoreRun(self))
+
+    def run_state(self) -> dict[str, Any]:
         """What changes during a run, as plain JSON values; a subclass adds its own."""
         return {
             "world_size": self.accelerator.num_processes,
@@ -88,9 +150,11 @@ class ExactResumeMixin:
             "loss": self._tr_loss.item(),
             "last_logged_step": self._globalstep_last_logged,
             "health": self.health.state(),
+            "reference": None if self.reference is None else self.reference.digest,
         }
 
-    def _restore_run_state(self, state: dict[str, Any]) -> None:
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Puts back what [`run_state`] gave."""
         self.health.load_state(state["health"])
         self._step = state["micro_batches"]
         self._metrics["train"].clear()
@@ -98,30 +162,48 @@ class ExactResumeMixin:
         self._tr_loss.fill_(state["loss"])
         self._globalstep_last_logged = state["last_logged_step"]
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
+    def save_run(self, folder: str | Path) -> None:
+        """Writes this process's part of the run's state into a checkpoint, and the reference beside it."""
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         batches = self._buffered_inputs if in_use else None
-        save_run_state(output_dir, self.accelerator.process_index, self._run_state(), batches)
+        save_run_state(folder, self.accelerator.process_index, self.run_state(), batches)
+        if self.reference is not None and self.args.should_save:
+            self.reference.save(self.args.output_dir)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        if checkpoint is None:
+    def restore_run(self) -> None:
+        """
+        Puts back the state of the run that is resumed, if one is.
+
+        Raises:
+            CheckpointError: When that run's reference cannot be had.
+        """
+        folder, accelerator = self.resumed_from, self.accelerator
+        if folder is None:
             return
-        accelerator = self.accelerator
-        loaded = load_run_state(checkpoint, accelerator.process_index, accelerator.num_processes, accelerator.device)
-        if loaded is not None:
-            state, self._buffered_inputs = loaded
-            self._restore_run_state(state)
+        loaded = load_run_state(folder, accelerator.process_index, accelerator.num_processes, accelerator.device)
+        if loaded is None:
+            return
+        state, self._buffered_inputs = loaded
+        if self.reference is not None and state.get("reference") is not None:
+            self.reference.resume(Path(folder).parent, state["reference"])
+        self.load_run_state(state)
 
-    def _get_train_sampler(self, dataset=None):
-        self._train_sampler = super()._get_train_sampler(dataset)
-        return self._train_sampler
+    def get_train_dataloader(self) -> DataLoader:
+        loader = super().get_train_dataloader()
+        if self.resumed_from is not None and not isinstance(self.train_dataset, IterableDataset):
+            sampler = innermost_sampler(loader)
+            path = Path(self.resumed_from) / TRAINER_STATE_NAME
+            if sampler.shuffle and path.is_file():
+                # Its generator has shuffled once an epoch, of which the state counts fractions too.
+                epochs = json.loads(path.read_text(encoding="utf-8"))["epoch"] or 0.0
+                for _ in range(int(epochs + 1e-6)):
+                    torch.randperm(sampler.num_samples, generator=sampler.generator)
+        return loader
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        sampler = self._train_sampler
-        if checkpoint is not None and sampler is not None and sampler.shuffle:
-            # Its generator has shuffled once an epoch; state.epoch counts epochs with a fraction.
-            for _ in range(int((self.state.epoch or 0.0) + 1e-6)):
-                torch.randperm(sampler.num_samples, generator=sampler.generator)
+
+def innermost_sampler(loader: DataLoader) -> Sampler:
+    """The sampler of rows under the batch samplers that accelerate may have put around it."""
+    batches = loader.batch_sampler
+    while not hasattr(batches, "sampler"):
+        batches = batches.batch_sampler
+    return batches.sampler

@@ -1,0 +1,45 @@
+"""The backbone's adapter in RL: which of its tensors are trained, and what the backbone is for the reference."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from trl.trainer.utils import use_adapter
+
+from ...models.latent_action_model import LatentActionModel
+from .reference import copy_adapter
+
+REFERENCE_ADAPTER = "reference"
+
+
+def attach_adapter(model: LatentActionModel, args: Any, peft_config: Any) -> tuple[list[str], str | None]:
+    """
+    Puts a new adapter on the backbone, or takes the one that is there, where `train_backbone` asks for it.
+
+    Returns:
+        Names of the tensors to train, and the name of the copy that the reference is scored with, if there is one.
+
+    Raises:
+        ValueError: When the configuration and `peft_config` contradict each other.
+    """
+    if peft_config is not None and not args.train_backbone:
+        raise ValueError("`peft_config` adapts the backbone, which is frozen. Set `train_backbone=True`.")
+    if not args.train_backbone:
+        return [], None
+    reference = None
+    if peft_config is not None:
+        model.add_adapter(peft_config)
+    elif model.peft_backbone is None:
+        raise ValueError("`train_backbone=True` needs an adapter: pass `peft_config`.")
+    elif args.beta != 0.0:
+        reference = REFERENCE_ADAPTER
+        copy_adapter(model.peft_backbone, reference)
+    active = f".{model.peft_backbone.active_adapter}."
+    names = [name for name, _ in model.backbone.named_parameters() if "lora_" in name and active in name]
+    return names, reference
+
+
+def backbone_of_reference(
+    model: LatentActionModel, train_backbone: bool, adapter: str | None
+) -> AbstractContextManager:
+    """The backbone as it was before RL, inside the block."""
+    return use_adapter(model.peft_backbone, adapter) if train_backbone else nullcontext()

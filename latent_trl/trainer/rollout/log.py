@@ -1,0 +1,105 @@
+"""What rollouts add to TRL's metrics and to its table of completions."""
+
+from typing import Any
+
+import torch
+from accelerate.utils import gather, gather_object
+
+from ..run.completions_table import prompt_text
+from .metrics import EvaluationMeans, Figure, length_figures, reward_figures, usage_figures
+from .prompts import reward_prompts
+from .rollout import Sample
+
+
+class RolloutLog:
+    """
+    Writes into the lists that TRL's `log` averages and prints.
+
+    Args:
+        metrics (`dict`): `GRPOTrainer._metrics`: for `"train"` and `"eval"` a list of values by name.
+        tables (`dict`): `GRPOTrainer._logs`, the columns of the table of completions.
+        with_images (`bool`): Whether the table has the prompts' pictures.
+    """
+
+    def __init__(self, metrics: dict[str, Any], tables: dict[str, Any], with_images: bool):
+        self.metrics = metrics
+        self.tables = tables
+        self.with_images = with_images
+        self.evaluation = EvaluationMeans(metrics["eval"])
+
+    def figures(self, training: bool, figures: dict[str, Figure]) -> None:
+        """Adds figures of one rollout; those of evaluation count by what they are means over."""
+        for name, (value, count) in figures.items():
+            if training:
+                self.metrics["train"][name].append(value)
+            else:
+                self.evaluation.add(name, value, count)
+
+    def rollout(
+        self,
+        trainer: Any,
+        samples: list[Sample],
+        ended: torch.Tensor,
+        rewards: torch.Tensor,
+        total: torch.Tensor,
+        advantages: torch.Tensor,
+    ) -> None:
+        """
+        Adds one scored rollout.
+
+        Args:
+            trainer (`GRPOTrainer`): Whose rollout it is.
+            samples (`list[Sample]`): Of this process.
+            ended (`torch.Tensor`): Boolean, which of them ended by themselves.
+            rewards (`torch.Tensor`): `[N, functions]` over all processes.
+            total (`torch.Tensor`), advantages (`torch.Tensor`): `[N]` over all processes.
+        """
+        training, device = trainer.model.training, trainer.accelerator.device
+        size = trainer.num_generations if training else trainer.num_generations_eval
+        names, num_codes = trainer.reward_func_names, trainer.accelerator.unwrap_model(trainer.model).config.num_codes
+        lengths = torch.tensor([len(sample.completion_ids) for sample in samples], device=device)
+        own = {name: (value, len(total)) for name, value in trainer.rewards.logged_metrics().items()}
+        codes = torch.cat([sample.action_ids for sample in samples]).to(device)
+        usage = trainer.accelerator.reduce(torch.bincount(codes, minlength=num_codes).float(), "sum")
+        self.figures(training, length_figures(gather(lengths), gather(ended)))
+        self.figures(training, reward_figures(rewards, names, total, size))
+        self.figures(training, usage_figures(usage) | own)
+        self.metrics["train" if training else "eval"]["num_tokens"] = [trainer.state.num_input_tokens_seen]
+        self.table(samples, names, rewards, advantages)
+
+    def start_evaluation(self) -> None:
+        """Forgets the rows of the evaluation before."""
+        self.metrics["eval"].clear()
+        self.evaluation = EvaluationMeans(self.metrics["eval"])
+
+    def table(self, samples: list[Sample], names: list[str], rewards: torch.Tensor, advantages: torch.Tensor) -> None:
+        """
+        Adds the completions of all processes.
+
+        Args:
+            samples (`list[Sample]`): Of this process.
+            names (`list[str]`): Of the reward functions.
+            rewards (`torch.Tensor`): `[N, functions]` over all processes.
+            advantages (`torch.Tensor`): `[N]` over all processes.
+        """
+        rows = [sample.row for sample in samples]
+        # One form whether or not a row has pictures, which every tracker takes.
+        self.tables["prompt"].extend(gather_object([prompt_text(prompt) for prompt in reward_prompts(rows)]))
+        self.tables["completion"].extend(gather_object([sample.completion for sample in samples]))
+        for name, column in zip(names, rewards.unbind(dim=1), strict=True):
+            self.tables["rewards"][name].extend(column.tolist())
+        self.tables["advantages"].extend(advantages.tolist())
+        columns = {
+            "action_ids": [sample.action_ids.tolist() for sample in samples],
+            "completion_ids": [sample.completion_ids for sample in samples],
+        }
+        for column in sorted(set(gather_object([column for sample in samples for column in sample.extra]))):
+            columns[column] = [sample.extra.get(column) for sample in samples]
+        for column, values in columns.items():
+            self.tables["extra"][column].extend(gather_object(values))
+        if self.with_images and any(gather_object([bool(row.get("images") or row.get("image")) for row in rows])):
+            self.tables["images"].extend(gather_object([_images(row) for row in rows]))
+
+
+def _images(row: dict[str, Any]) -> list[Any]:
+    return list(row["images"] or []) if row.get("images") is not None else [row["image"]] if row.get("image") else []

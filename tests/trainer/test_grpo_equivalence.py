@@ -149,8 +149,6 @@ def test_entropy_options_are_the_token_models(setting, options):
 def test_ppo_without_a_value_loss_is_the_token_models(setting, loss_type, tmp_path):
     latent, token, batch, _ = setting
     model = copy.deepcopy(latent.model)
-    # TRL binds a model's forward to itself, and the copy's would be the original's.
-    del model.__dict__["forward"]
     trainer = LatentActionPPOTrainer(
         model,
         reward,

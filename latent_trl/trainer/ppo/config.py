@@ -83,8 +83,8 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
     def _check_estimator(self) -> None:
         if self.advantage_estimator != "gae":
             raise ValueError(
-                f"`advantage_estimator={self.advantage_estimator!r}` is about groups, and PPO's advantages are those of "
-                "its value function. Use `LatentActionGRPOConfig` for it."
+                f"`advantage_estimator={self.advantage_estimator!r}` is about groups, and PPO's advantages are of its "
+                "value function. Use `LatentActionGRPOConfig` for it."
             )
 
     def _scale_batch(self, factor: float) -> None:
@@ -113,9 +113,7 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
         if self.kl_target is not None and self.beta == 0.0:
             raise ValueError("`kl_target` adapts `beta`, which is 0 and would stay 0. Give `beta` a first value.")
         if self.target_kl is not None and self.fp16:
-            raise ValueError(
-                "`target_kl` leaves updates out, which the gradient scaler of `fp16` cannot do. Use `bf16`."
-            )
+            raise ValueError("`target_kl` leaves updates out, which the gradient scaler of `fp16` cannot. Use `bf16`.")
         if self.dynamic_sampling_rounds:
             raise ValueError(
                 "`dynamic_sampling_rounds` replaces groups of equal rewards, which PPO learns from. Leave it 0."

@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerCallback
-from transformers.trainer_callback import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
 from ...data.prompts import EncodedPrompt

@@ -1,5 +1,6 @@
 """Images of a data set: from what a row holds to an RGB picture, or a clear error."""
 
+import base64
 import io
 import math
 import warnings
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageOps
+
+from .rows import IMAGE_COLUMNS, UNREADABLE, RowError, row_name, short
 
 MAX_PIXELS = 50_000_000
 # Of Pillow's formats those that pictures come in; some others start programs or read further files.
@@ -19,11 +22,12 @@ class ImageError(ValueError):
 
 def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
-    An RGB picture, turned upright, of the first frame.
+    An RGB picture, turned upright, of the first frame; what is transparent becomes white.
 
     Args:
         value (`PIL.Image.Image`, `str`, `Path`, `bytes` or `dict`):
-            A picture, a path below `image_root`, encoded bytes, or a `datasets` cell with `bytes` or `path`.
+            A picture, a path below `image_root`, a data URL, encoded bytes, or a `datasets` cell with `bytes` or
+            `path`.
         image_root (`str` or `Path`, *optional*): The only folder that paths may lead to. Without it paths are refused.
         max_pixels (`int`, defaults to 50 million): Larger pictures are refused before they are decoded.
 
@@ -33,8 +37,10 @@ def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     name, source = "the picture", value
-    if isinstance(value, (str, Path)):
-        name, source = repr(str(value)), _inside(value, image_root)
+    if isinstance(value, str) and value.startswith("data:"):
+        name, source = short(value), io.BytesIO(_data_url(value))
+    elif isinstance(value, (str, Path)):
+        name, source = short(str(value)), _inside(value, image_root)
     elif isinstance(value, (bytes, bytearray)):
         name, source = f"{len(value)} bytes", io.BytesIO(value)
     elif not isinstance(value, Image.Image):
@@ -59,21 +65,82 @@ def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int
         raise ImageError(f"{name} cannot be read as an image ({what}). Works: {', '.join(FORMATS)}.") from error
 
 
+def load_row_images(row: dict[str, Any], image_root: str | Path | None = None) -> dict[str, Any]:
+    """
+    A copy of a row whose pictures are RGB pictures: those of its columns `images` and `image`, and those within the
+    parts of its messages (`messages`, `prompt`, `completion`). Other columns are as they were.
+
+    Args:
+        row (`dict`): A row; `_row`, its number, is named in messages.
+        image_root (`str` or `Path`, *optional*): The only folder that paths may lead to. Without it paths are refused.
+
+    Raises:
+        RowError: With the row, the column, what was found and what works.
+    """
+    if row.get(UNREADABLE) is not None:
+        raise RowError(f"{row_name(row)}: cannot be read ({row[UNREADABLE]}).")
+    loaded = dict(row)
+    for column in IMAGE_COLUMNS:
+        cell = row.get(column)
+        if isinstance(cell, (list, tuple)):
+            loaded[column] = [_of_row(row, f"`{column}`[{i}]", v, image_root) for i, v in enumerate(cell)]
+        elif cell is not None:
+            loaded[column] = _of_row(row, f"`{column}`", cell, image_root)
+    for column in ("messages", "prompt", "completion"):
+        if isinstance(row.get(column), (list, tuple)):
+            loaded[column] = [_load_message(row, column, i, m, image_root) for i, m in enumerate(row[column])]
+    return loaded
+
+
+def _load_message(row: dict[str, Any], column: str, i: int, message: Any, image_root: str | Path | None) -> Any:
+    """A message whose parts hold pictures; what is no message is left for the check of messages."""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), (list, tuple)):
+        return message
+    parts = []
+    for part in message["content"]:
+        if isinstance(part, dict) and part.get("type") == "image" and part.get("image") is not None:
+            where = f"the image of message {i} of `{column}`"
+            part = {**part, "image": _of_row(row, where, part["image"], image_root)}
+        parts.append(part)
+    return {**message, "content": parts}
+
+
+def _of_row(row: dict[str, Any], where: str, value: Any, image_root: str | Path | None) -> Image.Image:
+    try:
+        return load_image(value, image_root)
+    except ImageError as error:
+        raise RowError(f"{row_name(row)}: {where}: {error}") from error
+
+
+def _data_url(value: str) -> bytes:
+    head, _, payload = value.partition(",")
+    if not head.endswith(";base64"):
+        raise ImageError(f"{short(value)} is not in base64, the only coding of data URLs that is read.")
+    try:
+        return base64.b64decode(payload, validate=True)
+    except ValueError as error:
+        raise ImageError(f"{short(value)} is no base64: {error}.") from error
+
+
 def _inside(path: str | Path, image_root: str | Path | None) -> Path:
+    name = short(str(path))
     if "://" in str(path):
-        raise ImageError(f"{str(path)!r} is a URL. Download the images first, and pass paths and `image_root`.")
+        raise ImageError(f"{name} is a URL. Download the images first, and pass paths and `image_root`.")
     if image_root is None:
-        raise ImageError(f"{str(path)!r} is a path, and no `image_root` says where images may be read from.")
+        raise ImageError(f"{name} is a path, and no `image_root` says where images may be read from.")
     try:
         root = Path(image_root).resolve()
         full = (root / path).resolve()
+        exists, is_file = full.exists(), full.is_file()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ImageError(f"{str(path)!r} is no path: {error}.") from error
+        # The text of an `OSError` repeats the name, which may be a picture's whole content.
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ImageError(f"{name} is no path: {reason}.") from error
     if not full.is_relative_to(root):
-        raise ImageError(f"{str(path)!r} leads out of `image_root` {str(image_root)!r}.")
-    if full.exists() and not full.is_file():
+        raise ImageError(f"{name} leads out of `image_root` {str(image_root)!r}.")
+    if exists and not is_file:
         # To read from a pipe could take forever.
-        raise ImageError(f"{str(path)!r} is not a file.")
+        raise ImageError(f"{name} is not a file.")
     return full
 
 
@@ -84,6 +151,9 @@ def _checked(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):
         image = _eight_bits(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     if image.mode == "RGB":
         image.load()
         return image

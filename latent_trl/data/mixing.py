@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from .reading import StoredRows
+
 
 class MixedRows(Dataset):
     """
@@ -21,18 +23,18 @@ class MixedRows(Dataset):
             raise ValueError("The training data set is empty.")
         if text is not None and len(text) == 0:
             raise ValueError("`text_dataset` is empty. Leave it out to learn from the paired data alone.")
-        self.paired = paired
-        self.text = text
+        self.paired, self.text = paired, text
+        self._paired = StoredRows(paired)
+        self._text = None if text is None else StoredRows(text)
 
     def __len__(self) -> int:
         return len(self.paired) if self.text is None else max(len(self.paired), len(self.text))
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        rows = [{**self.paired[index % len(self.paired)], "_row": index % len(self.paired)}]
-        if self.text is not None:
-            rows.append(
-                {**self.text[index % len(self.text)], "_row": f"{index % len(self.text)} of the text-only data"}
-            )
+        rows = [self._paired[index % len(self._paired)]]
+        if self._text is not None:
+            place = index % len(self._text)
+            rows.append({**self._text[place], "_row": f"{place} of the text-only data"})
         return rows
 
 

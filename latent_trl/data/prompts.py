@@ -1,40 +1,110 @@
 """From prompts of a data set to the inputs of `generate`."""
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from .collator import LatentActionDataCollator
+from .encoding import Encoder
+from .padding import joined_vision, padded
+from .rendering import Renderer, Rendering
+from .rows import RowError
+
+
+@dataclass
+class EncodedPrompt:
+    """
+    One prompt, ready to be put into a batch with others.
+
+    Args:
+        ids (`list[int]`): Its tokens, without padding.
+        fields (`dict[str, list[int]]`): What else the processor says of each token.
+        vision (`dict[str, torch.Tensor]`): The visual inputs of its images; empty without an image.
+        rendering (`Rendering`): Its text and images.
+    """
+
+    ids: list[int]
+    fields: dict[str, list[int]]
+    vision: dict[str, torch.Tensor]
+    rendering: Rendering
+
+
+class PromptEncoder:
+    """
+    Turns prompts into tokens and visual inputs, each once, and makes batches of them.
+
+    Args:
+        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
+        image_root (`str` or `Path`, *optional*): The only folder from which rows may name image files.
+        chat_template (`str`, *optional*): In the place of the processing class's own.
+        chat_template_kwargs (`dict`, *optional*): Variables of the template.
+        max_length (`int`, *optional*): Most tokens of a prompt, visual ones included.
+    """
+
+    def __init__(
+        self,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase,
+        image_root: str | Path | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        max_length: int | None = None,
+    ):
+        self.processing_class = processing_class
+        self.max_length = max_length
+        self.encoder = Encoder(processing_class)
+        self.renderer = Renderer(
+            processing_class, image_root, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
+        )
+
+    def __call__(self, row: dict[str, Any]) -> EncodedPrompt:
+        """
+        One prompt.
+
+        Args:
+            row (`dict`): With `prompt`, a list of messages or a text, and `images`, a list, where it has some.
+
+        Raises:
+            RowError: For a row that cannot be used, or a longer prompt; it names the row by its `_row`.
+        """
+        rendering = self.renderer.prompt(row)
+        (encoding,), vision = self.encoder([rendering])
+        if self.max_length is not None and len(encoding.ids) > self.max_length:
+            raise RowError(
+                f"{rendering.row}: its prompt has {len(encoding.ids)} tokens, more than the limit of "
+                f"{self.max_length}. Raise the limit, shorten the prompt, or make images smaller."
+            )
+        return EncodedPrompt(encoding.ids, encoding.fields, vision, rendering)
+
+    def collate(self, prompts: list[EncodedPrompt]) -> dict[str, torch.Tensor]:
+        """
+        A batch of prompts, padded on the left, exactly as the processor makes it of all of them together.
+
+        Returns:
+            `input_ids`, `attention_mask` and the fields of tokens `[B, P]`, and the visual inputs, on the CPU.
+        """
+        batch = padded(self.encoder.tokenizer, [(prompt.ids, prompt.fields) for prompt in prompts], left=True)
+        shown = [prompt for prompt in prompts if prompt.vision]
+        vision = joined_vision([prompt.vision for prompt in shown])
+        if vision is None:
+            vision = self.encoder.vision([prompt.rendering for prompt in shown])
+        return {**batch, **vision}
 
 
 def encode_prompts(
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     rows: list[dict[str, Any]],
-    image_root: str | None = None,
+    image_root: str | Path | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
+    max_length: int | None = None,
 ) -> dict[str, torch.Tensor]:
     """
-    Prompts, padded on the left.
-
-    Args:
-        processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
-        rows (`list[dict]`): Each with `prompt`, a list of messages or a text, and `images`, a list, where it has some.
-        image_root (`str`, *optional*): The only folder from which rows may name image files.
+    Prompts of several rows, padded on the left: one batch of a [`PromptEncoder`], whose arguments and errors these are.
 
     Returns:
-        `input_ids`, `attention_mask` `[B, P]` and the visual inputs.
+        `input_ids`, `attention_mask` `[B, P]`, further fields of tokens, and the visual inputs, on the CPU.
     """
-    collator = LatentActionDataCollator(processing_class, image_root=image_root)
-    segments = [collator.prompt({"_row": i, **row}) for i, row in enumerate(rows)]
-    vision = collator.tokenize(segments)
-    longest = max(len(segment.ids) for segment in segments)
-    names = sorted({name for segment in segments for name in segment.fields})
-    padded = {name: torch.zeros(len(rows), longest, dtype=torch.long) for name in ("attention_mask", *names)}
-    padded["input_ids"] = torch.full((len(rows), longest), collator.tokenizer.pad_token_id)
-    for i, segment in enumerate(segments):
-        start = longest - len(segment.ids)
-        padded["input_ids"][i, start:] = torch.tensor(segment.ids, dtype=torch.long)
-        padded["attention_mask"][i, start:] = 1
-        for name, values in segment.fields.items():
-            padded[name][i, start:] = torch.tensor(values, dtype=torch.long)
-    return {**padded, **vision}
+    encoder = PromptEncoder(processing_class, image_root, chat_template, chat_template_kwargs, max_length)
+    return encoder.collate([encoder({"_row": i, **row}) for i, row in enumerate(rows)])

@@ -189,7 +189,7 @@ BAD_ROWS = {
     "no content": ({"messages": [{"role": "user", "content": None}, GOOD[1]]}, "content of message 0 must be text"),
     "a part of another kind": (
         {"messages": [{"role": "user", "content": [{"type": "video", "video": "x"}]}, GOOD[1]]},
-        "has the part .*parts are text or images",
+        "has a part of type 'video' .*parts are text or images",
     ),
     "an assistant's image": (
         {"messages": [GOOD[0], {"role": "assistant", "content": [{"type": "image"}]}], "images": [PICTURE]},

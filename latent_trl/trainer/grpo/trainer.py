@@ -1,6 +1,7 @@
 """GRPO and its variants over latent actions: one rollout, on TRL's buffering, loss and logging."""
 
 import functools
+from collections.abc import Sized
 from typing import Any
 
 import torch
@@ -110,6 +111,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.aux_loss_enabled = self.aux_loss_enabled and args.train_backbone
         needed = beta != 0.0 or args.anchor_coef
         self.reference = Reference(model, reference_adapter) if needed else None
+        self.ref_model = self.reference.policy if beta != 0.0 else None
         self.anchor = PolicyAnchor.of(self, anchor_dataset) if args.anchor_coef else None
         if not args.eval_action_do_sample:
             # Greedy answers of a prompt are all the same.
@@ -264,6 +266,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         loss = self.rollout_loss(self.score(model, rollout), rollout, inputs)
         if not self.model.training:
             self.rollout_log.evaluation.take_appended(rollout.completion_mask.sum().item())
+            self.rollout_log.evaluation.add("loss", loss.item(), len(rollout.action_ids))
         elif self.anchor is not None:
             loss = loss + self.anchor.loss(self, model, self._step)
         self._check_loss(loss, inputs)
@@ -281,9 +284,14 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         # TRL's loss asks for the scores of what it was given for a model: the scores themselves.
         return model.log_probs, model.entropies, model.aux_loss
 
-    def evaluation_loop(self, dataloader, description, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
-        self.rollout_log.start_evaluation()
-        output = super().evaluation_loop(dataloader, description, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+    def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
+        rows = len(dataloader.dataset) * self.num_generations_eval if isinstance(dataloader.dataset, Sized) else None
+        self.rollout_log.start_evaluation(rows)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        # Trainer's is a mean over batches.
+        loss = self._metrics["eval"].pop("loss", None)
+        if loss is not None:
+            output.metrics[f"{metric_key_prefix}_loss"] = loss[0]
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

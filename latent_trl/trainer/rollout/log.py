@@ -26,6 +26,7 @@ class RolloutLog:
         self.tables = tables
         self.with_images = with_images
         self.evaluation = EvaluationMeans(metrics["eval"])
+        self.rows_left: int | None = None
 
     def figures(self, training: bool, figures: dict[str, Figure]) -> None:
         """Adds figures of one rollout; those of evaluation count by what they are means over."""
@@ -58,17 +59,23 @@ class RolloutLog:
         size = trainer.num_generations if training else trainer.num_generations_eval
         names, num_codes = trainer.reward_func_names, trainer.accelerator.unwrap_model(trainer.model).config.num_codes
         lengths = torch.tensor([len(sample.completion_ids) for sample in samples], device=device)
+        lengths, ended, counted = gather(lengths), gather(ended), rewards
+        if not training and self.rows_left is not None:
+            # Processes fill up the last batch with rows from the front, which have been counted.
+            kept, self.rows_left = self.rows_left, max(self.rows_left - len(total), 0)
+            lengths, ended, counted, total = (values[:kept] for values in (lengths, ended, rewards, total))
         own = {name: (value, len(total)) for name, value in trainer.rewards.logged_metrics().items()}
         codes = torch.cat([sample.action_ids for sample in samples]).to(device)
         usage = trainer.accelerator.reduce(torch.bincount(codes, minlength=num_codes).float(), "sum")
-        self.figures(training, length_figures(gather(lengths), gather(ended)))
-        self.figures(training, reward_figures(rewards, names, total, size))
+        self.figures(training, length_figures(lengths, ended))
+        self.figures(training, reward_figures(counted, names, total, size))
         self.figures(training, usage_figures(usage) | own)
         self.metrics["train" if training else "eval"]["num_tokens"] = [trainer.state.num_input_tokens_seen]
         self.table(samples, names, rewards, advantages)
 
-    def start_evaluation(self) -> None:
-        """Forgets the rows of the evaluation before."""
+    def start_evaluation(self, rows: int | None) -> None:
+        """Forgets the rows of the evaluation before; `rows` of it are to come, if their number is known."""
+        self.rows_left = rows
         self.metrics["eval"].clear()
         self.evaluation = EvaluationMeans(self.metrics["eval"])
 

@@ -42,11 +42,11 @@ def reward_figures(rewards: torch.Tensor, names: list[str], total: torch.Tensor,
         count = int((~column.isnan()).sum())
         figures[mean] = (column.nanmean().item(), count)
         figures[std] = (nan_std(column).item(), count)
+    if group_size == 1:
+        return figures
     spread = nan_std(total.view(-1, group_size), dim=1)
-    figures["frac_reward_zero_std"] = (
-        torch.isclose(spread, torch.zeros_like(spread)).float().mean().item(),
-        len(spread),
-    )
+    equal = torch.isclose(spread, torch.zeros_like(spread)).float().mean().item()
+    figures["frac_reward_zero_std"] = (equal, len(spread))
     return figures
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from learning_runs import build_sft, build_space, paired_rows, text_rows
+from learning_runs import build_space, paired_rows, text_rows
 
 from latent_trl.data.collator import LatentActionDataCollator
 from latent_trl.models.cross_entropy import mean_part

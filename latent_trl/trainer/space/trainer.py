@@ -238,15 +238,10 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
         self._check_loss(loss, inputs)
         return (loss, None) if return_outputs else loss
 
-    @property
-    def _evaluated_stage(self) -> str:
-        """The stage whose figures are evaluated: this run's last, or the one that the model has reached."""
-        reached = STAGES[min(STAGES.index(self.model.config.stage), STAGES.index("policy"))]
-        return self.stage or (reached if reached != "none" else self.args.stages[0])
-
     def _held_out(self) -> HeldOutFigures:
-        args = self.args
-        return HeldOutFigures(self._evaluated_stage, args.cloning_target, args.seed, self.accelerator.num_processes)
+        # Before any stage is run, the figures are those that the last one will end with.
+        args, stage = self.args, self.stage or self.args.stages[-1]
+        return HeldOutFigures(stage, args.cloning_target, args.seed, self.accelerator.num_processes)
 
     def held_out_sums(self, model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
         return self._held_out()(model, batch)

@@ -36,7 +36,8 @@ from tqdm.auto import tqdm
 from latent_trl import LatentActionConfig, LatentActionModel
 from latent_trl.data.collator import LatentActionDataCollator
 from latent_trl.trainer.run.component_training import train_only
-from latent_trl.trainer.space.objective import STAGE_COMPONENTS, LatentActionSpaceObjective
+from latent_trl.trainer.space.objective import LatentActionSpaceObjective
+from latent_trl.trainer.space.stages import STAGE_COMPONENTS
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

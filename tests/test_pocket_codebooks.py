@@ -59,7 +59,7 @@ def test_codes_carry_information(learned, processor):
         last = text.select(range(len(text) - 150, len(text)))
         for i in range(0, 150, 50):
             objective(learned, collator([last[j] for j in range(i, i + 50)]))
-    both, paired = objective.drain(), pairs_objective.drain()
+    both, paired = objective.figures.drain(), pairs_objective.figures.drain()
     for figures in (both, paired):
         assert figures["world_model/ce_gap_no_action"] >= 0.2 * (
             figures["world_model/ce"] + figures["world_model/ce_gap_no_action"]

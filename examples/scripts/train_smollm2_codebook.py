@@ -121,7 +121,7 @@ def evaluate(model: LatentActionModel, batches: list[dict]) -> list[Evaluation]:
         figures = []
         for batch in batches:
             objective(model, batch)
-            figures.append(objective.drain())
+            figures.append(objective.figures.drain())
         for name in names:
             values = [one[name] for one in figures]
             interval = bootstrap_interval(values, seed=0)

@@ -57,22 +57,3 @@ class Codebook(LatentActionComponent):
         one_hot = F.one_hot(action_ids, self.num_codes).to(soft.dtype)
         weights = one_hot + soft - soft.detach()
         return weights.to(self.weight.dtype) @ self.weight, action_ids
-
-    @torch.no_grad()
-    def revive(self, dead: torch.Tensor, states: torch.Tensor, generator: torch.Generator | None = None) -> None:
-        """
-        Moves unused codes to where states are.
-
-        Args:
-            dead (`torch.Tensor`): Boolean `[K]`, the codes to move.
-            states (`torch.Tensor`): `[M, d]` context states; each dead code becomes the direction of a random one, at
-                the mean norm of the codes in use.
-        """
-        if not dead.any() or not len(states):
-            return
-        live = self.weight[~dead]
-        scale = (live if len(live) else self.weight).float().norm(dim=-1).mean()
-        rows = torch.randint(len(states), (int(dead.sum()),), generator=generator, device=states.device)
-        chosen = states[rows].float()
-        chosen = (chosen - states.float().mean(dim=0)) + 1e-6
-        self.weight[dead] = (F.normalize(chosen, dim=-1) * scale).to(self.weight.dtype)

@@ -1,6 +1,4 @@
-"""Next-token cross-entropy through the backbone's head, in chunks that fit in memory, and its mean."""
-
-from collections.abc import Callable
+"""Next-token cross-entropy through the backbone's head, in chunks that fit in memory, and its part in a mean."""
 
 import torch
 import torch.nn.functional as F
@@ -36,20 +34,17 @@ def token_cross_entropy(model, merged: torch.Tensor, targets: torch.Tensor) -> t
     return torch.cat(losses)
 
 
-def global_mean(
-    values: torch.Tensor, mask: torch.Tensor, average: Callable[[torch.Tensor], torch.Tensor] | None = None
-) -> torch.Tensor:
+def mean_part(values: torch.Tensor, count: torch.Tensor | None = None) -> torch.Tensor:
     """
-    Mean of `values` `[M]` over the marked positions of all processes, such that the processes' average of it, and of
-    its gradient, is that of one process with all their rows. Zero, but connected, when there is none.
+    The part that `values` `[M]` have in a mean over `count` positions: their sum divided by it.
 
     Args:
         values (`torch.Tensor`): `[M]`.
-        mask (`torch.Tensor`): Boolean `[M]`.
-        average (`Callable`, *optional*): Averages a tensor over the processes; left out for a single one.
+        count (`torch.Tensor`, *optional*): Positions of the whole update, averaged over the processes, so that the
+            processes' average of the parts, and of their gradients, is the mean; M by default. With none at all the
+            result is zero, and connected.
     """
-    count = mask.sum().float()
-    if average is not None:
-        count = average(count)
-    # At least one position of a world of many processes gives a fraction here.
-    return values.masked_fill(~mask, 0.0).sum() / torch.where(count > 0, count, 1.0)
+    if count is None:
+        count = values.new_tensor(float(len(values)))
+    # A single position of an update of many processes is a fraction here.
+    return values.sum() / torch.where(count > 0, count, 1.0)

@@ -26,7 +26,7 @@ def train(kind: str, folder: str, rows: int, options: dict) -> None:
     # Epochs' ends would repeat rows: as many rows as the steps take.
     if kind == "space":
         trainer = build_space(
-            folder, paired=paired_rows(16, IMAGES), text=text_rows(16), revive_dead_codes_every=0, **STEPS, **shared
+            folder, paired=paired_rows(16, IMAGES), text=text_rows(16), **STEPS, **shared
         )
     else:
         trainer = build_sft(folder, rows=paired_rows(16, IMAGES), **shared)

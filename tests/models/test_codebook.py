@@ -67,29 +67,3 @@ def test_bfloat16_logits_are_chosen_in_float32():
     vectors, ids = codebook.straight_through(torch.randn(50, 6, dtype=torch.bfloat16), 2.0)
     assert vectors.dtype == torch.bfloat16
     torch.testing.assert_close(vectors, codebook.weight[ids], atol=1e-2, rtol=1e-2)
-
-
-def test_revived_codes_point_where_states_are_and_have_the_scale_of_live_ones():
-    torch.manual_seed(0)
-    codebook = Codebook(8, 16, std=2.0)
-    before = codebook.weight.detach().clone()
-    dead = torch.tensor([True, False] * 4)
-    states = torch.randn(100, 16) * 5 + 1
-    codebook.revive(dead, states)
-    assert torch.equal(codebook.weight[~dead], before[~dead])
-    assert not torch.isclose(codebook.weight[dead], before[dead]).all(-1).any()
-    scale = before[~dead].norm(dim=-1).mean()
-    torch.testing.assert_close(codebook.weight[dead].norm(dim=-1), scale.expand(4))
-    centred = states - states.mean(0)
-    cosine = torch.nn.functional.cosine_similarity(codebook.weight[dead][:, None], centred[None], dim=-1)
-    assert (cosine.amax(-1) > 0.999).all()
-
-
-def test_reviving_nothing_changes_nothing():
-    codebook = Codebook(4, 3)
-    before = codebook.weight.detach().clone()
-    codebook.revive(torch.zeros(4, dtype=torch.bool), torch.randn(5, 3))
-    codebook.revive(torch.ones(4, dtype=torch.bool), torch.randn(0, 3))
-    assert torch.equal(codebook.weight, before)
-    codebook.revive(torch.ones(4, dtype=torch.bool), torch.randn(9, 3))
-    assert torch.isfinite(codebook.weight).all() and not torch.equal(codebook.weight, before)

@@ -29,7 +29,7 @@ def build(kind: str, folder: Path, steps: int = STEPS, reward=letters, config=No
     """A trainer that saves after every step; RL's rollout batches serve four steps each."""
     options = {**SAVES, "logging_steps": 2, **options}
     if kind == "space":
-        options = {"revive_dead_codes_every": 3, **STAGE_STEPS, **options}
+        options = {**STAGE_STEPS, **options}
         return build_space(folder, config=config, **options)
     if kind == "sft":
         return build_sft(folder, max_steps=steps, **options)

@@ -62,12 +62,14 @@ def build_space(folder, family: str = "llava", config=None, callback=None, model
     """A space trainer on a tiny model of its own."""
     own, tiny = latent(family, config, perturbed=False, **(backbone or {}))
     paired, text = options.pop("paired", paired_rows()), options.pop("text", text_rows())
+    held_out = options.pop("eval_dataset", None)
     args = LatentActionSpaceConfig(str(folder), **{**COMMON, **STEPS, **RATES, **options})
     return LatentActionSpaceTrainer(
         model or own,
         args,
         paired,
         text_dataset=text,
+        eval_dataset=held_out,
         processing_class=tiny.processor,
         callbacks=None if callback is None else [callback],
     )
@@ -76,12 +78,13 @@ def build_space(folder, family: str = "llava", config=None, callback=None, model
 def build_sft(folder, family: str = "llava", callback=None, model=None, backbone=None, peft_config=None, **options):
     """An SFT trainer on a tiny model whose policy counts as trained."""
     own, tiny = latent(family, latent_config(stage="policy"), **(backbone or {}))
-    rows = options.pop("rows", paired_rows())
+    rows, held_out = options.pop("rows", paired_rows()), options.pop("eval_dataset", None)
     args = LatentActionSFTConfig(str(folder), **{**COMMON, "max_steps": 4, "learning_rate": 1e-2, **options})
     return LatentActionSFTTrainer(
         model or own,
         args,
         rows,
+        held_out,
         processing_class=tiny.processor,
         peft_config=peft_config,
         callbacks=None if callback is None else [callback],

@@ -15,6 +15,7 @@ from latent_trl.trainer.space.backbone_cloning import (
     surest_codes,
 )
 from latent_trl.trainer.space.objective import LEAST_UNCERTAINTY, LatentActionSpaceObjective
+from latent_trl.trainer.space.observation import observe
 
 
 def token_law(model, merged):
@@ -140,20 +141,22 @@ def test_memory_does_not_grow_with_the_square_of_the_codes(monkeypatch):
             return out
 
     def largest(num_codes):
-        model, batch, objective = learner("policy", cloning_positions=10_000, num_codes=num_codes)
+        model, batch, objective = learner("policy", num_codes=num_codes)
         with Largest() as seen:
             objective(model, batch)
         return seen.values
 
     monkeypatch.setattr(spoken, "CHUNK_VALUES", 1)
+    monkeypatch.setattr(latent_action_space_objective, "CLONING_POSITIONS", 10_000)
     assert largest(512) < 5 * largest(128)
 
 
 @torch.no_grad()
-def test_cloning_loss_and_figures_at_all_positions_by_hand():
-    model, batch, objective = learner("policy", cloning_positions=10_000)
+def test_cloning_loss_and_figures_at_all_positions_by_hand(monkeypatch):
+    monkeypatch.setattr(latent_action_space_objective, "CLONING_POSITIONS", 10_000)
+    model, batch, objective = learner("policy")
     loss = objective(model, batch).item()
-    figures = objective.drain()
+    figures = objective.figures.drain()
     call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
     states = model.context_states(call.states, batch["has_image"])
     log_probs = model.policy(states, batch["attention_mask"], call.position_ids).log_softmax(-1)
@@ -173,19 +176,19 @@ def test_cloning_loss_and_figures_at_all_positions_by_hand():
 @torch.no_grad()
 def test_positions_are_drawn_where_the_backbone_is_unsure(monkeypatch):
     """With one position a row, as often as its share of the entropies, each raised a little."""
-    model, batch, objective = learner("policy", cloning_positions=1)
-    observation = objective._observe(model, batch)
+    model, batch, objective = learner("policy")
+    observation = observe(model, batch)
     mask = batch["loss_mask"][:, 1:]
     torch.manual_seed(0)
     entropies = torch.rand(int(mask.sum())) ** 4
     monkeypatch.setattr(latent_action_space_objective, "next_token_entropy", lambda model, states: entropies)
     times, draws = torch.zeros(mask.shape), 400
     for step in range(draws):
-        objective.step = (step, 0)
-        drawn = objective._draw_uncertain(model, observation, mask, objective.cloning_positions)
+        objective.step = step
+        drawn = objective._draw_uncertain(model, observation, mask, 1)
         assert not (drawn & ~mask).any()
         times += drawn
-    assert torch.equal(objective._draw_uncertain(model, observation, mask, objective.cloning_positions), drawn)
+    assert torch.equal(objective._draw_uncertain(model, observation, mask, 1), drawn)
     shares = torch.zeros(mask.shape)
     shares[mask] = entropies + LEAST_UNCERTAINTY
     shares = shares / shares.sum(dim=1, keepdim=True)
@@ -195,11 +198,11 @@ def test_positions_are_drawn_where_the_backbone_is_unsure(monkeypatch):
 
 @torch.no_grad()
 def test_no_more_positions_than_there_are():
-    model, batch, objective = learner("policy", cloning_positions=3)
+    model, batch, objective = learner("policy")
     mask = batch["loss_mask"][:, 1:].clone()
     mask[0] = False
     mask[1, mask[1].nonzero()[1:]] = False
-    drawn = objective._draw_uncertain(model, objective._observe(model, batch), mask, objective.cloning_positions)
+    drawn = objective._draw_uncertain(model, observe(model, batch), mask, 3)
     assert drawn.sum(dim=1).tolist() == [0, 1, *mask[2:].sum(dim=1).clamp(max=3).tolist()]
 
 
@@ -212,7 +215,7 @@ def test_a_batch_without_positions_changes_nothing():
     assert all(p.grad is None or not p.grad.any() for p in model.policy.parameters())
 
 
-def test_learning_brings_the_policy_to_the_backbone(tmp_path):
+def test_learning_brings_the_policy_to_the_backbone(tmp_path, monkeypatch):
     trainer = build_space(
         tmp_path, stages=["inverse_dynamics", "policy"], policy_max_steps=60, policy_learning_rate=1e-2
     )
@@ -222,9 +225,11 @@ def test_learning_brings_the_policy_to_the_backbone(tmp_path):
 
     @torch.no_grad()
     def kl():
-        objective = LatentActionSpaceObjective("policy", cloning_positions=10_000)
-        objective(trainer.model, batch)
-        return objective.drain()["policy/backbone_kl"]
+        with monkeypatch.context() as patch:
+            patch.setattr(latent_action_space_objective, "CLONING_POSITIONS", 10_000)
+            objective = LatentActionSpaceObjective("policy")
+            objective(trainer.model, batch)
+        return objective.figures.drain()["policy/backbone_kl"]
 
     trainer.args.stages = ["inverse_dynamics"]
     trainer.train()
@@ -235,9 +240,6 @@ def test_learning_brings_the_policy_to_the_backbone(tmp_path):
     assert kl() < 0.75 * before
 
 
-@pytest.mark.parametrize(
-    "options", [{"cloning_target": "tokens"}, {"cloning_positions": 0}], ids=lambda options: next(iter(options))
-)
-def test_options_that_say_nothing(options, tmp_path):
-    with pytest.raises(ValueError, match=next(iter(options))):
-        build_space(tmp_path, **options)
+def test_a_target_that_there_is_not(tmp_path):
+    with pytest.raises(ValueError, match="`cloning_target` must be one of"):
+        build_space(tmp_path, cloning_target="tokens")

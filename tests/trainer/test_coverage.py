@@ -74,9 +74,9 @@ def test_the_stages_count_it_and_log_how_much_is_covered(stage):
     model, batch, _ = learner(stage)
     found = {}
     for coef in (0.0, 0.5):
-        _, _, objective = learner(stage, coverage_coef=coef, coverage_tokens=4, coverage_min_prob=0.0)
+        _, _, objective = learner(stage, coverage_coef=coef)
         loss = objective(model, batch)
-        found[coef] = loss.item(), objective.drain()
+        found[coef] = loss.item(), objective.figures.drain()
     assert "codebook/coverage" not in found[0.0][1]
     assert 0 <= found[0.5][1]["codebook/coverage"] <= 1
     assert found[0.5][0] > found[0.0][0]
@@ -84,7 +84,7 @@ def test_the_stages_count_it_and_log_how_much_is_covered(stage):
 
 def test_learning_with_it_makes_codes_say_more():
     """A few steps on one batch: more of the backbone's likely tokens are some code's own."""
-    model, batch, objective = learner("inverse_dynamics", coverage_coef=1.0, coverage_tokens=4, coverage_min_prob=0.0)
+    model, batch, objective = learner("inverse_dynamics", coverage_coef=1.0)
     parts = [*model.codebook.parameters(), *model.world_model.parameters()]
     for p in parts:
         p.requires_grad_(True)
@@ -94,5 +94,5 @@ def test_learning_with_it_makes_codes_say_more():
         objective(model, batch).backward()
         optimizer.step()
         optimizer.zero_grad()
-        shares.append(objective.drain()["codebook/coverage"])
+        shares.append(objective.figures.drain()["codebook/coverage"])
     assert sum(shares[-5:]) / 5 > sum(shares[:5]) / 5 + 0.2

@@ -5,18 +5,15 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from learning_runs import build_sft, build_space, paired_rows, text_rows
+from learning_runs import build_space, paired_rows, text_rows
 
 from latent_trl.data.collator import LatentActionDataCollator
-from latent_trl.models.cross_entropy import global_mean
+from latent_trl.models.cross_entropy import mean_part
 from latent_trl.trainer.sft.trainer import guided_loss
 from latent_trl.trainer.space import objective as latent_action_space_objective
-from latent_trl.trainer.space.objective import (
-    BALANCE_TEMPERATURE,
-    LatentActionSpaceObjective,
-    distinct_next_tokens,
-    mutual_information,
-)
+from latent_trl.trainer.space.figures import distinct_next_tokens, mutual_information
+from latent_trl.trainer.space.objective import BALANCE_TEMPERATURE, PROJECTION_COEF, LatentActionSpaceObjective
+from latent_trl.trainer.space.observation import context, observe
 
 
 def learner(stage: str, **options):
@@ -56,7 +53,7 @@ def test_cloning_loss_is_the_sum_over_the_marked_positions(assistant_only):
     assert objective(model, batch).item() == pytest.approx(expected, rel=1e-5)
     count = sum(map(len, sums.values()))
     assert count == int(batch["loss_mask"][:, 1:].sum())
-    figures = objective.drain()
+    figures = objective.figures.drain()
     assert figures["policy/cloning_loss"] == pytest.approx(sum(map(sum, sums.values())) / count, rel=1e-5)
 
 
@@ -81,8 +78,9 @@ def test_sft_loss_is_the_sum_over_the_marked_positions(assistant_only, guidance)
 def test_action_loss_and_figures():
     model, batch, objective = learner("inverse_dynamics", entropy_coef=0.3, balance_coef=0.7, seed=5)
     loss = objective(model, batch).item()
-    figures = objective.drain()
+    figures = objective.figures.drain()
     states, positions = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
+    backbone_states = observe(model, batch).states
     logits = model.infer(states, batch["input_ids"], batch["attention_mask"], positions)
     probs = logits.softmax(-1)
     terms, entropies, marginal, sharp = {True: [], False: []}, [], 0.0, 0.0
@@ -94,8 +92,8 @@ def test_action_loss_and_figures():
         for i, t in enumerate(mask.nonzero().flatten().tolist()):
             target = batch["input_ids"][b, t + 1].item()
 
-            def ce(code, s=states[b, t], target=target):
-                merged = s if code is None else model.merge(s, code)
+            def ce(code, s=states[b, t], alone=backbone_states[b, t], target=target):
+                merged = alone if code is None else model.merge(s, code)
                 return -model.backbone_view.logits(merged[None, None])[0, 0].log_softmax(-1)[target].item()
 
             entropy = -sum(p * math.log(p) for p in probs[b, t].tolist())
@@ -123,7 +121,7 @@ def test_action_loss_and_figures():
     }
     for name, value in by_hand.items():
         assert figures[name] == pytest.approx(value, rel=1e-4, abs=1e-5), name
-    assert objective.drain() == {}
+    assert objective.figures.drain() == {}
 
 
 def information(codes, tokens) -> float:
@@ -157,10 +155,9 @@ def test_distinct_next_tokens_counts_arg_maxima():
 
 @torch.no_grad()
 def test_projector_losses():
-    model, batch, objective = learner("joint", projection_coef=1.0, cycle_coef=1.0)
-    projection = objective._clear(16, torch.device("cpu")) or objective._projector_loss(
-        model, batch, objective._observe(model, batch)
-    )
+    model, batch, objective = learner("joint", cycle_coef=1.0)
+    objective.figures.start(16, torch.device("cpu"))
+    projection = objective._projector_loss(model, batch, observe(model, batch), objective.whole_update([batch]))
     view, image = model.backbone_view, batch["has_image"]
     with_image = view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
     without = view.encode(batch["input_ids"], batch["attention_mask"], position_ids=with_image.position_ids)
@@ -176,10 +173,11 @@ def test_projector_losses():
             paired.append(nll(*to_image.distribution(text), seen) + nll(*to_text.distribution(seen), text))
         else:
             cycle.append(nll(*to_text.distribution(to_image(text)), text))
-    figures = objective.drain()
+    figures = objective.figures.drain()
     assert figures["projector/nll"] == pytest.approx(sum(paired) / len(paired), rel=1e-4)
     assert figures["projector/cycle"] == pytest.approx(sum(cycle) / len(cycle), rel=1e-4)
-    assert projection.item() == pytest.approx(sum(paired) / len(paired) + sum(cycle) / len(cycle), rel=1e-4)
+    expected = PROJECTION_COEF * sum(paired) / len(paired) + sum(cycle) / len(cycle)
+    assert projection.item() == pytest.approx(expected, rel=1e-4)
 
 
 @torch.no_grad()
@@ -194,15 +192,14 @@ def test_without_a_projector_the_joint_loss_is_the_cross_entropy_of_both_kinds()
     image = batch["has_image"][:, None].expand_as(mask)[mask]
     assert 0 < image.sum() < len(image)
     assert loss.item() == pytest.approx((losses[image].mean() + losses[~image].mean()).item(), rel=1e-4)
-    assert not {name for name in objective.drain() if name.startswith("projector/")}
+    assert not {name for name in objective.figures.drain() if name.startswith("projector/")}
 
 
 @torch.no_grad()
 def test_text_rows_pass_the_same_function_in_learning_scoring_and_generating():
     """P of the state, whichever way it is reached, and whatever stands beside the row in its batch."""
-    model, batch, objective = learner("policy")
-    observation = objective._observe(model, batch)
-    learned = objective._context(model, observation)
+    model, batch, _ = learner("policy")
+    learned = context(model, observe(model, batch))
     scored, _ = model.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
     assert torch.equal(learned, scored)
     row = 2
@@ -228,19 +225,18 @@ def test_text_rows_pass_the_same_function_in_learning_scoring_and_generating():
 
 
 def test_mean_over_processes():
-    """Two processes' averages of `global_mean`, and of its gradient, are those of one with all the rows."""
-    values, mask = torch.randn(7), torch.tensor([1, 0, 1, 1, 0, 0, 1]).bool()
+    """Two processes' averages of their parts, and of the gradients, are the mean of one with all the values."""
+    values = torch.randn(7)
     whole = values.clone().requires_grad_()
-    expected = global_mean(whole, mask)
+    expected = mean_part(whole)
     expected.backward()
-    parts = [slice(0, 2), slice(2, 7)]
-    average = lambda count: mask.sum().float() / 2  # noqa: E731
-    own = [values[part].clone().requires_grad_() for part in parts]
-    losses = [global_mean(v, mask[part], average) for v, part in zip(own, parts)]
-    assert (sum(losses) / 2).item() == pytest.approx(expected.item(), rel=1e-6)
-    (sum(losses) / 2).backward()
+    assert expected.item() == pytest.approx(values.mean().item(), rel=1e-6)
+    own = [values[part].clone().requires_grad_() for part in (slice(0, 2), slice(2, 7))]
+    loss = sum(mean_part(v, torch.tensor(7 / 2)) for v in own) / 2
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
     assert torch.allclose(torch.cat([v.grad for v in own]), whole.grad)
-    nothing = global_mean(own[0], torch.zeros(2, dtype=torch.bool))
+    nothing = mean_part(own[0][:0])
     assert nothing.item() == 0 and nothing.requires_grad
 
 
@@ -249,9 +245,7 @@ def test_noise_belongs_to_a_row_and_a_step():
     draw = lambda o, *place: torch.rand(4, generator=o._random(torch.device("cpu"), *place)).tolist()  # noqa: E731
     assert draw(objective, 0, 1) == draw(objective, 0, 1) != draw(objective, 1, 1)
     first = draw(objective, 0, 1)
-    objective.step = (1, 0)
-    assert draw(objective, 0, 1) != first
-    objective.step = (0, 1)
+    objective.step = 1
     assert draw(objective, 0, 1) != first
 
 
@@ -275,32 +269,3 @@ def test_other_codes_are_read_on_logged_steps_alone(strategy, expected, tmp_path
     assert measured == expected
     rows = [row for row in trainer.history if "loss" in row]
     assert rows and all("world_model/ce_gap_random_action" in row for row in rows)
-
-
-def test_revival_moves_unused_codes_only(tmp_path):
-    trainer = build_space(tmp_path, stages=["inverse_dynamics"], inverse_dynamics_max_steps=1)
-    trainer.train()
-    model, objective = trainer.model, trainer.objective
-    before = model.codebook.weight.detach().clone()
-    dead = objective.revival_usage == 0
-    assert dead.any() and not dead.all()
-    # As a batch leaves them whose update was skipped.
-    objective.some_states[1:] = math.nan
-    objective.revive(model)
-    assert model.codebook.weight.isfinite().all()
-    moved = (model.codebook.weight != before).any(dim=1)
-    assert torch.equal(moved, dead)
-    norms = model.codebook.weight.norm(dim=1)
-    assert torch.allclose(norms[dead], before[~dead].norm(dim=1).mean().expand(int(dead.sum())), rtol=1e-3)
-    assert not objective.revival_usage.any()
-
-
-@pytest.mark.parametrize("guidance", ["inferred", "policy"])
-def test_sft_evaluates(tmp_path, guidance):
-    trainer = build_sft(tmp_path, guidance=guidance, per_device_eval_batch_size=64)
-    rows = trainer.train_dataset
-    loss = trainer.evaluate(rows)["eval_loss"]
-    batch = trainer.data_collator([rows[i] for i in range(len(rows))])
-    with torch.no_grad():
-        whole = guided_loss(trainer.model.eval(), batch, guidance).item()
-    assert loss == pytest.approx(whole, rel=1e-5)

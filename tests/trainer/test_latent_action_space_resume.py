@@ -20,7 +20,7 @@ RUN = {"save_strategy": "steps", "save_steps": 100, "logging_steps": 3, "lr_sche
 RUN |= {f"{stage}_max_steps": 6 for stage in STAGES}
 CASES = {
     "in the first stage": ("inverse_dynamics", 2, 0, {}),
-    "between a checkpoint and the next": ("inverse_dynamics", 1, 1, {"revive_dead_codes_every": 2}),
+    "between a checkpoint and the next": ("inverse_dynamics", 1, 1, {}),
     "in the projector's": ("projector", 2, 0, {}),
     "in the joint stage, in a second epoch": ("joint", 5, 0, {}),
     "at the end of an epoch": ("joint", 4, 0, {}),

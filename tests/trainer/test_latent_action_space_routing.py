@@ -7,7 +7,7 @@ from tiny_models import latent, latent_config, llava
 
 from latent_trl import LatentActionModel
 from latent_trl.trainer.run.component_training import train_only
-from latent_trl.trainer.space.objective import STAGE_COMPONENTS
+from latent_trl.trainer.space.stages import STAGE_COMPONENTS
 
 MODELS = {
     "VLM, own head": ("llava", {}),
@@ -33,9 +33,7 @@ def test_a_stage_changes_its_components_and_nothing_else(kind, stage, tmp_path):
     if family == "llama" and stage == "projector":
         pytest.skip("a text model has no projector")
     config = latent_config(stage="none" if stage == "inverse_dynamics" else "inverse_dynamics")
-    trainer = build_space(
-        tmp_path, family, config, backbone=backbone, stages=[stage], revive_dead_codes_every=3, **rows_for(family)
-    )
+    trainer = build_space(tmp_path, family, config, backbone=backbone, stages=[stage], **rows_for(family))
     before = tensors(trainer.model)
     trainer.train()
     names = changed(before, tensors(trainer.model))

@@ -67,8 +67,7 @@ def warnings(caplog) -> str:
 @pytest.mark.parametrize("gradient", [False, True])
 @pytest.mark.parametrize("kind", SOME)
 def test_an_update_that_is_not_finite_is_skipped(kind, gradient, tmp_path, caplog):
-    options = {"revive_dead_codes_every": 0} if kind == "space" else {}
-    trainer = start(kind, tmp_path, on_nonfinite="skip", **options)
+    trainer = start(kind, tmp_path, on_nonfinite="skip")
     spoil(trainer, [2], gradient=gradient)
     weights = Weights()
     trainer.add_callback(weights)

@@ -33,8 +33,6 @@ from .output_folder import (
 
 logger = logging.get_logger(__name__)
 
-RUN_STATE_FILE = "run_state_{rank}.json"
-
 
 def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_parameters: list[str] = ()) -> str:
     """
@@ -272,47 +270,3 @@ class ComponentTrainingMixin(HubTrainingMixin):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         super().log(logs | self.health.figures() if "loss" in logs else logs, start_time)
-
-
-class ExactLearningMixin(ComponentTrainingMixin):
-    """
-    For trainers that learn from data sets: a resumed run goes on bit by bit, in the middle of a logging interval too.
-    """
-
-    _unread_state: str | None = None
-
-    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
-        self._unread_state = resume_from_checkpoint
-        return super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-
-    def _finalize_training(self, *args, **kwargs):
-        if self._unread_state is not None:
-            # Resumed from the last step's checkpoint: no epoch was run that would have read it.
-            self._load_rng_state(self._unread_state)
-        return super()._finalize_training(*args, **kwargs)
-
-    def _run_state(self) -> dict[str, Any]:
-        """What changes during a run, as plain JSON values; a subclass adds its own."""
-        return {
-            "loss": self._tr_loss.item(),
-            "last_logged_step": self._globalstep_last_logged,
-            "health": self.health.state(),
-        }
-
-    def _restore_run_state(self, state: dict[str, Any]) -> None:
-        self.health.load_state(state["health"])
-        self._tr_loss.fill_(state["loss"])
-        self._globalstep_last_logged = state["last_logged_step"]
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        write_json(Path(output_dir) / RUN_STATE_FILE.format(rank=self.accelerator.process_index), self._run_state())
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        self._unread_state = None
-        path = None if checkpoint is None else Path(checkpoint) / RUN_STATE_FILE.format(rank=self.args.process_index)
-        if path is not None and path.is_file():
-            self._restore_run_state(json.loads(path.read_text(encoding="utf-8")))
-        elif path is not None:
-            logger.warning(f"{checkpoint} has no {path.name}: the logs do not go on exactly.")

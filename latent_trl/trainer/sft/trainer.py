@@ -1,19 +1,20 @@
 """Supervised fine-tuning under action guidance: codes are followed, and the language model is tuned."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
+from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.configuration import STAGES
-from ...models.cross_entropy import global_mean, token_cross_entropy
+from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
-from ..run.component_training import ExactLearningMixin, train_only
+from ..run.component_training import train_only
+from ..run.learning import LearningMixin, evaluation_rows, position_means, row_sums
 from ..run.loading import check_columns, load_model, load_processing_class
 from ..run.output_folder import check_writable
 from .config import LatentActionSFTConfig
@@ -21,7 +22,7 @@ from .config import LatentActionSFTConfig
 logger = logging.get_logger(__name__)
 
 
-class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
+class LatentActionSFTTrainer(LearningMixin, Trainer):
     """
     Tunes the backbone on a task while it follows codes (the paper's stage 5): by default those that the inverse
     dynamics model infers from the data, or the policy's arg-max. Policy, codebook and world model stay as they are.
@@ -29,7 +30,8 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
     Args:
         model (`LatentActionModel` or `str`): The model, a folder or a Hub id; its policy must have been trained.
         args (`LatentActionSFTConfig`, *optional*): The configuration.
-        train_dataset, eval_dataset (`Dataset`): Conversations, as [`LatentActionSpaceTrainer`] takes them.
+        train_dataset (`Dataset`): Conversations, as [`LatentActionSpaceTrainer`] takes them.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): The same, or several under their names.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): The backbone's.
         peft_config (`PeftConfig`, *optional*): The adapter to train; LoRA of rank 16 on the text model by default.
             Neither is used with `trained_layers`.
@@ -78,11 +80,10 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
             args=args,
             data_collator=MixedRowsCollator(collate),
             train_dataset=MixedRows(train_dataset),
-            eval_dataset=None if eval_dataset is None else MixedRows(eval_dataset),
+            eval_dataset=evaluation_rows(eval_dataset),
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.model_accepts_loss_kwargs = False
         logger.warning(line)
 
     def _on_collapse(self) -> str:
@@ -117,18 +118,23 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
             raise ValueError("The model has an adapter already, which is trained further. Leave `peft_config` out.")
         return [n for n, _ in model.backbone.named_parameters() if "lora_" in n or ".modules_to_save." in n]
 
+    def whole_update(self, batches: list[dict[str, Any]]) -> torch.Tensor:
+        """Positions of the loss in the whole update, averaged over the processes."""
+        count = sum(batch["loss_mask"][:, 1:].sum() for batch in batches).float()
+        return self.accelerator.reduce(count, "mean")
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        many = self.accelerator.num_processes > 1
-        average = functools.partial(self.accelerator.reduce, reduction="mean") if many else None
-        objective = functools.partial(guided_loss, guidance=self.args.guidance, average=average)
+        objective = functools.partial(guided_loss, guidance=self.args.guidance, count=num_items_in_batch)
         loss = model(objective=objective, batch=inputs).loss
         self._check_loss(loss, inputs)
         return (loss, {"loss": loss}) if return_outputs else loss
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        inputs = self._prepare_inputs(inputs)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            return self.compute_loss(model, inputs).detach(), None, None
+    def held_out_sums(self, model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
+        losses, mask = guided_losses(model, batch, self.args.guidance)
+        return row_sums(losses, mask)[:, None]
+
+    def held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        return position_means(prediction, ("loss",))
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
@@ -136,15 +142,14 @@ class LatentActionSFTTrainer(ExactLearningMixin, Trainer):
         return output
 
 
-def guided_loss(
-    model: LatentActionModel,
-    batch: dict[str, Any],
-    guidance: str = "inferred",
-    average: Callable[[torch.Tensor], torch.Tensor] | None = None,
-) -> torch.Tensor:
+def guided_losses(
+    model: LatentActionModel, batch: dict[str, Any], guidance: str = "inferred"
+) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Cross-entropy of the next tokens under the codes of `guidance`, through the read-out that serves them, over the
-    positions of all processes (`average` as [`global_mean`] takes it).
+    Cross-entropies of the next tokens under the codes of `guidance`, through the read-out that serves them.
+
+    Returns:
+        `[M]`, and the boolean mask `[B, L-1]` of their positions.
     """
     ids, attention_mask = batch["input_ids"], batch["attention_mask"]
     states, position_ids = model.encode(ids, attention_mask, **batch["vision"])
@@ -156,5 +161,12 @@ def guided_loss(
         action_ids = logits.argmax(dim=-1)
     mask = batch["loss_mask"][:, 1:]
     merged = model.merge(states[:, :-1][mask], model.codebook(action_ids[mask]))
-    losses = token_cross_entropy(model, merged, ids[:, 1:][mask])
-    return global_mean(losses, torch.ones_like(losses, dtype=torch.bool), average)
+    return token_cross_entropy(model, merged, ids[:, 1:][mask]), mask
+
+
+def guided_loss(
+    model: LatentActionModel, batch: dict[str, Any], guidance: str = "inferred", count: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The sum of [`guided_losses`] divided by `count` positions; by their own number unless given."""
+    losses, _ = guided_losses(model, batch, guidance)
+    return mean_part(losses, count)

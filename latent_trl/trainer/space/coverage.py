@@ -5,9 +5,34 @@ import torch
 from ...models.cross_entropy import token_cross_entropy
 from ...models.spoken import chunk_size, spoken_log_probs
 
+# Positions of each row that are read in one step.
+COVERAGE_POSITIONS = 2
+# At most so many tokens of a position, and none of less probability, but for the likeliest: as measured.
+COVERAGE_TOKENS = 8
+COVERAGE_MIN_PROB = 0.01
+
+
+@torch.no_grad()
+def likely_tokens(
+    model, backbone_states: torch.Tensor, num_tokens: int = COVERAGE_TOKENS, min_prob: float = COVERAGE_MIN_PROB
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The backbone's likeliest next tokens `[M, N]` at its own states `[M, d]`, and which of them count `[M, N]`."""
+    num_tokens = min(num_tokens, model.config.num_codes)
+    tokens, counted = [], []
+    for part in backbone_states.split(chunk_size(model, 1, backbone_states.device)):
+        likely = model.backbone_view.logits(part[None])[0].float().softmax(dim=-1).topk(num_tokens, dim=-1)
+        tokens.append(likely.indices)
+        counted.append(likely.values >= min_prob)
+        counted[-1][:, 0] = True
+    return torch.cat(tokens), torch.cat(counted)
+
 
 def coverage_losses(
-    model, states: torch.Tensor, backbone_states: torch.Tensor, num_tokens: int, min_prob: float
+    model,
+    states: torch.Tensor,
+    backbone_states: torch.Tensor,
+    num_tokens: int = COVERAGE_TOKENS,
+    min_prob: float = COVERAGE_MIN_PROB,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Cross-entropies of the backbone's likely next tokens, each under a code of its own.
@@ -20,29 +45,22 @@ def coverage_losses(
         states (`torch.Tensor`): `[M, d]` context states, which the world model reads.
         backbone_states (`torch.Tensor`): `[M, d]` states that the backbone's head reads; the same for rows with an
             image.
-        num_tokens (`int`): N, at most so many tokens of each state; also at most K.
-        min_prob (`float`): Tokens of less probability under the backbone are left out, but for the likeliest.
+        num_tokens (`int`, defaults to 8): N, at most so many tokens of each state; also at most K.
+        min_prob (`float`, defaults to 0.01): Tokens of less probability under the backbone are left out, but for the
+            likeliest.
 
     Returns:
         Cross-entropies of all the tokens that count, one after another; and for each whether its code said it already,
         before the update.
     """
-    num_tokens = min(num_tokens, model.config.num_codes)
-    wanted, codes, counts, said = [], [], [], []
-    with torch.no_grad():
-        size = chunk_size(model, model.config.num_codes, states.device)
-        for part, of_backbone in zip(states.split(size), backbone_states.split(size), strict=True):
-            probs = model.backbone_view.logits(of_backbone[None])[0].float().softmax(dim=-1)
-            likely = probs.topk(num_tokens, dim=-1)
-            counted = likely.values >= min_prob
-            counted[:, 0] = True
-            log_probs, best = spoken_log_probs(model, part, likely.indices)
-            chosen = own_codes(log_probs)
-            wanted.append(likely.indices)
-            codes.append(chosen)
-            counts.append(counted)
-            said.append(best.gather(1, chosen) == likely.indices)
-    wanted, codes, counts, said = (torch.cat(parts) for parts in (wanted, codes, counts, said))
+    wanted, counts = likely_tokens(model, backbone_states, num_tokens, min_prob)
+    codes, said = [], []
+    size = chunk_size(model, model.config.num_codes, states.device)
+    for part, tokens in zip(states.split(size), wanted.split(size), strict=True):
+        log_probs, best = spoken_log_probs(model, part, tokens)
+        codes.append(own_codes(log_probs))
+        said.append(best.gather(1, codes[-1]) == tokens)
+    codes, said = torch.cat(codes), torch.cat(said)
     merged = model.merge(states[counts.nonzero()[:, 0]], model.codebook(codes[counts]))
     return token_cross_entropy(model, merged, wanted[counts]), said[counts]
 

@@ -1,55 +1,29 @@
-"""Losses of the stages that learn the latent action space, and the figures that tell a healthy codebook."""
+"""The losses of the stages that learn the latent action space."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ...models.cross_entropy import global_mean, token_cross_entropy
-from ...models.spoken import next_token_entropy, spoken_tokens
+from ...models.cross_entropy import mean_part, token_cross_entropy
+from ...models.spoken import next_token_entropy
 from .backbone_cloning import backbone_codes
-from .coverage import coverage_losses
+from .coverage import COVERAGE_POSITIONS, coverage_losses, likely_tokens
+from .figures import StageFigures, distinct_next_tokens, entropy, mutual_information
+from .observation import Observation, context, observe, text_states
+from .update import WholeUpdate
 
 # Logits are divided by it in the balance term.
 BALANCE_TEMPERATURE = 0.25
+# Weight of the projector's nll in the joint stage: the paper's.
+PROJECTION_COEF = 1e-5
 CLONING_TARGETS = ("backbone", "inferred")
+# Positions of each row that are cloned from the backbone in one step: all codes are read at each.
+CLONING_POSITIONS = 4
 # Nats: positions at which the backbone is sure are cloned too, now and then.
 LEAST_UNCERTAINTY = 0.05
-STAGE_COMPONENTS = {
-    "inverse_dynamics": ("inverse_dynamics", "codebook", "world_model"),
-    "projector": ("projector",),
-    "joint": ("inverse_dynamics", "codebook", "world_model", "projector"),
-    "policy": ("policy",),
-}
-STAGE_NEEDS = {"inverse_dynamics": (), "projector": (), "joint": ("inverse_dynamics",), "policy": ("inverse_dynamics",)}
-_ACTION_FIGURES = (
-    *("world_model/ce_sampled", "world_model/ce", "world_model/ce_gap_no_action", "world_model/ce_gap_random_action"),
-    *("codebook/marginal_entropy", "codebook/conditional_entropy", "codebook/mutual_information"),
-    *("codebook/distinct_next_tokens", "codebook/coverage"),
-)
-# The same on every process, whatever its rows: the figures are summed over the processes.
-STAGE_FIGURES = {
-    "inverse_dynamics": _ACTION_FIGURES,
-    "projector": ("projector/nll",),
-    "joint": (*_ACTION_FIGURES, "projector/nll", "projector/cycle"),
-    "policy": (
-        *("policy/cloning_accuracy", "policy/cloning_loss", "policy/entropy"),
-        *("policy/backbone_kl", "policy/reachable"),
-    ),
-}
-
-
-@dataclass
-class Observation:
-    """What the frozen backbone makes of a batch: states with and without images, positions, and who is who."""
-
-    states: torch.Tensor
-    position_ids: torch.Tensor | None
-    attention_mask: torch.Tensor
-    has_image: torch.Tensor
 
 
 class LatentActionSpaceObjective:
@@ -59,18 +33,15 @@ class LatentActionSpaceObjective:
     Args:
         stage (`str`): `inverse_dynamics`, `projector`, `joint` or `policy`.
         entropy_coef (`float`): Weight of Σ p log p of each position's code distribution.
-        balance_coef (`float`): Weight of Σ p̄ log p̄ of the batch's mean sharpened distribution.
+        balance_coef (`float`): Weight of Σ p̄ log p̄ of the update's mean sharpened distribution.
         coverage_coef (`float`): Weight of the cross-entropies of the backbone's likely tokens, each under its own code.
-        coverage_positions (`int`), coverage_tokens (`int`), coverage_min_prob (`float`): Positions of each row that it
-            reads, tokens of each at most, and the least probability of a token.
-        projection_coef (`float`), cycle_coef (`float`): Weights of the projector's two losses in `joint`.
+        cycle_coef (`float`): Weight of the cycle loss in `joint`.
         cloning_target (`str`): What `policy` imitates: the `"backbone"`, or the codes `"inferred"` by the inverse
             dynamics model.
-        cloning_positions (`int`): Positions of each row that are cloned from the backbone.
-        health_positions (`int`): Positions on which the gaps to no code and to random codes are measured, where
-            `measure_gaps` is set.
-        seed (`int`): Gumbel noise and random codes are a function of it, `step` and a row's place in the batch of all
-            processes: neither their number nor an interruption changes them.
+        health_positions (`int`): Positions of a batch on which the gaps to no code and to random codes are measured,
+            where `measure_gaps` is set.
+        seed (`int`): Gumbel noise and random codes are a function of it, `step` and a row's place in the whole update:
+            neither the number of processes, nor how a process splits its rows, nor an interruption changes them.
         kinds (`int`): 2 when the second half of a batch are text-only rows beside the paired ones, else 1.
         processes (`int`), process_index (`int`): Of the run.
         average (`Callable`, *optional*): Averages a tensor over the processes.
@@ -81,14 +52,9 @@ class LatentActionSpaceObjective:
         stage: str,
         entropy_coef: float = 1e-3,
         balance_coef: float = 0.1,
-        projection_coef: float = 1e-5,
-        cycle_coef: float = 1e-5,
         coverage_coef: float = 0.0,
-        coverage_positions: int = 2,
-        coverage_tokens: int = 8,
-        coverage_min_prob: float = 0.005,
+        cycle_coef: float = 1e-5,
         cloning_target: str = "backbone",
-        cloning_positions: int = 4,
         health_positions: int = 512,
         seed: int = 0,
         kinds: int = 1,
@@ -99,293 +65,232 @@ class LatentActionSpaceObjective:
         self.stage = stage
         self.entropy_coef = entropy_coef
         self.balance_coef = balance_coef
-        self.projection_coef = projection_coef
-        self.cycle_coef = cycle_coef
         self.coverage_coef = coverage_coef
-        self.coverage_positions = coverage_positions
-        self.coverage_tokens = coverage_tokens
-        self.coverage_min_prob = coverage_min_prob
+        self.cycle_coef = cycle_coef
         self.cloning_target = cloning_target
-        self.cloning_positions = cloning_positions
         self.health_positions = health_positions
         self.seed = seed
         self.kinds = kinds
         self.processes = processes
         self.process_index = process_index
-        self.average = average if processes > 1 else None
-        # The optimizer step, and the batch within it, that the next call is for.
-        self.step = (0, 0)
+        self.average = average if processes > 1 else lambda tensor: tensor
+        self.figures = StageFigures(stage, self.average)
+        # The optimizer step that the next call is for.
+        self.step = 0
         # Whether the next call also reads other codes than the chosen ones: as dear as the loss, so not at every step.
         self.measure_gaps = True
-        # Sum and number of the figures since they were last logged; usage of codes since then, and since a revival.
-        self.sums: torch.Tensor | None = None
-        self.usage: torch.Tensor | None = None
-        self.revival_usage: torch.Tensor | None = None
-        self.some_states: torch.Tensor | None = None
 
-    def __call__(self, model, batch: dict[str, Any]) -> torch.Tensor:
-        if self.sums is None:
-            self._clear(model.config.num_codes, batch["input_ids"].device)
-        observation = self._observe(model, batch)
+    def whole_update(self, batches: list[dict[str, Any]]) -> WholeUpdate:
+        """The update that `batches` of this process and as many of each other one make together."""
+        return WholeUpdate(batches, *self.average(sum(self._positions(batch) for batch in batches)))
+
+    def _positions(self, batch: dict[str, Any]) -> torch.Tensor:
+        """Numbers `[4]` of positions of the loss, and of the projector's, in rows with an image and in others."""
+        has_image = batch["has_image"]
+        positions, tokens = batch["loss_mask"][:, 1:].sum(dim=1), batch["token_mask"].sum(dim=1)
+        if self.stage == "policy" and self.cloning_target == "backbone":
+            positions = positions.clamp(max=CLONING_POSITIONS)
+        parts = [count * kind for count in (positions, tokens) for kind in (has_image, ~has_image)]
+        return torch.stack(parts).sum(dim=1).float()
+
+    def __call__(self, model, batch: dict[str, Any], update: WholeUpdate | None = None) -> torch.Tensor:
+        """
+        The batch's part of the update's loss: the parts of all batches of a process add up, and the processes average.
+
+        Args:
+            update (`WholeUpdate`, *optional*): What the batch is the next one of; the batch alone by default.
+        """
+        self.figures.start(model.config.num_codes, batch["input_ids"].device)
+        update = update or self.whole_update([batch])
+        place = update.done
+        update.done += 1
+        observation = None
+        if update.observations:
+            observation, update.observations[place] = update.observations[place], None
+        observation = observation or observe(model, batch)
         if self.stage == "policy":
-            return self._cloning_loss(model, batch, observation)
+            return self._cloning_loss(model, batch, observation, update, place)
         loss = observation.states.new_zeros((), dtype=torch.float32)
         if self.stage == "projector" or (self.stage == "joint" and model.config.use_projector):
-            loss = loss + self._projector_loss(model, batch, observation)
+            loss = loss + self._projector_loss(model, batch, observation, update)
         if self.stage in ("inverse_dynamics", "joint"):
-            loss = loss + self._action_loss(model, batch, observation)
+            loss = loss + self._action_loss(model, batch, observation, update, place)
         return loss
 
-    def _clear(self, num_codes: int, device: torch.device) -> None:
-        self.sums = torch.zeros(len(STAGE_FIGURES[self.stage]), 2, device=device)
-        self.usage = torch.zeros(num_codes, device=device)
-        if self.revival_usage is None:
-            self.revival_usage = self.usage.clone()
+    def looks_ahead(self, update: WholeUpdate) -> bool:
+        """Whether [`look_ahead`] must be called before the first batch of `update`."""
+        terms = self.balance_coef or self.coverage_coef
+        return self.stage in ("inverse_dynamics", "joint") and bool(terms) and len(update.batches) > 1
+
+    @torch.no_grad()
+    def look_ahead(self, model, batches: list[dict[str, Any]], update: WholeUpdate) -> torch.Tensor:
+        """
+        Sees to what a batch must know of the others, and no mask tells: the mean distribution over codes, and how many
+        tokens are covered. The backbone's states are kept for the batches' own turns, so that it runs no more often.
+        """
+        usage, covered = torch.zeros((), device=batches[0]["input_ids"].device), 0
+        for place, batch in enumerate(batches):
+            observation, mask = observe(model, batch), batch["loss_mask"][:, 1:]
+            update.observations.append(observation)
+            usage = usage + self._sharp_usage(self._infer(model, batch, context(model, observation), observation)[mask])
+            if self.coverage_coef:
+                drawn = self._draw_uncertain(model, observation, mask, COVERAGE_POSITIONS, self._first(mask, place), 1)
+                update.covered_masks.append(drawn)
+                covered = covered + likely_tokens(model, observation.states[:, :-1][drawn])[1].sum()
+        update.usage = self.average(usage)
+        update.covered = self.average(usage.new_zeros(()) + covered)
+        return usage.sum()
+
+    def _first(self, mask: torch.Tensor, place: int) -> int:
+        """Number, in the whole update, of the first item of this process's batch at `place`."""
+        return (place * self.processes + self.process_index) * (len(mask) // self.kinds)
 
     def _random(self, device: torch.device, *place: int) -> torch.Generator:
-        """A generator of its own for a place: kind of row and index in the batch of all processes."""
-        seed = np.random.SeedSequence([self.seed, *self.step, *place]).generate_state(1, np.uint64)[0]
+        """A generator of its own for a place: kind of row and number in the whole update."""
+        seed = np.random.SeedSequence([self.seed, self.step, *place]).generate_state(1, np.uint64)[0]
         # Half the range is what every device's generator takes.
         return torch.Generator(device=device).manual_seed(int(seed >> np.uint64(1)))
 
-    def _choose(self, model, logits: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _random_of_row(self, device: torch.device, row: int, rows: int, first: int, *more: int) -> torch.Generator:
+        items = rows // self.kinds
+        return self._random(device, row // items, first + row % items, *more)
+
+    def _choose(self, model, logits: torch.Tensor, mask: torch.Tensor, first: int = 0) -> torch.Tensor:
         """Code vectors `[M, d]` of the noisy choice at the marked positions, each row with its own noise."""
         codes = []
         for row, part in enumerate(logits.split(mask.sum(dim=1).tolist())):
-            generator = self._random_of_row(logits.device, row, len(mask))
+            generator = self._random_of_row(logits.device, row, len(mask), first)
             codes.append(model.codebook.straight_through(part, model.config.gumbel_temperature, generator)[0])
         return torch.cat(codes)
 
-    def _random_of_row(self, device: torch.device, row: int, rows: int, *more: int) -> torch.Generator:
-        items = rows // self.kinds
-        return self._random(device, row // items, self.process_index * items + row % items, *more)
+    def _infer(self, model, batch, states: torch.Tensor, observation: Observation) -> torch.Tensor:
+        return model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
 
-    def _mean(self, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return global_mean(values, mask, self.average)
-
-    @torch.no_grad()
-    def _observe(self, model, batch: dict[str, Any]) -> Observation:
-        call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-        return Observation(call.states.detach(), call.position_ids, batch["attention_mask"], batch["has_image"])
-
-    def _context(self, model, observation: Observation) -> torch.Tensor:
-        """s without gradient: cross-entropy never trains the projector."""
-        with torch.no_grad():
-            return model.context_states(observation.states, observation.has_image).detach()
-
-    def _action_loss(self, model, batch, observation) -> torch.Tensor:
-        states = self._context(model, observation)
-        logits = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
-        mask = batch["loss_mask"][:, 1:]
-        targets = batch["input_ids"][:, 1:][mask]
-        logits, inputs = logits[mask], states[:, :-1][mask]
-        codes = self._choose(model, logits, mask)
-        losses = token_cross_entropy(model, model.merge(inputs, codes), targets)
+    def _action_loss(self, model, batch, observation: Observation, update: WholeUpdate, place: int) -> torch.Tensor:
+        states, mask = context(model, observation), batch["loss_mask"][:, 1:]
+        logits = self._infer(model, batch, states, observation)[mask]
+        targets, inputs = batch["input_ids"][:, 1:][mask], states[:, :-1][mask]
+        first = self._first(mask, place)
+        losses = token_cross_entropy(model, model.merge(inputs, self._choose(model, logits, mask, first)), targets)
         image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
         probs = logits.softmax(dim=-1)
         penalised = losses + self.entropy_coef * (probs * probs.clamp(min=1e-12).log()).sum(-1)
-        loss = self._mean(penalised, image_rows) + self._mean(penalised, ~image_rows)
-        # Sharpened, it speaks of the codes that are taken: the plain mean can be even while few are ever the arg-max.
-        sharp = (logits / BALANCE_TEMPERATURE).softmax(dim=-1)
-        marginal = self._marginal(sharp)
-        loss = loss + self.balance_coef * (marginal * marginal.clamp(min=1e-12).log()).sum()
+        loss = _both_kinds(penalised, image_rows, update)
+        if self.balance_coef:
+            loss = loss + self.balance_coef * self._balance_loss(logits, update)
         if self.coverage_coef:
-            loss = loss + self.coverage_coef * self._coverage_loss(model, batch, states, observation)
-        self._add("world_model/ce_sampled", losses)
-        self._health(model, inputs, logits, targets)
-        self.some_states = inputs[:1024]
+            loss = loss + self.coverage_coef * self._coverage_loss(model, batch, states, observation, update, place)
+        self.figures.add("world_model/ce_sampled", losses)
+        self._health(model, inputs, observation.states[:, :-1][mask], logits, targets, first)
         return loss
 
-    def _coverage_loss(self, model, batch, states, observation) -> torch.Tensor:
-        # Not by the numbers that the choice of codes is made with.
-        mask = self._draw_uncertain(model, observation, batch["loss_mask"][:, 1:], self.coverage_positions, 1)
-        losses, said = coverage_losses(
-            model,
-            states[:, :-1][mask],
-            observation.states[:, :-1][mask],
-            self.coverage_tokens,
-            self.coverage_min_prob,
-        )
-        self._add("codebook/coverage", said)
-        return self._mean(losses, torch.ones_like(said))
+    def _sharp_usage(self, logits: torch.Tensor) -> torch.Tensor:
+        """Sum `[K]` of sharpened distributions. It speaks of the codes that are taken: the plain mean can be even
+        while few are ever the arg-max."""
+        return (logits / BALANCE_TEMPERATURE).softmax(dim=-1).sum(dim=0)
 
-    def _marginal(self, probs: torch.Tensor) -> torch.Tensor:
-        """Mean distribution `[K]` over the positions of all processes; the gradient goes through the own ones."""
-        total, count = probs.sum(dim=0), probs.new_tensor(float(len(probs)))
-        if self.average is not None:
-            own, count = total, self.average(count)
-            # The processes' gradients are averaged, so that of the own positions counts in full.
-            total = self.average(own.detach()) + (own - own.detach())
-        return total / torch.where(count > 0, count, 1.0)
+    def _balance_loss(self, logits: torch.Tensor, update: WholeUpdate) -> torch.Tensor:
+        """This batch's part of Σ p̄ log p̄. As distributions sum to one, the gradient of the whole is that of the parts
+        with the logarithm held."""
+        usage = self._sharp_usage(logits)
+        if update.usage is None:
+            update.usage = self.average(usage.detach())
+        count = update.image_positions + update.text_positions
+        marginal = update.usage / count.clamp(min=1e-12)
+        return mean_part(usage * marginal.clamp(min=1e-12).log(), count)
 
-    def _projector_loss(self, model, batch, observation) -> torch.Tensor:
+    def _coverage_loss(self, model, batch, states, observation: Observation, update, place: int) -> torch.Tensor:
+        if update.covered_masks:
+            mask = update.covered_masks[place]
+        else:
+            mask = batch["loss_mask"][:, 1:]
+            # Not by the numbers that the choice of codes is made with.
+            mask = self._draw_uncertain(model, observation, mask, COVERAGE_POSITIONS, self._first(mask, place), 1)
+        losses, said = coverage_losses(model, states[:, :-1][mask], observation.states[:, :-1][mask])
+        if update.covered is None:
+            update.covered = self.average(losses.new_tensor(float(len(losses))))
+        self.figures.add("codebook/coverage", said)
+        return mean_part(losses, update.covered)
+
+    def _projector_loss(self, model, batch, observation: Observation, update: WholeUpdate) -> torch.Tensor:
         """Both projectors on samples with and without their image, and the cycle on samples that have none."""
-        projector, has_image = model.projector, batch["has_image"]
-        text_states = observation.states
-        rows = has_image.nonzero().squeeze(-1)
-        if len(rows):
-            text_states = text_states.clone()
-            text_states[rows] = self._without_image(model, batch, observation, rows)
-        elif self.processes > 1:
-            # A sharded backbone gathers its tensors on all processes together: each makes as many passes.
-            self._without_image(model, batch, observation, rows.new_zeros(1))
-        token_mask = batch["token_mask"]
-        paired = (token_mask & has_image[:, None])[token_mask]
-        kept_text, kept_image = text_states[token_mask], observation.states[token_mask]
-        nlls = projector.paired_nll(kept_text, kept_image)
-        self._add("projector/nll", nlls[paired])
-        nll = self._mean(nlls, paired)
+        projector, token_mask = model.projector, batch["token_mask"]
+        paired = batch["has_image"][:, None].expand_as(token_mask)[token_mask]
+        kept_text = text_states(model, batch, observation, self.processes)[token_mask]
+        nlls = projector.paired_nll(kept_text, observation.states[token_mask])
+        self.figures.add("projector/nll", nlls[paired])
+        nll = mean_part(nlls[paired], update.image_tokens)
         if self.stage == "projector":
             return nll
         cycles = projector.cycle_nll(kept_text)
-        self._add("projector/cycle", cycles[~paired])
-        cycle = self._mean(cycles, ~paired)
-        return self.projection_coef * nll + self.cycle_coef * cycle
+        self.figures.add("projector/cycle", cycles[~paired])
+        return PROJECTION_COEF * nll + self.cycle_coef * mean_part(cycles[~paired], update.text_tokens)
 
-    @torch.no_grad()
-    def _without_image(self, model, batch, observation, rows: torch.Tensor) -> torch.Tensor:
-        """h^T of paired rows: the same ids at the same positions, without pixels."""
-        position_ids = observation.position_ids
-        if position_ids is not None:
-            axis = position_ids.ndim - 2
-            if position_ids.shape[axis] != 1:
-                position_ids = position_ids.index_select(axis, rows)
-        # Token types stay: some backbones lay out their attention by them.
-        shape = batch["input_ids"].shape
-        fields = {k: v[rows] for k, v in batch["vision"].items() if v.shape == shape}
-        call = model.backbone_view.encode(
-            batch["input_ids"][rows], batch["attention_mask"][rows], position_ids=position_ids, **fields
-        )
-        return call.states
-
-    def _cloning_loss(self, model, batch, observation) -> torch.Tensor:
-        states = self._context(model, observation)
-        mask = batch["loss_mask"][:, 1:]
+    def _cloning_loss(self, model, batch, observation: Observation, update: WholeUpdate, place: int) -> torch.Tensor:
+        states, mask = context(model, observation), batch["loss_mask"][:, 1:]
         logits = model.policy(states, observation.attention_mask, observation.position_ids)[:, :-1]
         if self.cloning_target == "backbone":
-            mask = self._draw_uncertain(model, observation, mask, self.cloning_positions)
+            mask = self._draw_uncertain(model, observation, mask, CLONING_POSITIONS, self._first(mask, place))
             inputs, of_backbone = states[:, :-1][mask], observation.states[:, :-1][mask]
             wanted, kl, reachable = backbone_codes(model, inputs, of_backbone, logits[mask].softmax(dim=-1))
             best = wanted.argmax(dim=-1)
+            self.figures.add("policy/backbone_kl", kl)
+            self.figures.add("policy/reachable", reachable)
         else:
             with torch.no_grad():
-                wanted = model.infer(states, batch["input_ids"], observation.attention_mask, observation.position_ids)
-                wanted = best = wanted.argmax(dim=-1)[mask]
+                wanted = best = self._infer(model, batch, states, observation).argmax(dim=-1)[mask]
         logits = logits[mask]
         losses = F.cross_entropy(logits, wanted, reduction="none")
-        image_rows = batch["has_image"][:, None].expand_as(mask)[mask]
-        self._add("policy/cloning_accuracy", logits.argmax(dim=-1) == best)
-        self._add("policy/cloning_loss", losses)
-        self._add("policy/entropy", _entropy(logits.detach().softmax(dim=-1)))
-        if self.cloning_target == "backbone":
-            self._add("policy/backbone_kl", kl)
-            self._add("policy/reachable", reachable)
-        return self._mean(losses, image_rows) + self._mean(losses, ~image_rows)
+        self.figures.add("policy/cloning_accuracy", logits.argmax(dim=-1) == best)
+        self.figures.add("policy/cloning_loss", losses)
+        self.figures.add("policy/entropy", entropy(logits.detach().softmax(dim=-1)))
+        return _both_kinds(losses, batch["has_image"][:, None].expand_as(mask)[mask], update)
 
     @torch.no_grad()
-    def _draw_uncertain(self, model, observation, mask: torch.Tensor, positions: int, *more: int) -> torch.Tensor:
+    def _draw_uncertain(
+        self, model, observation: Observation, mask: torch.Tensor, positions: int, first: int = 0, *more: int
+    ) -> torch.Tensor:
         """`mask` `[B, L-1]` thinned to so many `positions` of each row, likelier where the backbone is less sure."""
         weights = mask.float()
         weights[mask] = next_token_entropy(model, observation.states[:, :-1][mask]) + LEAST_UNCERTAINTY
         drawn = torch.zeros_like(mask)
         for row, count in enumerate(mask.sum(dim=1).clamp(max=positions).tolist()):
             if count:
-                generator = self._random_of_row(mask.device, row, len(mask), *more)
+                generator = self._random_of_row(mask.device, row, len(mask), first, *more)
                 drawn[row, torch.multinomial(weights[row], count, generator=generator)] = True
         return drawn
 
     @torch.no_grad()
-    def _health(self, model, states: torch.Tensor, logits: torch.Tensor, targets: torch.Tensor) -> None:
+    def _health(self, model, states, backbone_states, logits, targets, first: int) -> None:
         """Figures on noise-free arg-max codes. Usage counts alone can look well while no code changes the output."""
         if not len(targets):
             return
-        num_codes = logits.shape[-1]
-        action_ids = logits.argmax(dim=-1)
-        usage = torch.bincount(action_ids, minlength=num_codes).float()
-        self.usage += usage
-        self.revival_usage += usage
+        figures, num_codes, action_ids = self.figures, logits.shape[-1], logits.argmax(dim=-1)
+        figures.usage += torch.bincount(action_ids, minlength=num_codes).float()
         probs = logits.softmax(dim=-1)
-        self._add("codebook/marginal_entropy", _entropy(probs.mean(dim=0, keepdim=True)))
-        self._add("codebook/conditional_entropy", _entropy(probs))
-        self._add("codebook/mutual_information", mutual_information(action_ids, targets, num_codes)[None])
+        figures.add("codebook/marginal_entropy", entropy(probs.mean(dim=0, keepdim=True)))
+        figures.add("codebook/conditional_entropy", entropy(probs))
+        figures.add("codebook/mutual_information", mutual_information(action_ids, targets, num_codes)[None])
         if not self.measure_gaps:
             return
-        generator = self._random(states.device, self.kinds, self.process_index)
+        generator = self._random(states.device, self.kinds, first)
         sample = torch.randperm(len(targets), generator=generator, device=states.device)[: self.health_positions]
         states, targets, action_ids = states[sample], targets[sample], action_ids[sample]
         random_ids = torch.randint(num_codes, action_ids.shape, generator=generator, device=states.device)
-        ce = self._ce(model, states, action_ids, targets)
-        plain = token_cross_entropy(model, states, targets)
-        self._add("world_model/ce", ce)
-        self._add("world_model/ce_gap_no_action", plain - ce)
-        self._add("world_model/ce_gap_random_action", self._ce(model, states, random_ids, targets) - ce)
-        self._add("codebook/distinct_next_tokens", distinct_next_tokens(model, states[:8]))
-
-    def _ce(self, model, states, action_ids, targets) -> torch.Tensor:
-        return token_cross_entropy(model, model.merge(states, model.codebook(action_ids)), targets)
-
-    @torch.no_grad()
-    def revive(self, model) -> None:
-        """Moves codes that no position has chosen since the last call to where states of this process are."""
-        if self.some_states is None:
-            return
-        usage = self.revival_usage if self.average is None else self.average(self.revival_usage)
-        # A batch whose update was skipped may have left others.
-        states = self.some_states[self.some_states.isfinite().all(dim=-1)]
-        model.codebook.revive(usage == 0, states, self._random(usage.device, self.kinds + 1, 0))
-        self.revival_usage.zero_()
-
-    def _add(self, name: str, values: torch.Tensor) -> None:
-        """Counts `values` `[M]` into a figure's mean."""
-        row = self.sums[STAGE_FIGURES[self.stage].index(name)]
-        row += torch.stack([values.detach().float().sum(), row.new_tensor(float(len(values)))])
-
-    def drain(self) -> dict[str, float]:
-        """Means of the figures, and the usage of codes, over all processes since the last call."""
-        if self.sums is None:
-            return {}
-        sums, usage = self.sums, self.usage
-        if self.average is not None:
-            sums, usage = self.average(sums), self.average(usage)
-        figures = {
-            name: (total / count).item()
-            for name, (total, count) in zip(STAGE_FIGURES[self.stage], sums, strict=True)
-            if count > 0
-        }
-        if usage.sum() > 0:
-            figures["codebook/used"] = float((usage > 0).sum())
-            figures["codebook/perplexity"] = _entropy(usage / usage.sum()).exp().item()
-        self._clear(len(usage), usage.device)
-        return figures
-
-    def state(self) -> dict[str, Any]:
-        """What has been counted since the last log, as plain JSON values."""
-        tensors = {"sums": self.sums, "usage": self.usage, "revival_usage": self.revival_usage}
-        return {name: None if tensor is None else tensor.tolist() for name, tensor in tensors.items()}
-
-    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
-        """Puts back what [`state`] gave."""
-        for name, values in state.items():
-            setattr(self, name, None if values is None else torch.tensor(values, device=device))
+        ce = cross_entropy_under(model, states, action_ids, targets)
+        plain = token_cross_entropy(model, backbone_states[sample], targets)
+        figures.add("world_model/ce", ce)
+        figures.add("world_model/ce_gap_no_action", plain - ce)
+        figures.add("world_model/ce_gap_random_action", cross_entropy_under(model, states, random_ids, targets) - ce)
+        figures.add("codebook/distinct_next_tokens", distinct_next_tokens(model, states[:8]))
 
 
-def _entropy(probs: torch.Tensor) -> torch.Tensor:
-    return -(probs * probs.clamp(min=1e-12).log()).sum(dim=-1)
+def cross_entropy_under(model, states: torch.Tensor, action_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Cross-entropies `[M]` of `targets` `[M]` when `action_ids` `[M]` are taken in `states` `[M, d]`."""
+    return token_cross_entropy(model, model.merge(states, model.codebook(action_ids)), targets)
 
 
-def mutual_information(action_ids: torch.Tensor, token_ids: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """
-    Mutual information in nats between codes `[M]` and next tokens `[M]`, by counting. With few positions such an
-    estimate is too high: compare it only between runs of equal batch size.
-    """
-    tokens, token_ids = token_ids.unique(return_inverse=True)
-    joint = torch.bincount(action_ids * len(tokens) + token_ids, minlength=num_codes * len(tokens)).float()
-    joint = joint.view(num_codes, len(tokens)) / joint.sum()
-    independent = joint.sum(dim=1, keepdim=True) * joint.sum(dim=0, keepdim=True)
-    return torch.where(joint > 0, joint * (joint / independent.clamp(min=1e-30)).log(), 0.0).sum()
-
-
-def distinct_next_tokens(model, states: torch.Tensor) -> torch.Tensor:
-    """Numbers `[M]` of different most likely next tokens over all codes, for states `[M, d]`; 1 means blind codes."""
-    tokens, _ = spoken_tokens(model, states)
-    return states.new_tensor([row.unique().numel() for row in tokens], dtype=torch.float32)
+def _both_kinds(losses: torch.Tensor, image_rows: torch.Tensor, update: WholeUpdate) -> torch.Tensor:
+    """The sum of two means: over the positions of rows with an image, and of others."""
+    with_image = mean_part(losses[image_rows], update.image_positions)
+    return with_image + mean_part(losses[~image_rows], update.text_positions)

@@ -1,5 +1,6 @@
 """Learning the latent action space: inverse dynamics, projector, both together, and the policy by cloning."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,33 +14,35 @@ from transformers import (
     TrainerCallback,
     set_seed,
 )
-from transformers.trainer_utils import IntervalStrategy
+from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from transformers.utils import logging
 
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.configuration import STAGES
 from ...models.latent_action_model import LatentActionModel
-from ..run.component_training import ExactLearningMixin, load_components, train_only
+from ..run.component_training import load_components, train_only
+from ..run.learning import LearningMixin, evaluation_rows, position_means
 from ..run.loading import check_columns, load_model, load_processing_class
 from ..run.manifest import newest_whole_checkpoint, write_json
 from ..run.output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
 from .config import LatentActionSpaceConfig
-from .objective import STAGE_COMPONENTS, STAGE_NEEDS, LatentActionSpaceObjective
+from .evaluation import HeldOutFigures, check_best_metric
+from .objective import LatentActionSpaceObjective
+from .stages import SCHEDULES, check_stages, stage_components
+from .update import WholeUpdate
 
 logger = logging.get_logger(__name__)
 
-SCHEDULES: dict[str, tuple[str, dict[str, float], float]] = {
-    "inverse_dynamics": ("cosine_with_min_lr", {"min_lr_rate": 0.1}, 0.0),
-    "projector": ("linear", {}, 0.1),
-    "joint": ("cosine_with_min_lr", {"min_lr_rate": 0.1}, 0.1),
-    "policy": ("cosine", {}, 0.0),
-}
 DONE_FILE = "stages.json"
 HISTORY_FILE = "history.json"
+# Alarms: nats between random and inferred codes, below which codes are blind; perplexity of the usage of codes, below
+# which they are few.
+MIN_RANDOM_GAP = 0.05
+MIN_PERPLEXITY = 2.0
 
 
-class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
+class LatentActionSpaceTrainer(LearningMixin, Trainer):
     """
     Learns a latent action space on a frozen backbone, stage by stage.
 
@@ -49,12 +52,15 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         train_dataset (`Dataset`): Conversations with images (or without, for a text model): `messages`, or `prompt`
             and `completion`; `images`.
         text_dataset (`Dataset`, *optional*): Conversations without images, for the joint stage and cloning.
+        eval_dataset (`Dataset` or `dict[str, Dataset]`, *optional*): Conversations that are held out, with images or
+            without; or several sets under their names. Each stage is evaluated at its end, and as `eval_strategy` says.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`, *optional*): Loaded with the backbone's name
             by default.
         callbacks (`list[TrainerCallback]`, *optional*): As in `Trainer`.
 
     Raises:
-        ValueError: When the data lack the columns, or a stage is run before the one that it needs.
+        ValueError: When the data lack the columns, a stage is run before the one that it needs, or
+            `metric_for_best_model` is not measured in each stage.
     """
 
     _tag_names = ["latent-trl", "latent-action-space"]
@@ -66,6 +72,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         args: LatentActionSpaceConfig | None = None,
         train_dataset: Any = None,
         text_dataset: Any = None,
+        eval_dataset: Any = None,
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
@@ -84,6 +91,9 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         self.history: list[dict[str, Any]] = []
         self.root = args.output_dir
         check_stages(model, args.stages)
+        eval_dataset = evaluation_rows(eval_dataset)
+        sets = tuple(eval_dataset) if isinstance(eval_dataset, dict) else ("",)
+        check_best_metric(args.metric_for_best_model, args.stages, sets)
         self.collate = LatentActionDataCollator(
             processing_class,
             max_length=args.max_length,
@@ -91,17 +101,16 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
         )
-        self._call: tuple[int, int] | None = None
         train_only(model, stage_components(model, args.stages[0]))
         super().__init__(
             model=model,
             args=args,
             data_collator=MixedRowsCollator(self.collate),
             train_dataset=MixedRows(train_dataset),
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
-        self.model_accepts_loss_kwargs = False
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> list[Any]:
         """
@@ -143,6 +152,7 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
                 self._begin(stage)
                 last = newest_whole_checkpoint(self.args.output_dir) if resume else None
                 outputs.append(super().train(resume_from_checkpoint=last, **kwargs))
+                self._evaluate_at_the_end()
                 self._end(stage)
         finally:
             self.args.output_dir = self.root
@@ -177,19 +187,13 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         # Each stage starts from a seed of its own, so that it does not matter whether those before it ran just now.
         seed = args.seed + STAGES.index(stage)
         set_seed(seed)
-        self._call = None
         self.objective = LatentActionSpaceObjective(
             stage,
             entropy_coef=args.entropy_coef,
             balance_coef=args.balance_coef,
             coverage_coef=args.coverage_coef,
-            coverage_positions=args.coverage_positions,
-            coverage_tokens=args.coverage_tokens,
-            coverage_min_prob=args.coverage_min_prob,
-            projection_coef=args.projection_coef,
-            cycle_coef=args.cycle_coef if args.use_cycle else 0.0,
+            cycle_coef=args.cycle_coef,
             cloning_target=args.cloning_target,
-            cloning_positions=args.cloning_positions,
             seed=seed,
             kinds=2 if with_text else 1,
             processes=self.accelerator.num_processes,
@@ -200,6 +204,13 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         self._created_lr_scheduler = False
         self.accelerator.free_memory()
         self.model_wrapped = self.model
+
+    def _evaluate_at_the_end(self) -> None:
+        """Evaluates what the stage ends with, unless its last step has been."""
+        own = [row for row in self.history if row["stage"] == self.stage and row["step"] == self.state.global_step]
+        done = any(name.startswith("eval_") for row in own for name in row) and not self.args.load_best_model_at_end
+        if self.eval_dataset is not None and not done:
+            self.evaluate()
 
     def _end(self, stage: str) -> None:
         reached = self.model.config.stage
@@ -212,15 +223,33 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
                 write_json(Path(self.root) / DONE_FILE, [*[s for s in self._done() if s != stage], stage])
         self.accelerator.wait_for_everyone()
 
+    def whole_update(self, batches: list[dict[str, Any]]) -> WholeUpdate:
+        return self.objective.whole_update(batches)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        # The batches of a step are told apart by their number in it.
-        step = self.state.global_step
-        self._call = (step, self._call[1] + 1) if self._call is not None and self._call[0] == step else (step, 0)
-        self.objective.step = self._call
-        self.objective.measure_gaps = self._logs_next_step()
-        loss = model(objective=self.objective, batch=inputs).loss
+        update, objective = num_items_in_batch, self.objective
+        objective.step = self.state.global_step
+        objective.measure_gaps = self._logs_next_step()
+        if update is not None and update.done == 0 and objective.looks_ahead(update):
+            # A pass of its own, so that wrappers (DDP, FSDP, autocast) see it as one.
+            with torch.no_grad():
+                model(objective=functools.partial(objective.look_ahead, update=update), batch=update.batches)
+        loss = model(objective=functools.partial(objective, update=update), batch=inputs).loss
         self._check_loss(loss, inputs)
         return (loss, None) if return_outputs else loss
+
+    def _held_out(self) -> HeldOutFigures:
+        # Before any stage is run, the figures are those that the last one will end with.
+        args, stage = self.args, self.stage or self.args.stages[-1]
+        return HeldOutFigures(stage, args.cloning_target, args.seed, self.accelerator.num_processes)
+
+    def held_out_sums(self, model: LatentActionModel, batch: dict[str, Any]) -> torch.Tensor:
+        return self._held_out()(model, batch)
+
+    def held_out_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        names = self._held_out().names
+        means = position_means(prediction, names)
+        return means | ({"loss": means[names[0]]} if names[0] in means else {})
 
     def _logs_next_step(self) -> bool:
         args, step = self.args, self.state.global_step + 1
@@ -231,28 +260,18 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
     def _where(self) -> str:
         return f"in stage {self.stage!r} at step {self.state.global_step}"
 
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        every = self.args.revive_dead_codes_every
-        if every and self.accelerator.sync_gradients and (self.state.global_step + 1) % every == 0:
-            self.objective.revive(self.model)
-            if self.accelerator.num_processes > 1:
-                # Every process drew from its own states: the main one's codes are shared.
-                torch.distributed.broadcast(self.model.codebook.weight.data, src=0)
-        return loss
-
     def _run_state(self) -> dict[str, Any]:
-        own = {"history": self.history, "objective": self.objective.state()}
+        own = {"history": self.history, "figures": self.objective.figures.state()}
         return {**super()._run_state(), **own}
 
     def _restore_run_state(self, state: dict[str, Any]) -> None:
         super()._restore_run_state(state)
         self.history = state["history"]
-        self.objective.load_state(state["objective"], self.args.device)
+        self.objective.figures.load_state(state["figures"], self.args.device)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if self.objective is not None and "loss" in logs:
-            figures = self.objective.drain()
+            figures = self.objective.figures.drain()
             if self.stage == "projector" and "projector/nll" not in figures:
                 raise ValueError(
                     f"Stage 'projector' compares states with and without the image, and no row up to step "
@@ -270,40 +289,16 @@ class LatentActionSpaceTrainer(ExactLearningMixin, Trainer):
         gap, perplexity = logs.get("world_model/ce_gap_random_action"), logs.get("codebook/perplexity")
         if not late or gap is None:
             return
-        if gap < self.args.min_random_gap:
+        if gap < MIN_RANDOM_GAP:
             self.health.collapse(
                 "code-blindness",
                 f"random codes do as well as inferred ones (gap {gap:.3f} nats), though {logs['codebook/used']:.0f} "
                 "codes are used. Raise `codebook_std` to the scale of the states, or the learning rate",
                 self.state.global_step,
             )
-        if perplexity < self.args.min_perplexity:
+        if perplexity < MIN_PERPLEXITY:
             self.health.collapse(
                 "collapse",
-                f"the usage of codes has perplexity {perplexity:.1f}. Raise `balance_coef` or `gumbel_temperature`, or "
-                "set `revive_dead_codes_every`",
+                f"the usage of codes has perplexity {perplexity:.1f}. Raise `balance_coef` or `gumbel_temperature`",
                 self.state.global_step,
             )
-
-
-def stage_components(model: LatentActionModel, stage: str) -> tuple[str, ...]:
-    """What `stage` trains of `model`: without a projector, its joint stage trains all else."""
-    return tuple(name for name in STAGE_COMPONENTS[stage] if name != "projector" or model.config.use_projector)
-
-
-def check_stages(model: LatentActionModel, stages: list[str]) -> None:
-    """Raises `ValueError` unless `model` has, or will have by then, what each stage needs."""
-    ran = {stage for stage in STAGES if 0 < STAGES.index(stage) <= STAGES.index(model.config.stage)}
-    for stage in stages:
-        missing = [needed for needed in STAGE_NEEDS[stage] if needed not in ran]
-        if missing:
-            raise ValueError(
-                f"Stage {stage!r} needs stage {missing[0]!r} to have been run; the model has reached "
-                f"{model.config.stage!r}. Put {missing[0]!r} before it in `stages`."
-            )
-        if stage == "projector" and not model.config.use_projector:
-            raise ValueError(
-                "Stage 'projector' trains the cross-modal projector, which this model has not (`use_projector=False`). "
-                "Leave it out of `stages`."
-            )
-        ran.add(stage)

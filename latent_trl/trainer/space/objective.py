@@ -44,7 +44,7 @@ STAGE_FIGURES = {
 
 @dataclass
 class Observation:
-    """What the frozen backbone makes of a batch: states with and without images, positions, and who is who."""
+    """What the frozen backbone makes of a batch: states, positions, and which states have seen an image `[B, L]`."""
 
     states: torch.Tensor
     position_ids: torch.Tensor | None
@@ -166,7 +166,8 @@ class LatentActionSpaceObjective:
     @torch.no_grad()
     def _observe(self, model, batch: dict[str, Any]) -> Observation:
         call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-        return Observation(call.states.detach(), call.position_ids, batch["attention_mask"], batch["has_image"])
+        has_image = model.has_image(batch["input_ids"])
+        return Observation(call.states.detach(), call.position_ids, batch["attention_mask"], has_image)
 
     def _context(self, model, observation: Observation) -> torch.Tensor:
         """s without gradient: cross-entropy never trains the projector."""

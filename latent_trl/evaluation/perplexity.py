@@ -152,7 +152,7 @@ def _losses(model, batch: dict[str, Any], law: str) -> tuple[torch.Tensor, list[
     call = model.backbone_view.encode(ids, attention_mask, **batch["vision"])
     if law == "backbone":
         return token_cross_entropy(model, call.states[:, :-1][mask], targets), counts
-    states = model.context_states(call.states, batch["has_image"])
+    states = model.context_states(call.states, model.has_image(ids))
     inputs = states[:, :-1][mask]
     if law == "inferred":
         choice = model.infer(states, ids, attention_mask, call.position_ids)[mask]

@@ -15,6 +15,13 @@ def even_points(groups: int, size: int, generator: torch.Generator | None, devic
     return (steps[:, None] + turned) % 1
 
 
+def random_orders(
+    groups: int, count: int, generator: torch.Generator | None, device: torch.device | str
+) -> torch.Tensor:
+    """Orders `[groups, count]` of so many codes, each as likely as any other, without a wait of the host."""
+    return torch.rand(groups, count, generator=generator, device=device).argsort(dim=-1, stable=True)
+
+
 class ArithmeticSampler:
     """
     Arithmetic sampling (Vilnis et al., 2023): a sample is the sequence in whose interval of an arithmetic code its
@@ -23,6 +30,9 @@ class ArithmeticSampler:
 
     Samples that have chosen the same so far share an interval; once it is narrower than the distance of the points
     only one is in it, and what follows can be drawn in any way.
+
+    The codes of a step lie in an order that is drawn anew. In a fixed order the same codes, 1 / `size` apart, would
+    always be drawn together, and a gradient that compares the samples of a group would miss what they have in common.
 
     Args:
         points (`torch.Tensor`): `[R]` in [0, 1), one a sample.
@@ -39,22 +49,32 @@ class ArithmeticSampler:
         """Boolean `[R]`: samples in whose interval no other of their group can be."""
         return self.width * self.size < 1
 
-    def draw(self, probs: torch.Tensor, drawn_alone: torch.Tensor, free: torch.Tensor | None = None) -> torch.Tensor:
+    def draw(
+        self,
+        probs: torch.Tensor,
+        order: torch.Tensor,
+        drawn_alone: torch.Tensor,
+        free: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """
         The next code of each sample, inside whose share the sample goes on.
 
         Args:
             probs (`torch.Tensor`): `[R, K]`.
+            order (`torch.Tensor`): `[R, K]`, how the codes' shares follow each other; the same for all of a group.
             drawn_alone (`torch.Tensor`): `[R]`, what those take that are alone.
             free (`torch.Tensor`, *optional*): Boolean `[R]`; the others have no choice in this step, and stay.
         """
-        ends = probs.cumsum(dim=-1)
-        total = ends[:, -1]
-        # The first code that ends behind the point. A parallel sum can grow by its rounding where a code has no share.
-        behind = (ends > (self.points * total)[:, None]) & (probs > 0)
-        action_ids = torch.where(self.alone, drawn_alone, behind.byte().argmax(dim=-1))
-        share = probs.gather(-1, action_ids[:, None]).squeeze(-1)
-        start = ends.gather(-1, action_ids[:, None]).squeeze(-1) - share
+        shares = probs.gather(-1, order)
+        ends = shares.cumsum(dim=-1)
+        # A parallel sum can grow by its rounding where a code has no share: only codes with one are looked at.
+        total = ends.masked_fill(shares <= 0, 0.0).amax(dim=-1)
+        behind = (ends > (self.points * total)[:, None]) & (shares > 0)
+        drawn = order.gather(-1, behind.byte().argmax(dim=-1, keepdim=True)).squeeze(-1)
+        action_ids = torch.where(self.alone, drawn_alone, drawn)
+        place = (order == action_ids[:, None]).byte().argmax(dim=-1, keepdim=True)
+        share = shares.gather(-1, place).squeeze(-1)
+        start = ends.gather(-1, place).squeeze(-1) - share
         points = ((self.points * total - start) / share).clamp(0, 1 - torch.finfo(share.dtype).eps)
         width = self.width * share / total
         if free is not None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .action_law import ActionLaw
-from .arithmetic_sampling import ArithmeticSampler, even_points
+from .arithmetic_sampling import ArithmeticSampler, even_points, random_orders
 
 
 @dataclass
@@ -20,7 +20,9 @@ class ActionChoice:
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
         generator (`torch.Generator`, *optional*): Source of the sampling.
         copies (`int`, defaults to `1`): Samples a prompt; rows are the whole batch so many times.
-        arithmetic (`bool`, defaults to `False`): Draw the samples of a prompt together, see [`ArithmeticSampler`].
+        arithmetic (`bool`, defaults to `False`): Draw the samples of a group together, see [`ArithmeticSampler`].
+        group_size (`int`, *optional*): Successive samples of a prompt that are a group; all by default. It divides
+            `copies`. Groups are independent of each other.
     """
 
     law: ActionLaw = field(default_factory=ActionLaw)
@@ -30,10 +32,13 @@ class ActionChoice:
     generator: torch.Generator | None = None
     copies: int = 1
     arithmetic: bool = False
+    group_size: int | None = None
     allowed: torch.Tensor | None = field(init=False, default=None)
     sampler: ArithmeticSampler | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if self.group_size is None:
+            self.group_size = self.copies
         # Looked at once: to read a tensor's value at each token would make the device wait for the host.
         if self.bias is not None and torch.isneginf(self.bias).any():
             self.allowed = ~torch.isneginf(self.bias)
@@ -53,7 +58,7 @@ class ActionChoice:
             wanted = self.forced[:, step].to(log_probs.device)
         if not self.do_sample:
             action_ids = log_probs.argmax(dim=-1)
-        elif self.arithmetic and self.copies > 1:
+        elif self.arithmetic and self.group_size > 1:
             action_ids = self._draw_together(log_probs.exp(), wanted)
         else:
             action_ids = self._draw(log_probs.exp())
@@ -70,8 +75,17 @@ class ActionChoice:
         return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
 
     def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-        """Codes `[B]` of an arithmetic code, as long as samples of a prompt can still say the same."""
+        """Codes `[B]` of an arithmetic code, as long as samples of a group can still say the same."""
+        prompts, size = len(probs) // self.copies, self.group_size
+        groups = len(probs) // size
+
+        def by_row(of_groups: torch.Tensor) -> torch.Tensor:
+            """`[size or 1, groups, ...]` as rows, which come in tiles of all prompts: a group is `size` tiles deep."""
+            tiles = of_groups.unflatten(1, (-1, prompts)).expand(size, *[-1] * of_groups.ndim)
+            return tiles.transpose(0, 1).flatten(0, 2)
+
         if self.sampler is None:
-            points = even_points(len(probs) // self.copies, self.copies, self.generator, probs.device)
-            self.sampler = ArithmeticSampler(points.flatten(), self.copies)
-        return self.sampler.draw(probs, self._draw(probs), None if wanted is None else wanted < 0)
+            points = even_points(groups, size, self.generator, probs.device)
+            self.sampler = ArithmeticSampler(by_row(points), size)
+        order = by_row(random_orders(groups, probs.shape[-1], self.generator, probs.device)[None])
+        return self.sampler.draw(probs, order, self._draw(probs), None if wanted is None else wanted < 0)

@@ -1,42 +1,23 @@
 """`generate` over codes: the backbone's own `generate`, with what is settled before it and put in order after it."""
 
 import copy
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 from .action_law import ActionLaw
-from .arithmetic_sampling import ACTION_SAMPLING
 from .choice import ActionChoice
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
+from .exclusive import exclusive
 from .output import LatentActionGenerateOutput
 from .rollout_hook import POLICY_LAYERS, RolloutHook
+from .settings import settled_choice, settled_config
 from .shared_prefill import SharedPrefill
 
-ACTION_DEFAULTS = {
-    "action_do_sample": True,
-    "action_temperature": 1.0,
-    "action_top_k": 0,
-    "action_top_p": 1.0,
-    "action_sampling": "independent",
-}
-REFUSED_SETTINGS = {
-    "num_beams": (None, 1),
-    "num_beam_groups": (None, 1),
-    "guidance_scale": (None, 1),
-    "use_mtp": (None, False),
-    "token_healing": (None, False),
-    "prompt_lookup_num_tokens": (None,),
-    "assistant_early_exit": (None,),
-    "penalty_alpha": (None,),
-    "dola_layers": (None,),
-    "constraints": (None,),
-    "force_words_ids": (None,),
-    "prefill_chunk_size": (None,),
-}
-REFUSED_INPUTS = ("inputs_embeds", "custom_generate", "assistant_model")
+REFUSED_INPUTS = ("inputs_embeds", "custom_generate", "assistant_model", "negative_prompt_ids")
 
 
 class LatentActionGenerationMixin:
@@ -58,6 +39,7 @@ class LatentActionGenerationMixin:
         action_generator: torch.Generator | None = None,
         output_context_states: bool = False,
         cuda_graphs: bool | None = None,
+        action_group_size: int | None = None,
         **kwargs,
     ) -> torch.Tensor | LatentActionGenerateOutput:
         """
@@ -66,6 +48,14 @@ class LatentActionGenerationMixin:
         Takes what transformers' `generate` takes (batches padded on the left, images, lengths, stopping criteria,
         streamers, logits processors on the token choice, caches). Vision placeholders are never generated. With
         `num_return_sequences` a prompt is encoded once, where the cache is a dynamic or a static one.
+
+        What is passed, as arguments or in a `generation_config`, counts or is refused by name. Of the model's own
+        `generation_config`, the backbone's, what would change the most likely token (`repetition_penalty`,
+        `bad_words_ids`, ...) or is about another way to decode is left out with a warning: learning and RL do not know
+        it either.
+
+        Calls of several threads for one backbone wait for each other. What `generate` calls, such as a streamer, cannot
+        call the model.
 
         Args:
             action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely.
@@ -95,44 +85,64 @@ class LatentActionGenerationMixin:
         if input_ids is None:
             raise ValueError("`input_ids` must be given: latent actions continue a prompt.")
         config, inputs, copies = self._settle(generation_config, kwargs)
-        law = {
+        given = {
             "action_do_sample": action_do_sample,
             "action_temperature": action_temperature,
             "action_top_k": action_top_k,
             "action_top_p": action_top_p,
             "action_sampling": action_sampling,
+            "action_group_size": action_group_size,
         }
-        for name, default in ACTION_DEFAULTS.items():
-            if law[name] is None:
-                value = getattr(config, name, None)
-                law[name] = default if value is None else value
-        if law["action_sampling"] not in ACTION_SAMPLING:
-            raise ValueError(
-                f"`action_sampling` must be one of {list(ACTION_SAMPLING)}, got {law['action_sampling']!r}."
-            )
+        settings = settled_choice(config, given, copies)
         return_dict, config.return_dict_in_generate = bool(config.return_dict_in_generate), True
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = _prompt_mask(input_ids, config)
         _check_prompt(input_ids, inputs["attention_mask"])
-        keep_states = output_context_states or bool(self._records)
-        _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
         forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
+        choice = ActionChoice(
+            law=ActionLaw(*(settings[f"action_{name}"] for name in ("temperature", "top_k", "top_p"))),
+            do_sample=settings["action_do_sample"],
+            bias=self._checked_bias(action_bias),
+            generator=action_generator,
+            copies=copies,
+            arithmetic=settings["action_sampling"] == "arithmetic",
+            group_size=settings["action_group_size"],
+        )
+        records = self._own_records()
+        keep_states = output_context_states or bool(records)
+        _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
-        shared = SharedPrefill(len(input_ids), copies, self._fresh_cache(config, inputs))
+        with exclusive(self.backbone):
+            result = self._roll_out(
+                input_ids, inputs, config, choice, forced, keep_states, graphed, logits_processor=logits_processor
+            )
+        for record in records:
+            record.append(result)
+        if not output_context_states and records:
+            result = copy.copy(result)
+            result.context_states = result.position_ids = None
+        return result if return_dict else result.sequences
+
+    def _roll_out(
+        self,
+        input_ids: torch.Tensor,
+        inputs: dict[str, Any],
+        config: GenerationConfig,
+        choice: ActionChoice,
+        forced: torch.Tensor | None,
+        keep_states: bool,
+        graphed: bool,
+        **options,
+    ) -> LatentActionGenerateOutput:
+        """The backbone's own `generate` with the hooks that choose codes, and what they recorded."""
+        shared = SharedPrefill(len(input_ids), choice.copies, self._fresh_cache(config, inputs))
         if shared.once and inputs.get("position_ids") is None:
             inputs["position_ids"] = self.backbone_view.positions(input_ids, **inputs)
         inputs, input_ids = shared.tiled_inputs(inputs, input_ids.shape), shared.tiled(input_ids)
+        choice.forced = shared.in_tiles(forced)
         hook = RolloutHook(
             self,
-            ActionChoice(
-                law=ActionLaw(law["action_temperature"], law["action_top_k"], law["action_top_p"]),
-                do_sample=law["action_do_sample"],
-                forced=shared.in_tiles(forced),
-                bias=self._checked_bias(action_bias),
-                generator=action_generator,
-                copies=copies,
-                arithmetic=law["action_sampling"] == "arithmetic",
-            ),
+            choice,
             inputs["attention_mask"],
             self.has_image(input_ids),
             keep_states=keep_states,
@@ -140,11 +150,10 @@ class LatentActionGenerationMixin:
             cuda_graphs=graphed,
         )
         with ExitStack() as hooks:
+            hooks.enter_context(_no_own_defaults(self.backbone))
             hooks.enter_context(shared.attached(self.backbone_view.base))
             hooks.enter_context(hook.attached(self.backbone_view.decoder))
-            output = self.backbone.generate(
-                input_ids, generation_config=config, logits_processor=logits_processor, **inputs
-            )
+            output = self.backbone.generate(input_ids, generation_config=config, **options, **inputs)
         result = LatentActionGenerateOutput(
             sequences=output.sequences,
             **hook.result(output.sequences, input_ids.shape[1]),
@@ -153,40 +162,16 @@ class LatentActionGenerationMixin:
             past_key_values=output.past_key_values,
         )
         shared.restore_order(result)
-        for records in self._records:
-            records.append(result)
-        if not output_context_states and self._records:
-            result = copy.copy(result)
-            result.context_states = result.position_ids = None
-        return result if return_dict else result.sequences
+        return result
 
     def _settle(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
     ) -> tuple[GenerationConfig, dict[str, Any], int]:
         """The generation config in force, the model's inputs, and the number of samples a prompt."""
-        if kwargs.pop("do_sample", False):
-            raise ValueError(
-                "`do_sample=True` would sample tokens; here codes are sampled and each token is the most likely one "
-                "given its code. Use `action_do_sample`, `action_temperature`, `action_top_k` and `action_top_p`."
-            )
         for name in REFUSED_INPUTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with latent actions. Pass `input_ids` alone.")
-        config = GenerationConfig() if generation_config is None else copy.deepcopy(generation_config)
-        # Greedy tokens with several samples are refused by transformers, to which it would be the same text each time.
-        copies = kwargs.pop("num_return_sequences", None) or config.num_return_sequences or 1
-        config.num_return_sequences = None
-        defaults = self.generation_config.to_dict()
-        config.update(**{**defaults, "do_sample": None}, defaults_only=True, allow_custom_entries=True)
-        inputs = config.update(**kwargs)
-        for name, allowed in REFUSED_SETTINGS.items():
-            value = getattr(config, name, None)
-            if value not in allowed:
-                raise ValueError(
-                    f"`{name}={value!r}` cannot give back one code per token. Leave it out; for more candidates use "
-                    "`num_return_sequences`."
-                )
-        config.do_sample = False
+        config, inputs, copies = settled_config(generation_config, self.generation_config, kwargs)
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.vision_token_ids}) or None
         return config, inputs, copies
 
@@ -255,6 +240,16 @@ class LatentActionGenerationMixin:
         if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
             raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
         return bias.to(self.backbone.device)
+
+
+@contextmanager
+def _no_own_defaults(backbone) -> Iterator[None]:
+    """Inside the block `backbone.generate` fills in nothing of its own `generation_config`: all has been settled."""
+    own, backbone.generation_config = backbone.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        backbone.generation_config = own
 
 
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:

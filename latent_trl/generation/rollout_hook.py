@@ -27,7 +27,7 @@ class RolloutHook:
         model (`LatentActionModel`): Whose components are run.
         choice (`ActionChoice`): How codes are chosen.
         attention_mask (`torch.Tensor`): `[B, P]` of the prompts, one row per generated sequence.
-        has_image (`torch.Tensor`): Boolean `[B]`, whether a row's prompt has an image.
+        has_image (`torch.Tensor`): Boolean `[B, P]`, whether the prompt has an image at or before a position.
         keep_states (`bool`): Whether context states are kept.
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
         cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
@@ -80,7 +80,7 @@ class RolloutHook:
         hidden, position_ids = output.last_hidden_state, kwargs.get("position_ids")
         rows = len(hidden)
         mask = self._mask(step, rows, hidden.shape[1], kwargs.get("attention_mask"))
-        states, logits = self.choose_from(hidden, self.has_image[:rows], mask, position_ids)
+        states, logits = self.choose_from(hidden, self._seen(step, rows, hidden.shape[1]), mask, position_ids)
         last = states[:, -1:]
         if self.shared.pending:
             self.shared.copy_cache(cache)
@@ -115,6 +115,13 @@ class RolloutHook:
             keep_last=1,
         )
         return states, logits[:, -1]
+
+    def _seen(self, step: int, rows: int, length: int) -> torch.Tensor:
+        """`has_image` `[rows, length]` of the new states: no placeholder is generated, so it stays what it came to."""
+        last = self.has_image[:rows, -1:]
+        if length == 1:
+            return last
+        return torch.cat([self.has_image[:rows], last.expand(-1, step)], dim=1)[:, -length:]
 
     def _mask(self, step: int, rows: int, length: int, of_text_model) -> torch.Tensor | dict[str, torch.Tensor] | None:
         """What the policy attends to: of the prompt's length and the steps since, or of the whole static cache."""

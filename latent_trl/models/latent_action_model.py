@@ -1,6 +1,7 @@
 """A backbone, the learned components around it, and what they do together: encode, choose, merge, read."""
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
 from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
@@ -89,7 +91,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         self.tuned_backbone_tensors: list[str] = []
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}
-        self._records: list[list[LatentActionGenerateOutput]] = []
+        # What the open `recording`s of each thread have kept.
+        self._records: dict[int, list[list[LatentActionGenerateOutput]]] = {}
         for name in self.component_classes:
             setattr(self, name, None)
         for name, component in (components or {}).items():
@@ -180,16 +183,26 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         return self.backbone_view.decoder
 
     def has_image(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Boolean `[B]`: whether a sample's prompt holds a vision placeholder."""
+        """Boolean `[B, L]`: whether a vision placeholder stands at or before a position of `input_ids` `[B, L]`."""
         ids = torch.tensor(self.config.vision_token_ids, device=input_ids.device, dtype=input_ids.dtype)
-        return torch.isin(input_ids, ids).any(dim=-1)
+        return torch.isin(input_ids, ids).cumsum(dim=-1) > 0
 
     def context_states(self, states: torch.Tensor, has_image: torch.Tensor) -> torch.Tensor:
-        """s `[B, L, d]`: the text model's state where the sample has an image, P_μ of it where it has none."""
+        """
+        s `[B, L, d]`: the text model's state where it has seen an image, P_μ of it where it has not.
+
+        Args:
+            states (`torch.Tensor`): `[B, L, d]` of the text model.
+            has_image (`torch.Tensor`): Boolean `[B, L]`, as [`LatentActionModel.has_image`] gives it.
+        """
+        if has_image.shape != states.shape[:-1]:
+            raise ValueError(
+                f"`has_image` must be {tuple(states.shape[:-1])}, one for each state, got {tuple(has_image.shape)}."
+            )
         if not self.config.use_projector:
             return states
         self.require("projector")
-        return torch.where(has_image[:, None, None], states, self.projector(states).to(states.dtype))
+        return torch.where(has_image[..., None], states, self.projector(states).to(states.dtype))
 
     def encode(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **inputs
@@ -200,7 +213,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         Returns:
             s `[B, L, d]`, and the position ids that the text model was given.
         """
-        call = self.backbone_view.encode(input_ids, attention_mask, **inputs)
+        with exclusive(self.backbone):
+            call = self.backbone_view.encode(input_ids, attention_mask, **inputs)
         return self.context_states(call.states, self.has_image(input_ids)), call.position_ids
 
     def infer(
@@ -272,13 +286,19 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
 
     @contextmanager
     def recording(self) -> Iterator[list[LatentActionGenerateOutput]]:
-        """Keeps the full output, context states included, of every `generate` call inside the block."""
+        """Keeps the full output, context states included, of every `generate` call of this thread inside the block."""
         records: list[LatentActionGenerateOutput] = []
-        self._records.append(records)
+        opened = self._records.setdefault(threading.get_ident(), [])
+        opened.append(records)
         try:
             yield records
         finally:
-            self._records.remove(records)
+            # By identity: lists of equal length are compared tensor by tensor.
+            opened[:] = [other for other in opened if other is not records]
+
+    def _own_records(self) -> list[list[LatentActionGenerateOutput]]:
+        """The open recordings of this thread."""
+        return list(self._records.get(threading.get_ident(), []))
 
 
 def _intermediate_size(text_config) -> int:

@@ -79,7 +79,7 @@ class HeldOutFigures:
         return codes
 
     def _projector(self, model, batch, observation: Observation) -> dict[str, torch.Tensor]:
-        mask, has_image = batch["token_mask"], observation.has_image[:, None]
+        mask, has_image = batch["token_mask"], batch["has_image"][:, None]
         kept_text = text_states(model, batch, observation, self.processes)[mask]
         nll = model.projector.paired_nll(kept_text, observation.states[mask])
         found = {"projector/nll": row_sums(nll, mask) * has_image}

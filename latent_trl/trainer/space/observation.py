@@ -15,7 +15,7 @@ class Observation:
         states (`torch.Tensor`): `[B, L, d]`, the backbone's own.
         position_ids (`torch.Tensor`, *optional*): That it was given.
         attention_mask (`torch.Tensor`): `[B, L]`.
-        has_image (`torch.Tensor`): Boolean `[B]`.
+        has_image (`torch.Tensor`): Boolean `[B, L]`, whether an image stands at or before a position.
     """
 
     states: torch.Tensor
@@ -28,7 +28,8 @@ class Observation:
 def observe(model, batch: dict[str, Any]) -> Observation:
     """One pass of the backbone over a batch of [`LatentActionDataCollator`]."""
     call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-    return Observation(call.states.detach(), call.position_ids, batch["attention_mask"], batch["has_image"])
+    has_image = model.has_image(batch["input_ids"])
+    return Observation(call.states.detach(), call.position_ids, batch["attention_mask"], has_image)
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def context(model, observation: Observation) -> torch.Tensor:
 @torch.no_grad()
 def text_states(model, batch: dict[str, Any], observation: Observation, processes: int) -> torch.Tensor:
     """h^T `[B, L, d]`: the states of all rows without their images."""
-    states, rows = observation.states, observation.has_image.nonzero().squeeze(-1)
+    states, rows = observation.states, batch["has_image"].nonzero().squeeze(-1)
     if len(rows):
         states = states.clone()
         states[rows] = _without_image(model, batch, observation, rows)

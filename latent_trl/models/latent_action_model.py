@@ -14,13 +14,13 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..checkpoint.configuration import LatentActionConfig
+from ..checkpoint.download import cached_commit
 from ..generation.generate import LatentActionGenerationMixin
 from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
-from .configuration import LatentActionConfig
-from .download import cached_commit
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector

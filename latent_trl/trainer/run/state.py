@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from transformers.utils import logging
 
-from ...models.component import read_json, read_tensors
+from ...checkpoint.files import read_json, read_tensors
 from .component_training import write_json
 
 logger = logging.get_logger(__name__)

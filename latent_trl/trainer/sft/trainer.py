@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback, set_seed
 from transformers.utils import logging
 
+from ...checkpoint.configuration import STAGES
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
-from ...models.configuration import STAGES
 from ...models.cross_entropy import global_mean, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import ExactLearningMixin, train_only

@@ -16,9 +16,9 @@ from transformers import (
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from ...checkpoint.configuration import STAGES
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
-from ...models.configuration import STAGES
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import ExactLearningMixin, load_components, train_only
 from ..run.loading import check_columns, load_model, load_processing_class

@@ -9,12 +9,12 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "ActionLaw": "generation.action_law",
-    "CheckpointError": "models.component",
+    "CheckpointError": "checkpoint.files",
     "Codebook": "models.codebook",
     "CrossModalProjector": "models.projector",
     "InverseDynamicsModel": "models.inverse_dynamics",
     "LanguageWorldModel": "models.world_model",
-    "LatentActionConfig": "models.configuration",
+    "LatentActionConfig": "checkpoint.configuration",
     "LatentActionGRPOConfig": "trainer.grpo.config",
     "LatentActionGRPOTrainer": "trainer.grpo.trainer",
     "LatentActionModel": "models.latent_action_model",

@@ -31,11 +31,11 @@ from latent_trl import (
     LatentActionSpaceConfig,
     LatentActionSpaceTrainer,
 )
+from latent_trl.checkpoint.configuration import STAGES
 from latent_trl.data.prompts import encode_prompts
 from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
 from latent_trl.generation.arithmetic_sampling import ArithmeticSampler, even_points
-from latent_trl.models.configuration import STAGES
 from latent_trl.rewards.exact_match import ExactMatchReward
 from latent_trl.trainer.space.trainer import HISTORY_FILE
 

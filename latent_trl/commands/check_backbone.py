@@ -79,7 +79,7 @@ def check_backbone(
 def _run_checks(backbone: "PreTrainedModel", inputs, run: Callable[[str, Callable[[], str]], None]) -> None:
     import torch
 
-    from ..models.configuration import LatentActionConfig
+    from ..checkpoint.configuration import LatentActionConfig
     from ..models.latent_action_model import LatentActionModel
 
     torch.manual_seed(0)

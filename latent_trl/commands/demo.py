@@ -125,8 +125,8 @@ class Demo:
 
     def learn_space(self) -> None:
         """Stages 1 to 4: the codebook from pairs and text, and the policy by cloning."""
+        from ..checkpoint.configuration import LatentActionConfig
         from ..data.shapes import chitchat, shape_pairs
-        from ..models.configuration import LatentActionConfig
         from ..models.latent_action_model import LatentActionModel
         from ..trainer.space.config import LatentActionSpaceConfig
         from ..trainer.space.trainer import LatentActionSpaceTrainer

@@ -48,7 +48,7 @@ def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
 
 def is_latent_action_model(name: str) -> bool:
     """Whether a folder or repository holds latent actions, and not a plain backbone."""
-    from ..models.checkpoint import CONFIG_FILE
+    from ..checkpoint.files import CONFIG_FILE
 
     if Path(name).is_dir():
         return (Path(name) / CONFIG_FILE).is_file()

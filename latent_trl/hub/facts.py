@@ -9,8 +9,16 @@ from typing import Any, get_origin, get_type_hints
 
 from safetensors import SafetensorError
 
-from ..models.checkpoint import CONFIG_FILE, REPORT_FILE
-from ..models.component import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, check_inside, read_json, tensor_metadata
+from ..checkpoint.files import (
+    CONFIG_FILE,
+    CONFIG_NAME,
+    REPORT_FILE,
+    WEIGHTS_NAME,
+    CheckpointError,
+    check_inside,
+    read_json,
+    tensor_metadata,
+)
 
 COMPONENT_FOLDERS = ("codebook", "projector", "policy", "world_model", "inverse_dynamics", "value_head")
 TENSOR_FILES = {

@@ -9,10 +9,17 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import NotASafetensorsRepoError, SafetensorsParsingError
 
-from ..models.atomic_folder import atomic_folder
-from ..models.checkpoint import CONFIG_FILE, OWNED_NAMES, REPORT_FILE
-from ..models.component import MAX_JSON_BYTES, CheckpointError, check_inside, check_token
-from ..models.download import fetch_snapshot, retried
+from ..checkpoint.atomic_folder import atomic_folder
+from ..checkpoint.download import fetch_snapshot, retried
+from ..checkpoint.files import (
+    CONFIG_FILE,
+    MAX_JSON_BYTES,
+    OWNED_NAMES,
+    REPORT_FILE,
+    CheckpointError,
+    check_inside,
+    check_token,
+)
 from .facts import (
     COMPONENT_FOLDERS,
     TENSOR_FILES,

@@ -8,9 +8,8 @@ from typing import Any
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
-from ..models.checkpoint import CONFIG_FILE, OWNED_NAMES, REPORT_FILE, read_config
-from ..models.component import CheckpointError, LatentActionComponent, check_token
-from ..models.download import retried
+from ..checkpoint.download import retried
+from ..checkpoint.files import CONFIG_FILE, OWNED_NAMES, REPORT_FILE, CheckpointError, check_token, read_config
 from .card import CARD_FILE, PLOT_FILES, write_card
 from .facts import TENSOR_FILES, component_facts, read_header
 
@@ -157,7 +156,7 @@ def push_model(
         return push_folder(folder, repo_id, **{"keep_card": keep, **kwargs})
 
 
-def push_component(component: LatentActionComponent, repo_id: str, **kwargs: Any) -> CommitInfo:
+def push_component(component, repo_id: str, **kwargs: Any) -> CommitInfo:
     """Uploads one component into its own folder of a repository; the rest stays. `kwargs` as in [`push_folder`]."""
     check_token(kwargs.get("token"))
     with tempfile.TemporaryDirectory() as folder:

@@ -8,18 +8,23 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
-from .atomic_folder import atomic_folder
-from .component import WEIGHTS_NAME, CheckpointError, read_json, read_tensors, resolve_folder, tensor_metadata
-from .configuration import SCHEMA_VERSION, LatentActionConfig
-
-CONFIG_FILE = "latent_action_config.json"
-REPORT_FILE = "training_report.json"
-TUNED_FOLDER = "backbone"
-ADAPTER_FOLDER = "adapter"
-COMPONENTS = ("codebook", "world_model", "inverse_dynamics", "policy", "projector", "value_head")
-OWNED_NAMES = {CONFIG_FILE, REPORT_FILE, TUNED_FOLDER, ADAPTER_FOLDER, *COMPONENTS}
-# Facts of the record that are read by people and by the Hub, and follow from the rest.
-FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
+from ..checkpoint.atomic_folder import atomic_folder
+from ..checkpoint.configuration import LatentActionConfig
+from ..checkpoint.files import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    OWNED_NAMES,
+    REPORT_FILE,
+    TUNED_FOLDER,
+    WEIGHTS_NAME,
+    CheckpointError,
+    read_config,
+    read_json,
+    read_tensors,
+    resolve_folder,
+    tensor_metadata,
+)
+from ..hub.push import push_model
 
 
 def package_versions() -> dict[str, str]:
@@ -180,8 +185,6 @@ class LatentActionCheckpointMixin:
         Returns:
             `huggingface_hub.CommitInfo`.
         """
-        from ..hub.push import push_model
-
         return push_model(self, repo_id, components=components, **kwargs)
 
     def add_adapter(self, peft_config) -> None:
@@ -198,32 +201,6 @@ class LatentActionCheckpointMixin:
         if not peft_config.target_modules or peft_config.target_modules == "all-linear":
             peft_config.target_modules = self.backbone_view.linear_names()
         object.__setattr__(self, "peft_backbone", get_peft_model(self.backbone, peft_config))
-
-
-def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
-    """The configuration of a checkpoint, and the names of the components that it holds."""
-    record = read_json(folder / CONFIG_FILE)
-    version = record.get("schema_version")
-    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
-        raise CheckpointError(
-            f"{folder} has schema version {version!r}; this version reads 1 to {SCHEMA_VERSION}. Upgrade latent_trl."
-        )
-    if record.get("model_type") != LatentActionConfig.model_type:
-        raise CheckpointError(
-            f"{folder / CONFIG_FILE} is of a {record.get('model_type')!r}, not of a {LatentActionConfig.model_type!r}."
-        )
-    names = record.pop("components", None)
-    for name in FACTS:
-        record.pop(name, None)
-    if not isinstance(names, list) or not all(isinstance(name, str) and name in COMPONENTS for name in names):
-        raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must be among {COMPONENTS}, got {names!r}.")
-    try:
-        config = LatentActionConfig.from_dict(record)
-    except Exception as error:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has a value that cannot be used: {error}") from error
-    if config.text_config is None:
-        raise CheckpointError(f"{folder / CONFIG_FILE} has no `text_config`, so it belongs to no backbone.")
-    return config, names
 
 
 def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:

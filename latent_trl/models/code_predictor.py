@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from transformers import Cache, PreTrainedConfig
 
+from ..checkpoint.configuration import read_text_config
 from .component import LatentActionComponent
-from .configuration import read_text_config
 from .decoder_stack import DecoderStack
 from .float32_head import Float32Head
 

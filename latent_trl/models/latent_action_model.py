@@ -15,14 +15,14 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
+from ..checkpoint.configuration import LatentActionConfig
+from ..checkpoint.download import cached_commit
 from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
 from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
-from .configuration import LatentActionConfig
-from .download import cached_commit
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..checkpoint.configuration import READ_OUTS
 from .component import LatentActionComponent
-from .configuration import READ_OUTS
 
 
 class MergeBlock(nn.Module):

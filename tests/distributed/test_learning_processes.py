@@ -25,9 +25,7 @@ def train(kind: str, folder: str, rows: int, options: dict) -> None:
     shared |= {"max_grad_norm": 0.5, "adam_epsilon": 1e-3, **options}
     # Epochs' ends would repeat rows: as many rows as the steps take.
     if kind == "space":
-        trainer = build_space(
-            folder, paired=paired_rows(16, IMAGES), text=text_rows(16), **STEPS, **shared
-        )
+        trainer = build_space(folder, paired=paired_rows(16, IMAGES), text=text_rows(16), **STEPS, **shared)
     else:
         trainer = build_sft(folder, rows=paired_rows(16, IMAGES), **shared)
     trainer.train()

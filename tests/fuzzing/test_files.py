@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load as load_tensors
 from tiny_models import latent
 
-from latent_trl.models.checkpoint import read_config
+from latent_trl.checkpoint.files import CheckpointError, read_config, read_json, read_tensors
 from latent_trl.models.codebook import Codebook
-from latent_trl.models.component import CheckpointError, read_json, read_tensors
 from latent_trl.models.inverse_dynamics import InverseDynamicsModel
 from latent_trl.trainer.run.manifest import MANIFEST_FILE, checkpoint_fault, write_manifest
 

@@ -91,7 +91,7 @@ def test_inspect_reads_no_weights(hub, saved, monkeypatch, capsys):
         raise AssertionError("weights were loaded")
 
     monkeypatch.setattr("safetensors.torch.load_file", refuse)
-    monkeypatch.setattr("latent_trl.models.component.load_file", refuse)
+    monkeypatch.setattr("latent_trl.checkpoint.files.load_file", refuse)
     assert inspect_command([REPO, "--json"]) == 0
     remote = json.loads(capsys.readouterr().out)
     assert inspect_command([str(saved), "--json"]) == 0

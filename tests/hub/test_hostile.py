@@ -10,10 +10,10 @@ from checkpoints import make_base, make_model, report, serve
 from huggingface_hub.errors import HfHubHTTPError
 
 from latent_trl import CheckpointError, LatentActionModel
+from latent_trl.checkpoint import files
 from latent_trl.commands.inspect import main as inspect_command
 from latent_trl.hub.card import write_card
 from latent_trl.hub.pull import inspect, pull_folder
-from latent_trl.models import component
 
 EVIL = "mallory/gift"
 
@@ -145,7 +145,7 @@ def test_links_in_a_folder_are_not_followed_out(base, good, tmp_path):
 
 
 def test_json_that_is_huge_deep_or_not_json(hub, base, good, tmp_path, monkeypatch):
-    monkeypatch.setattr(component, "MAX_JSON_BYTES", 100_000)
+    monkeypatch.setattr(files, "MAX_JSON_BYTES", 100_000)
     monkeypatch.setattr("latent_trl.hub.pull.MAX_JSON_BYTES", 100_000)
     huge = edited(good["latent_action_config.json"], note="x" * 200_000)
     for bad, said in (

@@ -11,10 +11,10 @@ from card_pattern import first_mismatch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from latent_trl import LatentActionModel
+from latent_trl.checkpoint.files import CheckpointError, read_tensors
 from latent_trl.data.shapes import chitchat
 from latent_trl.hub.facts import TrainingReport
 from latent_trl.hub.pull import inspect
-from latent_trl.models.component import CheckpointError, read_tensors
 
 ROOT = Path(__file__).parents[2]
 CARDS = sorted(path.parent for path in (ROOT / "model_cards").glob("*/latent_action_config.json"))

@@ -17,7 +17,6 @@ from latent_trl import (
     LatentActionPolicy,
     ValueHead,
 )
-from latent_trl.models import component
 
 CLASSES = {
     "codebook": Codebook,
@@ -213,7 +212,7 @@ def test_a_component_is_saved_whole_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(component, "save_file", fail)
+        patch.setattr("latent_trl.models.component.save_file", fail)
         with pytest.raises(OSError, match="No space"):
             second.save_pretrained(tmp_path / "codebook")
     assert torch.equal(Codebook.from_pretrained(tmp_path).weight, first.weight)

@@ -16,7 +16,7 @@ from every_trainer import KINDS, build, first_folder
 from tiny_models import latent_config
 from transformers import TrainerCallback
 
-from latent_trl.models.component import CheckpointError
+from latent_trl.checkpoint.files import CheckpointError
 from latent_trl.trainer.run import output_folder
 from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_checkpoint
 from latent_trl.trainer.run.output_folder import CheckpointWriteError

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ...models.component import WEIGHTS_NAME, CheckpointError, load_state, read_tensors
+from ...checkpoint.files import WEIGHTS_NAME, CheckpointError, read_tensors
+from ...models.component import load_state
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
 

@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
-from ...models.checkpoint import ADAPTER_FOLDER, TUNED_FOLDER, read_config
-from ...models.component import WEIGHTS_NAME, CheckpointError, check_state, load_state, read_tensors
+from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_tensors
+from ...models.component import check_state, load_state
 from ...models.latent_action_model import LatentActionModel
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin

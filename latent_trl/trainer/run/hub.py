@@ -14,12 +14,11 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
 
+from ...checkpoint.files import CONFIG_FILE, check_token
 from ...data.mixing import MixedRows
 from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
-from ...models.checkpoint import CONFIG_FILE
-from ...models.component import check_token
 from ...models.latent_action_model import LatentActionModel
 
 logger = logging.get_logger(__name__)

@@ -12,8 +12,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainingArguments
 
-from ...models.checkpoint import REPORT_FILE
-from ...models.component import CheckpointError, read_json
+from ...checkpoint.files import REPORT_FILE, CheckpointError, read_json
 from .health import what_is_kept
 from .manifest import newest_whole_checkpoint
 

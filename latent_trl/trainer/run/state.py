@@ -14,9 +14,9 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
+from ...checkpoint.files import read_json, read_tensors
 from ...data.prompts import EncodedPrompt
 from ...data.rendering import Rendering
-from ...models.component import read_json, read_tensors
 from .manifest import write_json
 
 logger = logging.get_logger(__name__)

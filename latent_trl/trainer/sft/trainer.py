@@ -8,9 +8,9 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, Train
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from ...checkpoint.configuration import STAGES
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
-from ...models.configuration import STAGES
 from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import train_only

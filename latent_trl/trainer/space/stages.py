@@ -1,6 +1,6 @@
 """The stages of learning the space: what each trains, needs to have been run before, and its schedule."""
 
-from ...models.configuration import STAGES
+from ...checkpoint.configuration import STAGES
 from ...models.latent_action_model import LatentActionModel
 
 STAGE_COMPONENTS = {

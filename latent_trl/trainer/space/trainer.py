@@ -17,9 +17,9 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from transformers.utils import logging
 
+from ...checkpoint.configuration import STAGES
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
-from ...models.configuration import STAGES
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import load_components, train_only
 from ..run.learning import LearningMixin, evaluation_rows, position_means

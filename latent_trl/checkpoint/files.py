@@ -1,0 +1,148 @@
+"""The files of a checkpoint: their names, and reading them without trusting them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from .configuration import SCHEMA_VERSION, LatentActionConfig
+from .download import fetch_snapshot
+
+CONFIG_FILE = "latent_action_config.json"
+REPORT_FILE = "training_report.json"
+TUNED_FOLDER = "backbone"
+ADAPTER_FOLDER = "adapter"
+COMPONENTS = ("codebook", "world_model", "inverse_dynamics", "policy", "projector", "value_head")
+OWNED_NAMES = {CONFIG_FILE, REPORT_FILE, TUNED_FOLDER, ADAPTER_FOLDER, *COMPONENTS}
+# Facts of the record that are read by people and by the Hub, and follow from the rest.
+FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+MAX_JSON_BYTES = 32 * 2**20
+# What is downloaded of a repository: the top folder's record, report and card, and the folders of the parts.
+CHECKPOINT_PATTERNS = (
+    *(CONFIG_FILE, REPORT_FILE, "README.md"),
+    *(f"{part}/*.{kind}" for part in (*COMPONENTS, TUNED_FOLDER, ADAPTER_FOLDER) for kind in ("json", "safetensors")),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used as it is: missing, damaged, or made for something else."""
+
+
+def check_inside(path: Path, root: Path) -> None:
+    """Raises [`CheckpointError`] when links lead from `path` out of the folder `root`, or of the Hub cache it is in."""
+    root = root.resolve()
+    caches = [parent.parent / "blobs" for parent in root.parents if parent.name == "snapshots"]
+    if not any(path.resolve().is_relative_to(allowed) for allowed in (root, *caches)):
+        raise CheckpointError(f"{path} is a link that leads outside {root}. Put the file itself there.")
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+    check_inside(path, path.parent)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
+    _check_file(path)
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no JSON of a checkpoint is that large.")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Reads a safetensors file. Raises [`CheckpointError`] when it is missing, truncated or another format."""
+    _check_file(path)
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a whole safetensors file ({error}). Pickled weights are never read."
+        ) from error
+
+
+def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
+    """The configuration of a checkpoint, and the names of the components that it holds."""
+    record = read_json(folder / CONFIG_FILE)
+    version = record.get("schema_version")
+    if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:
+        raise CheckpointError(
+            f"{folder} has schema version {version!r}; this version reads 1 to {SCHEMA_VERSION}. Upgrade latent_trl."
+        )
+    if record.get("model_type") != LatentActionConfig.model_type:
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is of a {record.get('model_type')!r}, not of a {LatentActionConfig.model_type!r}."
+        )
+    names = record.pop("components", None)
+    for name in FACTS:
+        record.pop(name, None)
+    if not isinstance(names, list) or not all(isinstance(name, str) and name in COMPONENTS for name in names):
+        raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must be among {COMPONENTS}, got {names!r}.")
+    try:
+        config = LatentActionConfig.from_dict(record)
+    except Exception as error:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has a value that cannot be used: {error}") from error
+    if config.text_config is None:
+        raise CheckpointError(f"{folder / CONFIG_FILE} has no `text_config`, so it belongs to no backbone.")
+    return config, names
+
+
+def check_token(token: str | bool | None) -> None:
+    """Raises `ValueError` for a token that HTTP cannot carry: the error of the HTTP client would quote it."""
+    if isinstance(token, str) and (not token.isascii() or not token.isprintable() or " " in token):
+        raise ValueError("`token` has characters that no token has, such as a line break. Pass the bare token.")
+    if token is not None and not isinstance(token, (str, bool)):
+        raise TypeError(f"`token` must be a str, a bool or None, got {type(token).__name__}.")
+
+
+def resolve_folder(
+    repo_or_folder: str | Path,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    patterns: tuple[str, ...] = CHECKPOINT_PATTERNS,
+) -> Path:
+    """
+    The local folder of a checkpoint: `repo_or_folder` itself when it is one, else a snapshot of that Hub repository.
+
+    Only the files of a checkpoint that match `patterns` are downloaded: JSON, safetensors and the card.
+    """
+    folder = Path(repo_or_folder)
+    if not folder.is_dir():
+        if folder.is_absolute() or str(repo_or_folder).startswith((".", "~")):
+            raise CheckpointError(f"{str(repo_or_folder)!r} is not a folder.")
+        check_token(token)
+        folder = fetch_snapshot(
+            str(repo_or_folder),
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
+        )
+    if subfolder is None:
+        return folder
+    if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
+        raise CheckpointError(f"`subfolder` must stay inside the repository, got {subfolder!r}.")
+    check_inside(folder / subfolder, folder)
+    return folder / subfolder
+
+
+def tensor_metadata(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Names, dtypes and shapes of a safetensors file, without reading its data."""
+    with safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
+from ..models.cache_name import CACHE_NAME, rename_cache
 from .action_law import ActionLaw
 from .arithmetic_sampling import ACTION_SAMPLING
 from .choice import ActionChoice
@@ -115,7 +116,7 @@ class LatentActionGenerationMixin:
             inputs["attention_mask"] = _prompt_mask(input_ids, config)
         _check_prompt(input_ids, inputs["attention_mask"])
         keep_states = output_context_states or bool(self._records)
-        _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
+        _check_past(inputs.get(CACHE_NAME), keep_states or copies > 1)
         forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
         shared = SharedPrefill(len(input_ids), copies, self._fresh_cache(config, inputs))
@@ -150,7 +151,7 @@ class LatentActionGenerationMixin:
             **hook.result(output.sequences, input_ids.shape[1]),
             scores=output.scores,
             logits=output.logits,
-            past_key_values=output.past_key_values,
+            cache=output.get(CACHE_NAME),
         )
         shared.restore_order(result)
         for records in self._records:
@@ -178,7 +179,7 @@ class LatentActionGenerationMixin:
         config.num_return_sequences = None
         defaults = self.generation_config.to_dict()
         config.update(**{**defaults, "do_sample": None}, defaults_only=True, allow_custom_entries=True)
-        inputs = config.update(**kwargs)
+        inputs = config.update(**rename_cache(kwargs))
         for name, allowed in REFUSED_SETTINGS.items():
             value = getattr(config, name, None)
             if value not in allowed:
@@ -203,7 +204,7 @@ class LatentActionGenerationMixin:
         trouble = obstacle(
             self.backbone,
             [self.backbone_view.text_config, self.policy.decoder_stack.decoder.config],
-            inputs.get("past_key_values"),
+            inputs.get(CACHE_NAME),
             config.cache_implementation,
             config.use_cache is not False,
         )
@@ -217,12 +218,12 @@ class LatentActionGenerationMixin:
         if not wanted and length - prompt_length < LEAST_TOKENS:
             return False
         config.cache_implementation, config.disable_compile = None, True
-        inputs["past_key_values"] = static_cache(self.backbone_view.text_config, length)
+        inputs[CACHE_NAME] = static_cache(self.backbone_view.text_config, length)
         return True
 
     def _fresh_cache(self, config: GenerationConfig, inputs: dict[str, Any]) -> Cache | None:
         """The empty cache that is given, or one as transformers will make it, where it is dynamic or static."""
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         if config.use_cache is False or (cache is not None and cache.get_seq_length() > 0):
             return None
         if cache is not None:

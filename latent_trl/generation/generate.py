@@ -9,6 +9,7 @@ import torch
 from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
 
 from .action_law import ActionLaw
+from .cache_name import CACHE_NAME, rename_cache
 from .choice import ActionChoice
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
 from .exclusive import exclusive
@@ -110,7 +111,7 @@ class LatentActionGenerationMixin:
         )
         records = self._own_records()
         keep_states = output_context_states or bool(records)
-        _check_past(inputs.get("past_key_values"), keep_states or copies > 1)
+        _check_past(inputs.get(CACHE_NAME), keep_states or copies > 1)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
         with exclusive(self.backbone):
             result = self._roll_out(
@@ -159,7 +160,7 @@ class LatentActionGenerationMixin:
             **hook.result(output.sequences, input_ids.shape[1]),
             scores=output.scores,
             logits=output.logits,
-            past_key_values=output.past_key_values,
+            cache=output.get(CACHE_NAME),
         )
         shared.restore_order(result)
         return result
@@ -171,7 +172,7 @@ class LatentActionGenerationMixin:
         for name in REFUSED_INPUTS:
             if kwargs.get(name) is not None:
                 raise ValueError(f"`{name}` cannot be combined with latent actions. Pass `input_ids` alone.")
-        config, inputs, copies = settled_config(generation_config, self.generation_config, kwargs)
+        config, inputs, copies = settled_config(generation_config, self.generation_config, rename_cache(kwargs))
         config.suppress_tokens = sorted({*(config.suppress_tokens or []), *self.config.vision_token_ids}) or None
         return config, inputs, copies
 
@@ -188,7 +189,7 @@ class LatentActionGenerationMixin:
         trouble = obstacle(
             self.backbone,
             [self.backbone_view.text_config, self.policy.decoder_stack.decoder.config],
-            inputs.get("past_key_values"),
+            inputs.get(CACHE_NAME),
             config.cache_implementation,
             config.use_cache is not False,
         )
@@ -202,12 +203,12 @@ class LatentActionGenerationMixin:
         if not wanted and length - prompt_length < LEAST_TOKENS:
             return False
         config.cache_implementation, config.disable_compile = None, True
-        inputs["past_key_values"] = static_cache(self.backbone_view.text_config, length)
+        inputs[CACHE_NAME] = static_cache(self.backbone_view.text_config, length)
         return True
 
     def _fresh_cache(self, config: GenerationConfig, inputs: dict[str, Any]) -> Cache | None:
         """The empty cache that is given, or one as transformers will make it, where it is dynamic or static."""
-        cache = inputs.get("past_key_values")
+        cache = inputs.get(CACHE_NAME)
         if config.use_cache is False or (cache is not None and cache.get_seq_length() > 0):
             return None
         if cache is not None:

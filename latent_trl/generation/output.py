@@ -23,7 +23,7 @@ class LatentActionGenerateOutput(ModelOutput):
         context_states (`torch.Tensor`, *optional*): `[B, P+C-1, d]`, what the policy and the world model read.
         position_ids (`torch.Tensor`, *optional*): Position ids of the context states, batch first.
         scores, logits: Of the token choice, as transformers returns them.
-        past_key_values (`Cache`, *optional*): Backbone's and policy's layers in one cache.
+        cache (`Cache`, *optional*): Backbone's and policy's layers in one cache; also read as `past_key_values`.
     """
 
     sequences: torch.Tensor | None = None
@@ -34,7 +34,11 @@ class LatentActionGenerateOutput(ModelOutput):
     position_ids: torch.Tensor | None = None
     scores: tuple[torch.Tensor, ...] | None = None
     logits: tuple[torch.Tensor, ...] | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
 
 
 def trunk_positions(position_ids: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ from transformers import Cache, DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 from transformers.masking_utils import create_masks_for_generate
 
+from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
 from .shared_prefill import SharedPrefill
@@ -71,7 +72,8 @@ class RolloutHook:
 
     def __call__(self, decoder: nn.Module, args, kwargs, output):
         step = len(self.action_ids)
-        cache = output.past_key_values if output.past_key_values is not None else kwargs.get("past_key_values")
+        cache = output.get(CACHE_NAME)
+        cache = kwargs.get(CACHE_NAME) if cache is None else cache
         if cache is None:
             self.states.clear()
             self.position_ids.clear()

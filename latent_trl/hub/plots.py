@@ -60,7 +60,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
     columns = min(3, len(wanted))
     rows_of_panels = -(-len(wanted) // columns)
     figure = Figure(figsize=(4.2 * columns, 2.8 * rows_of_panels), layout="constrained")
-    axes = list(figure.subplots(rows_of_panels, columns, squeeze=False).flat)
+    axes: list[Any] = list(figure.subplots(rows_of_panels, columns, squeeze=False).flat)
     for axis, name in zip(axes, wanted, strict=False):
         for label, rows in lines:
             points = _points(rows, name)

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, PreTrainedConfig
 
+from ..generation.cache_name import CACHE_NAME
+
 
 class DecoderStack(nn.Module):
     """
@@ -50,8 +52,8 @@ class DecoderStack(nn.Module):
             inputs_embeds=self.input(states.to(weight.dtype)),
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
             use_cache=past_key_values is not None,
+            **{CACHE_NAME: past_key_values},
         ).last_hidden_state
 
     @torch.no_grad()

@@ -221,7 +221,7 @@ class JudgeSession:
                 headers, status = error.response.headers, error.status_code
                 retried = status in RETRIED_STATUS or status >= 500
                 failure = JudgeCallError(f"http_{status}", client.redact(error.response.text))
-            except (openai.APITimeoutError, asyncio.TimeoutError):
+            except (TimeoutError, openai.APITimeoutError):
                 failure = JudgeCallError("timeout", f"no answer within {client.timeout} s")
             except openai.APIConnectionError as error:
                 failure = JudgeCallError("connection", client.redact(f"{error} {error.__cause__ or ''}".strip()))

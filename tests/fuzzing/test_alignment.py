@@ -4,9 +4,9 @@ import torch
 from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
+from latent_trl.trainer.rollout.repeated_prompts import copies_of_each
 
 from latent_trl.generation.output import LatentActionGenerateOutput
-from latent_trl.trainer.rollout.repeated_prompts import copies_of_each
 from latent_trl.trainer.rollout.rollout import Rollout
 
 LENGTHS = st.lists(st.tuples(st.integers(1, 6), st.integers(1, 5)), min_size=1, max_size=4)

@@ -142,7 +142,7 @@ def test_delays_double_up_to_the_longest_and_retry_after_goes_first(make_judge):
     assert client.delay(10, {}) == 10
     assert client.delay(0, {"retry-after": "7"}) == 7
     assert client.delay(0, {"retry-after": "700"}) == 10
-    date = datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(seconds=6)
+    date = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=6)
     assert 4 < client.delay(0, {"retry-after": email.utils.format_datetime(date, usegmt=True)}) <= 6
     for nonsense in ("soon", "-5", "nan", "inf"):
         assert client.delay(0, {"retry-after": nonsense}) <= 1.25

@@ -65,7 +65,7 @@ def check_signature(cls: type, method: str, wanted: str) -> None:
     if function is None:
         raise AssertionError(
             f"{cls.__name__}.{method} is gone. latent_trl extends it: find what took its place, and widen the tested "
-            "range in setup.py when it works again."
+            "range in pyproject.toml when it works again."
         )
     found = " ".join(inspect.signature(inspect.unwrap(function)).parameters)
     if found != wanted:

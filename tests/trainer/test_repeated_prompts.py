@@ -5,13 +5,13 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from latent_trl.trainer.rollout.repeated_prompts import copies_of_each, same_prompt
 from test_grpo_rollouts import build, image, rollout, rows
 from transformers import FalconConfig
 
 from latent_trl.models.policy import LatentActionPolicy
 from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
 from latent_trl.trainer.rollout import scoring as code_scoring
-from latent_trl.trainer.rollout.repeated_prompts import copies_of_each, same_prompt
 
 
 def record_rows(trainer) -> list[int]:

@@ -15,14 +15,20 @@ FIGURES = {
 
 def main(argv: list[str] | None = None) -> int:
     given, args, model_args = parse_training(argv, "latent-trl learn", LearnArguments, "LatentActionSpaceConfig")
+    from .training import quiet
+
+    quiet(args)
     from latent_trl import LatentActionSpaceTrainer
 
-    from .loading import backbone_kwargs, load_learner, load_rows
+    from .loading import backbone_kwargs, load_learner
+    from .rows import load_rows
 
-    rows = load_rows(given.dataset_name, given.dataset_train_split, given.dataset_config, given.dataset_limit)
+    asked = {"limit": given.dataset_limit, "purpose": "conversations"}
+    fields = given.model_fields()
+    rows = load_rows(given.dataset_name, given.dataset_train_split, given.dataset_config, **asked)
     text = None
     if given.text_dataset_name:
-        text = load_rows(given.text_dataset_name, given.text_dataset_split, limit=given.dataset_limit)
-    model = load_learner(model_args.model_name_or_path, given.model_fields(), **backbone_kwargs(model_args))
+        text = load_rows(given.text_dataset_name, given.text_dataset_split, **asked)
+    model = load_learner(model_args.model_name_or_path, fields, **backbone_kwargs(model_args))
     trainer = LatentActionSpaceTrainer(model, args, rows, text_dataset=text)
     return run_training(trainer, lambda: f"Learn: {trainer.stage}", FIGURES)

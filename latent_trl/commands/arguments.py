@@ -53,6 +53,13 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "split for evaluation, with --eval_strategy"})
     dataset_limit: int | None = field(default=None, metadata={"help": "the first so many rows only"})
 
+    def rows(self, purpose: str, part: str = "train"):
+        """The `"train"` or `"test"` part in the form of `purpose`, see [`~latent_trl.commands.rows.load_rows`]."""
+        from .rows import load_rows
+
+        split = {"train": self.dataset_train_split, "test": self.dataset_test_split}[part]
+        return load_rows(self.dataset_name, split, self.dataset_config, self.dataset_limit, purpose)
+
 
 @dataclass
 class LearnArguments(DataArguments):
@@ -76,6 +83,14 @@ class LearnArguments(DataArguments):
         default=None, metadata={"help": "spread of the first codes; by default that of the states"}
     )
     gumbel_temperature: float = field(default=2.0, metadata={"help": "of the straight-through choice"})
+
+    def text_rows(self):
+        """Conversations without images, or `None` when none were named."""
+        from .rows import load_rows
+
+        if not self.text_dataset_name:
+            return None
+        return load_rows(self.text_dataset_name, self.text_dataset_split, None, self.dataset_limit, "conversations")
 
     def model_fields(self) -> dict[str, Any]:
         """Keyword arguments of `LatentActionConfig`."""
@@ -107,6 +122,20 @@ class RewardArguments(DataArguments):
         default=None, metadata={"help": "conversations on which the policy stays, with --anchor_coef; as above"}
     )
     anchor_dataset_split: str = field(default="train", metadata={"help": "its split"})
+
+    def rewards(self) -> list[Any]:
+        """The reward functions, by [`~latent_trl.commands.loading.load_rewards`]."""
+        from .loading import load_rewards
+
+        return load_rewards(self.reward_funcs, as_dict("reward_kwargs", self.reward_kwargs))
+
+    def anchor_rows(self):
+        """Conversations to stay on, or `None` when none were named."""
+        from .rows import load_rows
+
+        if not self.anchor_dataset_name:
+            return None
+        return load_rows(self.anchor_dataset_name, self.anchor_dataset_split, purpose="conversations")
 
 
 def as_dict(name: str, value: str | dict | None) -> dict | None:

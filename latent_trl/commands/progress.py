@@ -111,6 +111,10 @@ class BarCallback(TrainerCallback):
         if shown and self.task is not None:
             self.bars.update(self.task, figures="  ".join(shown))
 
+    def on_train_end(self, args, state, control, **kwargs):
+        if isinstance(self.bars, ProgressLines):
+            self.bars.end()
+
 
 def draw_with(trainer: Trainer, callback: BarCallback) -> Trainer:
     """Puts `callback` in the place of the trainer's own progress bar and printed logs."""

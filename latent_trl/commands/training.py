@@ -53,7 +53,7 @@ def _resume(value: str | bool | None) -> str | bool | None:
 
 def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
     """`latent-trl grpo`, `latent-trl rloo` and `latent-trl ppo`."""
-    from .arguments import RewardArguments, as_dict, parse_training
+    from .arguments import RewardArguments, parse_training
 
     names = RL_NAMES[algorithm]
     given, args, model_args = parse_training(argv, f"latent-trl {algorithm}", RewardArguments, f"{names}Config")
@@ -62,19 +62,13 @@ def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
 
     import latent_trl
 
-    from .loading import backbone_kwargs, load_model, load_rewards
-    from .rows import check_reward_columns, load_rows
+    from .loading import backbone_kwargs, load_model
+    from .rows import check_reward_columns
 
-    name, asked = given.dataset_name, {"limit": given.dataset_limit, "purpose": "prompts"}
-    rewards = load_rewards(given.reward_funcs, as_dict("reward_kwargs", given.reward_kwargs))
-    rows = load_rows(name, given.dataset_train_split, given.dataset_config, **asked)
-    check_reward_columns(rewards, rows, name)
-    test = None
-    if args.eval_strategy != "no":
-        test = load_rows(name, given.dataset_test_split, given.dataset_config, **asked)
-    anchor = None
-    if given.anchor_dataset_name:
-        anchor = load_rows(given.anchor_dataset_name, given.anchor_dataset_split, purpose="conversations")
+    rewards, rows = given.rewards(), given.rows("prompts")
+    check_reward_columns(rewards, rows, given.dataset_name)
+    test = given.rows("prompts", "test") if args.eval_strategy != "no" else None
+    anchor = given.anchor_rows()
     model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **backbone_kwargs(model_args))
     trainer = getattr(latent_trl, f"{names}Trainer")(
         model,

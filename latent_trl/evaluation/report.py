@@ -129,7 +129,7 @@ def write_report(result, path: Path) -> Path:
         matplotlib.use("Agg")
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
-        raise ImportError("The report needs matplotlib and jinja2: `pip install -e '.[demo]'` in the clone.") from error
+        raise ImportError("The report needs matplotlib and jinja2: `pip install matplotlib jinja2`.") from error
     plots = [
         _curve(result.rl_history, {"reward": "reward"}, "Mean reward of sampled answers"),
         _curve(result.rl_history, {"entropy": "entropy of codes"}, "Entropy of codes (nats)"),

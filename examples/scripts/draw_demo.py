@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/assets/demo.svg"))
     args = parser.parse_args()
     console = progress.console
-    console.record, console._force_terminal, console.width = True, True, 120
+    console.record, console._force_terminal, console.width = True, True, 90
     demo.main([])
     args.output.write_text(console.export_svg(title="latent-trl demo"), encoding="utf-8")
 

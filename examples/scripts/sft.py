@@ -8,23 +8,13 @@ Tune the backbone on a task with LoRA while it follows codes.
         --output_dir outputs/sft --bf16 --use_peft --lora_r 16 --per_device_train_batch_size 4
 """
 
-from datasets import load_dataset
-from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
+from trl import ModelConfig, TrlParser, get_peft_config, get_quantization_config
 
 from latent_trl import LatentActionModel, LatentActionSFTConfig, LatentActionSFTTrainer
-from latent_trl.data.shapes import shape_pairs
+from latent_trl.commands.arguments import DataArguments
 
 
-def load_rows(name: str, split: str):
-    """`shapes` is the small data set of the package; a file, or an id of the Hub."""
-    if name == "shapes":
-        return shape_pairs("base", limit=1500)
-    if name.endswith((".json", ".jsonl")):
-        return load_dataset("json", data_files=name, split="train")
-    return load_dataset(name, split=split)
-
-
-def main(script_args: ScriptArguments, args: LatentActionSFTConfig, model_args: ModelConfig) -> None:
+def main(data_args: DataArguments, args: LatentActionSFTConfig, model_args: ModelConfig) -> None:
     model = LatentActionModel.from_pretrained(
         model_args.model_name_or_path,
         is_trainable=True,
@@ -34,7 +24,7 @@ def main(script_args: ScriptArguments, args: LatentActionSFTConfig, model_args: 
     trainer = LatentActionSFTTrainer(
         model,
         args,
-        load_rows(script_args.dataset_name, script_args.dataset_train_split),
+        data_args.rows("conversations"),
         peft_config=get_peft_config(model_args),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
@@ -44,5 +34,5 @@ def main(script_args: ScriptArguments, args: LatentActionSFTConfig, model_args: 
 
 
 if __name__ == "__main__":
-    parser = TrlParser((ScriptArguments, LatentActionSFTConfig, ModelConfig))
+    parser = TrlParser((DataArguments, LatentActionSFTConfig, ModelConfig))
     main(*parser.parse_args_and_config())

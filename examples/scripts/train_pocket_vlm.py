@@ -1,7 +1,7 @@
 """
 Train the pocket VLM from scratch: a LLaVA model of 3.4 M parameters that sees drawn shapes and makes small talk.
 
-The data come with the packages of `pip install latent_trl[demo]`; no download is needed.
+The data come with the packages of `pip install -e ".[demo]"`; no download is needed.
 
     python examples/scripts/train_pocket_vlm.py --output_dir model_cards/pocket-vlm
 

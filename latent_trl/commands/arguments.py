@@ -1,18 +1,38 @@
-"""Arguments of the training commands, and the parser that names the nearest right key. Imports no torch."""
+"""Arguments of the commands, and parsers that name the nearest right option. Imports no torch."""
 
+import argparse
 import ast
 import json
+import os
 import sys
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 DATASET = (
-    "Hub id, folder (of `save_to_disk`, or with data files), .json/.jsonl/.csv/.parquet file, or `module:function`, "
-    "called with the split"
+    "`shapes` or `chitchat`, which come with the package; a .json, .jsonl, .csv or .parquet file; a folder; a Hub id; "
+    "or `module:function`, called with the split"
 )
-TRAINER_FOLDER = Path(__file__).resolve().parents[1] / "trainer"
+# What is often written in the place of an option's name.
+MEANT = {
+    "model": "model_name_or_path",
+    "data": "dataset_name",
+    "dataset": "dataset_name",
+    "text_dataset": "text_dataset_name",
+    "split": "dataset_train_split",
+    "limit": "dataset_limit",
+    "reward": "reward_funcs",
+    "rewards": "reward_funcs",
+    "output": "output_dir",
+    "lr": "learning_rate",
+    "steps": "max_steps",
+    "epochs": "num_train_epochs",
+    "batch_size": "per_device_train_batch_size",
+    "max_new_tokens": "max_completion_length",
+    "temperature": "action_temperature",
+}
 
 
 class UsageError(SystemExit):
@@ -25,7 +45,7 @@ class UsageError(SystemExit):
 
 @dataclass
 class DataArguments:
-    """What to train on, named as in TRL."""
+    """Tunes the backbone on a task while it follows codes."""
 
     dataset_name: str = field(default="", metadata={"help": DATASET})
     dataset_config: str | None = field(default=None, metadata={"help": "configuration of a data set of the Hub"})
@@ -33,40 +53,67 @@ class DataArguments:
     dataset_test_split: str = field(default="test", metadata={"help": "split for evaluation, with --eval_strategy"})
     dataset_limit: int | None = field(default=None, metadata={"help": "the first so many rows only"})
 
+    def rows(self, purpose: str, part: str = "train"):
+        """The `"train"` or `"test"` part in the form of `purpose`, see [`~latent_trl.commands.rows.load_rows`]."""
+        from .rows import load_rows
+
+        split = {"train": self.dataset_train_split, "test": self.dataset_test_split}[part]
+        return load_rows(self.dataset_name, split, self.dataset_config, self.dataset_limit, purpose)
+
 
 @dataclass
 class LearnArguments(DataArguments):
-    """`latent-trl learn`: data, and the fields of `LatentActionConfig`."""
+    """Learns a latent action space on a backbone, stage by stage."""
 
     text_dataset_name: str | None = field(default=None, metadata={"help": "conversations without images; as above"})
     text_dataset_split: str = field(default="train", metadata={"help": "its split"})
     num_codes: int = field(default=128, metadata={"help": "K, the number of latent actions"})
+    policy_layers: int | None = field(default=None, metadata={"help": "decoder layers of the policy; 8 if not given"})
+    inverse_dynamics_layers: int | None = field(
+        default=None, metadata={"help": "decoder layers of the inverse dynamics model; 4 if not given"}
+    )
     read_out: str = field(default="residual", metadata={"help": "residual, subtract or last_block"})
     world_model_intermediate_size: int | None = field(default=None, metadata={"help": "width of the merge blocks"})
     inverse_dynamics_decoder: str | None = field(
-        default=None, metadata={"help": """overrides of its layers, JSON: '{"num_hidden_layers": 2}'"""}
+        default=None, metadata={"help": """further settings of its layers, JSON: '{"hidden_size": 256}'"""}
     )
     policy_decoder: str | None = field(default=None, metadata={"help": "the same for the policy"})
     policy_init: str = field(default="fresh", metadata={"help": "fresh or last_layers"})
-    codebook_std: float | None = field(default=None, metadata={"help": "spread of the first codes; measured"})
+    codebook_std: float | None = field(
+        default=None, metadata={"help": "spread of the first codes; by default that of the states"}
+    )
     gumbel_temperature: float = field(default=2.0, metadata={"help": "of the straight-through choice"})
+
+    def text_rows(self):
+        """Conversations without images, or `None` when none were named."""
+        from .rows import load_rows
+
+        if not self.text_dataset_name:
+            return None
+        return load_rows(self.text_dataset_name, self.text_dataset_split, None, self.dataset_limit, "conversations")
 
     def model_fields(self) -> dict[str, Any]:
         """Keyword arguments of `LatentActionConfig`."""
         names = [f.name for f in fields(LearnArguments) if f.name not in _names(DataArguments)]
-        values = {name: getattr(self, name) for name in names if not name.startswith("text_dataset")}
-        for name in ("inverse_dynamics_decoder", "policy_decoder"):
-            values[name] = as_dict(name, values[name])
+        values = {n: getattr(self, n) for n in names if not n.startswith("text_dataset") and not n.endswith("_layers")}
+        for part in ("inverse_dynamics", "policy"):
+            name, layers = f"{part}_decoder", getattr(self, f"{part}_layers")
+            decoder = as_dict(name, values[name])
+            if layers is not None:
+                if "num_hidden_layers" in (decoder or {}):
+                    raise ValueError(f"`{part}_layers` and the `num_hidden_layers` of `{name}` say the same. Give one.")
+                decoder = {**(decoder or {}), "num_hidden_layers": layers}
+            values[name] = decoder
         return values
 
 
 @dataclass
 class RewardArguments(DataArguments):
-    """`latent-trl grpo` and `latent-trl ppo`."""
+    """Reinforcement learning over codes."""
 
     reward_funcs: list[str] = field(
         default_factory=list,
-        metadata={"help": "`module:attribute`, a name (`latent-trl env` lists them), or a reward model's folder or id"},
+        metadata={"help": "a name (`latent-trl env` lists them), `module:attribute`, or a reward model's folder or id"},
     )
     reward_kwargs: str | None = field(
         default=None, metadata={"help": """options of rewards that are classes, JSON: '{"length": {"target": 20}}'"""}
@@ -75,6 +122,20 @@ class RewardArguments(DataArguments):
         default=None, metadata={"help": "conversations on which the policy stays, with --anchor_coef; as above"}
     )
     anchor_dataset_split: str = field(default="train", metadata={"help": "its split"})
+
+    def rewards(self) -> list[Any]:
+        """The reward functions, by [`~latent_trl.commands.loading.load_rewards`]."""
+        from .loading import load_rewards
+
+        return load_rewards(self.reward_funcs, as_dict("reward_kwargs", self.reward_kwargs))
+
+    def anchor_rows(self):
+        """Conversations to stay on, or `None` when none were named."""
+        from .rows import load_rows
+
+        if not self.anchor_dataset_name:
+            return None
+        return load_rows(self.anchor_dataset_name, self.anchor_dataset_split, purpose="conversations")
 
 
 def as_dict(name: str, value: str | dict | None) -> dict | None:
@@ -97,6 +158,61 @@ def _names(kind: type) -> set[str]:
     return {f.name for f in fields(kind)}
 
 
+def at_least(least: int) -> Callable[[str], int]:
+    """A whole number of an option, not below `least`."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be at least {least}, got {text}")
+        return int(text)
+
+    number.__name__ = "int"
+    return number
+
+
+class CommandParser(argparse.ArgumentParser):
+    """Takes options with `_` or `-`; what is wrong is one line that names the nearest right option."""
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        words = [_with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
+        found, unknown = self.parse_known_args(words, namespace)
+        if unknown:
+            refuse_unknown(self.prog, unknown[0], [o for action in self._actions for o in action.option_strings])
+        return found
+
+    def error(self, message: str):
+        raise UsageError(self.prog, f"{message}. See `{self.prog} --help`.")
+
+
+def _with_dashes(word: str) -> str:
+    head, equals, value = word.partition("=")
+    return head.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def refuse_unknown(prog: str, word: str, known: list[str]) -> None:
+    """Raises [`UsageError`] with the nearest right option."""
+    if not word.startswith("-"):
+        raise UsageError(
+            prog, f"{word!r} stands alone: give it with the option that it belongs to. See `{prog} --help`."
+        )
+    shown = word.split("=")[0]
+    near = nearest(shown, known)
+    raise UsageError(prog, f"no option `{shown}`." + (f" Did you mean `{near}`?" if near else ""))
+
+
+def nearest(word: str, known: list[str]) -> str | None:
+    """The option that was probably meant, as it is written in `known`."""
+    name = word.lstrip("-").replace("-", "_")
+    by_name = {option.lstrip("-").replace("-", "_"): option for option in reversed(known)}
+    if MEANT.get(name) in by_name:
+        return by_name[MEANT[name]]
+    near = get_close_matches(name, by_name, n=1, cutoff=0.5)
+    return by_name[near[0]] if near else None
+
+
 def parse_training(argv: list[str] | None, prog: str, arguments: type, config: str) -> tuple[Any, Any, Any]:
     """
     Flags and `--config FILE.yaml` of a training command.
@@ -112,45 +228,45 @@ def parse_training(argv: list[str] | None, prog: str, arguments: type, config: s
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if "-h" in argv or "--help" in argv:
+        from .training_help import training_help
+
         print(training_help(prog, arguments, config))
         raise SystemExit(0)
-    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
-    if "--config" in argv:
-        check_config_file(prog, argv)
+    argv, content = read_config_file(prog, argv)
 
     from trl import ModelConfig
 
     import latent_trl
 
     parser = make_parser((arguments, getattr(latent_trl, config), ModelConfig), prog)
-    if "--help-all" in argv:
+    if "--help-all" in argv or "--help_all" in argv:
         parser.print_help()
         raise SystemExit(0)
-    *parsed, in_file, on_line = parser.parse_args_and_config(
-        argv, return_remaining_strings=True, separate_remaining_strings=True
-    )
-    known = [option for action in parser._actions for option in action.option_strings]
-    for where, words in (("the configuration file has the key", in_file), ("no option", on_line)):
-        for word in words:
-            if word.startswith("--") or where == "no option":
-                refuse_unknown(prog, where, word.split("=")[0], known)
-    given = parsed[0]
+    set_from_file(prog, parser, content)
+    *parsed, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True, look_for_args_file=False)
+    if unknown:
+        refuse_unknown(prog, unknown[0], _options(parser))
+    given, args, model_args = parsed
     if not given.dataset_name:
         raise UsageError(prog, "`--dataset_name` is missing: " + DATASET + ".")
-    if not parsed[2].model_name_or_path:
+    if not model_args.model_name_or_path:
         raise UsageError(prog, "`--model_name_or_path` is missing: a folder or a Hub id.")
-    return tuple(parsed)
+    return given, args, model_args
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    return [option for action in parser._actions for option in action.option_strings]
 
 
 def make_parser(kinds: tuple[type, ...], prog: str):
     """TRL's parser, which does not abbreviate, and whose errors are one line."""
     from trl import TrlParser
 
-    class CommandParser(TrlParser):
+    class TrainingParser(TrlParser):
         def error(self, message: str):
             raise UsageError(prog, f"{message}. See `{prog} --help`.")
 
-    parser = CommandParser(kinds, prog=prog, allow_abbrev=False)
+    parser = TrainingParser(kinds, prog=prog, allow_abbrev=False)
     for action in parser._actions:
         if action.dest == "output_dir":
             action.required = False
@@ -158,63 +274,45 @@ def make_parser(kinds: tuple[type, ...], prog: str):
     return parser
 
 
-def check_config_file(prog: str, argv: list[str]) -> None:
-    place = argv.index("--config") + 1
-    if place == len(argv):
+def read_config_file(prog: str, argv: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """The flags without `--config FILE`, and what the file holds, its keys written with `_`."""
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" not in argv:
+        return argv, {}
+    place = argv.index("--config")
+    if place + 1 == len(argv):
         raise UsageError(prog, "`--config` needs the name of a YAML file.")
     import yaml
 
-    path = Path(argv[place])
+    path = Path(argv[place + 1])
     if not path.is_file():
         raise UsageError(prog, f"there is no configuration file {str(path)!r}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(prog, f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise UsageError(prog, f"{path} must hold `key: value` lines, got {type(content).__name__}.")
+    return argv[:place] + argv[place + 2 :], {str(key).replace("-", "_"): value for key, value in content.items()}
 
 
-def refuse_unknown(prog: str, where: str, word: str, known: list[str]) -> None:
-    """Raises [`UsageError`] with the nearest right name."""
-    name = "--" + word.lstrip("-").replace("-", "_")
-    near = get_close_matches(name, known, n=1, cutoff=0.5)
-    shown = word.lstrip("-") if where != "no option" else word
-    hint = "" if not near else f" Did you mean `{near[0].lstrip('-') if where != 'no option' else near[0]}`?"
-    raise UsageError(prog, f"{where} `{shown}`{'' if where == 'no option' else ', which is no option'}.{hint}")
-
-
-def config_fields(config: str) -> list[tuple[str, str]]:
-    """Fields and defaults that a trainer's configuration adds to its parent's, read from its source."""
-    stem = "".join("_" + c.lower() if c.isupper() else c for c in config.replace("GRPO", "Grpo").replace("PPO", "Ppo"))
-    path = TRAINER_FOLDER / f"{stem.lstrip('_').replace('s_f_t', 'sft')}.py"
-    (body,) = [
-        node.body
-        for node in ast.parse(path.read_text(encoding="utf-8")).body
-        if isinstance(node, ast.ClassDef) and node.name == config
-    ]
-    return [
-        (node.target.id, ast.unparse(node.value) if node.value else "")
-        for node in body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
-
-
-def training_help(prog: str, arguments: type, config: str) -> str:
-    """Help of a training command, without an import of torch or TRL."""
-    lines = [f"usage: {prog} --model_name_or_path MODEL --dataset_name DATA [--config FILE.yaml] [OPTIONS]", ""]
-    lines += [arguments.__doc__.strip(), "", "model and data (also dtype, load_in_4bit, use_peft, lora_r, ... of TRL):"]
-    lines.append(f"  {'--model_name_or_path':<34} folder or Hub id")
-    for one in fields(arguments):
-        default = one.default if one.default is not MISSING else ""
-        shown = f" (default: {default})" if default not in ("", None) else ""
-        lines.append(f"  {'--' + one.name:<34} {one.metadata['help']}{shown}")
-    lines += ["", f"training, the fields of {config}:"]
-    lines.append(f"  {'--output_dir':<34} outputs/{prog.split()[-1]}")
-    for name, default in config_fields(config):
-        lines.append(f"  {'--' + name:<34} {default}")
-    if config == "LatentActionPPOConfig":
-        lines += ["", "and those of LatentActionGRPOConfig:"]
-        lines += [f"  {'--' + name:<34} {default}" for name, default in config_fields("LatentActionGRPOConfig")]
-    lines += ["", "All options, those of transformers and TRL included: --help-all. A YAML file has the same names."]
-    return "\n".join(lines)
+def set_from_file(prog: str, parser, content: dict[str, Any]) -> None:
+    """Makes the values of a configuration file the parser's defaults; `env` sets environment variables, as in TRL."""
+    environment = content.pop("env", {})
+    if not isinstance(environment, dict):
+        raise UsageError(prog, f"`env` must hold `NAME: value` lines, got {environment!r}.")
+    os.environ.update({name: str(value) for name, value in environment.items()})
+    actions = {action.dest: action for action in parser._actions}
+    for key, value in content.items():
+        if key not in actions:
+            near = nearest(key, _options(parser))
+            hint = f" Did you mean `{near.lstrip('-').replace('-', '_')}`?" if near else ""
+            raise UsageError(prog, f"the configuration file has the key `{key}`, which is no option.{hint}")
+        if key.endswith("_strategy") and isinstance(value, bool):
+            raise UsageError(
+                prog, f'`{key}` is a word that YAML reads as {str(value).lower()}: put it in quotes, such as "no".'
+            )
+        # One value of a list may stand alone.
+        if actions[key].nargs == "+" and value is not None and not isinstance(value, list):
+            content[key] = [value]
+    parser.set_defaults_with_config(**content)

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable
 
+from .arguments import CommandParser
 from .replies import Reply, add_sampling
 
 HELP = """\
@@ -19,7 +20,7 @@ HELP = """\
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl chat",
         description="Talk to a latent action model.",
         epilog="While talking:\n" + HELP,

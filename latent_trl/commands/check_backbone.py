@@ -5,6 +5,8 @@ import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from .arguments import CommandParser
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
@@ -254,7 +256,7 @@ def _gradients(model, inputs) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl check-backbone",
         description="Tries generation, scoring, caches, masks and gradients on a backbone with small components.",
     )
@@ -274,6 +276,9 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from .rows import check_exists
+
+    check_exists(arguments.model, "backbone")
     load = {"dtype": getattr(torch, arguments.dtype)}
     for name in ("revision", "device_map", "attn_implementation"):
         if getattr(arguments, name) is not None:

@@ -2,6 +2,8 @@
 
 import argparse
 
+from .arguments import CommandParser
+
 SCRIPT = """\
 if [ -n "$ZSH_VERSION" ]; then
   autoload -U +X compinit bashcompinit
@@ -23,7 +25,7 @@ complete -o filenames -F _latent_trl latent-trl"""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl completion",
         description='Prints a completion script for bash and zsh: eval "$(latent-trl completion)".',
     )

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arguments import CommandParser
+
 BACKBONE = Path("model_cards") / "pocket-vlm"
 LEARNED = Path("model_cards") / "pocket-vlm-latent-actions"
 
@@ -23,7 +25,7 @@ class DemoSettings:
         prompts_per_step (`int`), num_generations (`int`): RL: prompts, and samples of each, in one step.
         action_temperature (`float`): RL: temperature of the codes.
         rl_learning_rate (`float`): RL: of the policy.
-        test_prompts (`int`): Held-out questions.
+        test_prompts (`int`): Held-out questions, at least 6: the kinds are balanced in multiples of 6.
         algorithm (`str`): `"grpo"` or `"ppo"`.
         seed (`int`): Of everything that is drawn.
         num_codes (`int`): K; 1 is a control.
@@ -47,6 +49,16 @@ class DemoSettings:
     seed: int = 0
     num_codes: int = 128
     balance_coef: float = 0.1
+
+    def __post_init__(self):
+        least = {"test_prompts": 6, "num_generations": 2, "seed": 0}
+        for name, value in asdict(self).items():
+            if isinstance(value, int) and value < least.get(name, 1):
+                raise ValueError(f"`{name}` must be at least {least.get(name, 1)}, got {value}.")
+            if isinstance(value, float) and value < 0:
+                raise ValueError(f"`{name}` must not be negative, got {value}.")
+        if self.algorithm not in ("grpo", "ppo"):
+            raise ValueError(f"`algorithm` must be 'grpo' or 'ppo', got {self.algorithm!r}.")
 
 
 @dataclass
@@ -158,6 +170,7 @@ class Demo:
             seed=s.seed,
             disable_tqdm=True,
             use_cpu=True,
+            dataloader_pin_memory=False,
         )
         trainer = LatentActionSpaceTrainer(
             self.model,
@@ -195,6 +208,7 @@ class Demo:
             seed=s.seed,
             disable_tqdm=True,
             use_cpu=True,
+            dataloader_pin_memory=False,
         )
         trainer = LatentActionSFTTrainer(
             self.model, args, shape_pairs("base", s.pairs, seed=s.seed + 1), processing_class=self.processor
@@ -205,6 +219,7 @@ class Demo:
         """RL over codes, on questions about other pictures, rewarded by their truth."""
         from ..data.shapes import shape_questions
         from .progress import BarCallback, draw_with
+        from .training import RL_FIGURES
 
         s = self.settings
         common: dict[str, Any] = dict(
@@ -220,6 +235,7 @@ class Demo:
             seed=s.seed,
             disable_tqdm=True,
             use_cpu=True,
+            dataloader_pin_memory=False,
         )
         if s.algorithm == "ppo":
             from ..trainer.ppo.config import LatentActionPPOConfig
@@ -241,9 +257,8 @@ class Demo:
             train_dataset=shape_questions("rl", seed=s.seed),
             processing_class=self.processor,
         )
-        figures = {"reward": "reward", "entropy": "entropy", "codebook/used": "codes", "kl": "kl"}
         name = f"RL over codes ({s.algorithm.upper()})"
-        draw_with(trainer, BarCallback(self.bars, lambda: name, figures)).train()
+        draw_with(trainer, BarCallback(self.bars, lambda: name, RL_FIGURES)).train()
         self.result.rl_history = [row for row in trainer.state.log_history if "reward" in row]
 
     def evaluate(self, when: str, **generate_kwargs):
@@ -303,7 +318,7 @@ class Demo:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latent-trl demo", description=__doc__)
+    parser = CommandParser(prog="latent-trl demo", description=__doc__)
     parser.add_argument("--backbone", type=Path, help="folder of the VLM (default: model_cards/pocket-vlm)")
     parser.add_argument(
         "--from-pretrained",
@@ -315,12 +330,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / "demo")
     for name, default in asdict(DemoSettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    try:
+        args.settings = DemoSettings(**{name: getattr(args, name) for name in asdict(DemoSettings())})
+    except ValueError as error:
+        parser.error(str(error).rstrip("."))
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    settings = DemoSettings(**{name: getattr(args, name) for name in asdict(DemoSettings())})
+    settings = args.settings
     start = time.perf_counter()
 
     from transformers.utils import logging
@@ -332,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.disable_progress_bar()
     # Names that transformers will change: nothing that whoever runs the demo could do.
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    backbone = args.backbone or find_folder(BACKBONE)
+    backbone = find_folder(args.backbone or BACKBONE)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:
         demo = Demo(settings, backbone, args.output_dir, bars)
@@ -343,7 +363,9 @@ def main(argv: list[str] | None = None) -> int:
     figures = {k: v for k, v in asdict(result).items() if k != "examples"}
     (args.output_dir / "result.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(summary_table(result))
-    console.print(f"Report: {report}   Model: {args.output_dir / 'model'}   {result.seconds['total']:.0f} s in all")
+    for name, value in (("Report", report), ("Model", args.output_dir / "model")):
+        console.print(f"{name + ':':<8}{value}", highlight=False, soft_wrap=True)
+    console.print(f"{result.seconds['total']:.0f} s in all", highlight=False)
     return 0
 
 

@@ -5,6 +5,8 @@ import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 
+from .arguments import CommandParser
+
 PACKAGES = (
     "latent_trl",
     "torch",
@@ -27,7 +29,7 @@ SETTINGS = ("HF_HUB_OFFLINE", "HF_ENDPOINT", "HF_HOME", "ACCELERATE_USE_CPU", "C
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="latent-trl env", description="Versions and devices, to copy into an issue.")
+    parser = CommandParser(prog="latent-trl env", description="Versions and devices, to copy into an issue.")
     return parser.parse_args(argv)
 
 

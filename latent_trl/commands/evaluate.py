@@ -5,30 +5,35 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .arguments import DATASET, CommandParser, at_least
+
 # Those of `latent_trl.evaluation.perplexity`, which imports torch.
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
 PERPLEXITY = "of reference answers, by most_likely, marginal or inferred codes, or by the backbone without codes"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    from .arguments import DATASET
-
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl evaluate",
         description="Answers the prompts of a data set and measures the answers. Intervals are 95 % bootstrap.",
     )
     parser.add_argument("model", help="folder or Hub id of latent actions")
     parser.add_argument("dataset", help=DATASET)
     parser.add_argument("--split", default="test", help="(%(default)s)")
-    parser.add_argument("--limit", type=int, help="the first so many prompts")
+    parser.add_argument("--limit", type=at_least(1), help="the first so many prompts")
+    parser.add_argument("--image-root", metavar="FOLDER", help="the only folder from which rows may name image files")
     parser.add_argument("--key", metavar="COLUMN", help="of unique keys (`key`, `id`, or the row's number)")
     parser.add_argument("--reward-funcs", nargs="+", default=[], metavar="NAME", help="as for `latent-trl grpo`")
     parser.add_argument("--reward-kwargs", help="as for `latent-trl grpo`")
     parser.add_argument("--judge", metavar="JSON", help="options of JudgeReward: grade sampled answers by aspect")
-    parser.add_argument("--generations", type=int, default=3, help="answers a prompt for the judge (%(default)s)")
+    parser.add_argument(
+        "--generations", type=at_least(1), default=3, help="answers a prompt for the judge (%(default)s)"
+    )
     parser.add_argument("--generation-temperature", type=float, default=0.1, help="of their codes (%(default)s)")
     parser.add_argument("--generation-top-k", type=int, default=64, help="of their codes (%(default)s)")
-    parser.add_argument("--samples", type=int, default=0, help="also sample so many answers a prompt, for diversity")
+    parser.add_argument(
+        "--samples", type=at_least(0), default=0, help="also sample so many answers a prompt, for diversity"
+    )
     parser.add_argument("--embedder", help="sentence encoder, for semantic diversity and Vendi score of the samples")
     parser.add_argument("--perplexity", nargs="+", default=[], choices=LAWS, metavar="LAW", help=PERPLEXITY)
     parser.add_argument("--reference", default="reference", metavar="COLUMN", help="for --perplexity (%(default)s)")
@@ -36,8 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all figures and answers")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
     parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
-    parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples' codes (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     args = parser.parse_args(argv)
@@ -279,14 +284,15 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from .arguments import as_dict
-    from .loading import load_model, load_processor, load_rewards, load_rows
+    from .loading import load_model, load_processor, load_rewards
     from .progress import console, progress_bars
+    from .rows import check_reward_columns, load_rows, with_pictures
 
     logging.set_verbosity_error()
-    rows = load_rows(args.dataset, args.split, limit=args.limit)
+    rows = load_rows(args.dataset, args.split, limit=args.limit, purpose="prompts")
     rewards = load_rewards(args.reward_funcs, as_dict("reward_kwargs", args.reward_kwargs)) if args.reward_funcs else []
-    if "prompt" not in rows.column_names:
-        raise ValueError(f"{args.dataset!r} has the columns {rows.column_names}; it needs a conversational `prompt`.")
+    check_reward_columns(rewards, rows, args.dataset)
+    rows = with_pictures(rows, args.image_root)
     if args.perplexity and args.reference not in rows.column_names:
         raise ValueError(f"`--reference` must be one of {rows.column_names}, got {args.reference!r}.")
     model = load_model(args.model, args.backbone, dtype=args.dtype)

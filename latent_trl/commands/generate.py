@@ -5,18 +5,19 @@ import json
 import sys
 from dataclasses import asdict
 
+from .arguments import CommandParser, at_least
 from .replies import Answerer, Reply, add_sampling, codes
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl generate", description="Answers one prompt. Each token is shown on the colour of its code."
     )
     parser.add_argument("model", help="folder or Hub id of latent actions")
     parser.add_argument("--prompt", help="the user's message (default: standard input)")
     parser.add_argument("--system", help="a system message before it")
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="a picture; may be repeated")
-    parser.add_argument("-n", "--samples", type=int, default=1, help="answers (%(default)s)")
+    parser.add_argument("-n", "--samples", type=at_least(1), default=1, help="answers (%(default)s)")
     parser.add_argument(
         "--force", type=codes, default=[], metavar="CODES", help="codes of the first steps: 5,-1,7; -1 leaves one free"
     )
@@ -27,8 +28,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add_sampling(parser)
     search = parser.add_argument_group("search, for the answer that a reward function likes best")
     budget = search.add_mutually_exclusive_group()
-    budget.add_argument("--best-of", type=int, metavar="N", help="sample N answers")
-    budget.add_argument("--tree", type=int, metavar="N", help="take N different answers from the tree of codes")
+    budget.add_argument("--best-of", type=at_least(1), metavar="N", help="sample N answers")
+    budget.add_argument("--tree", type=at_least(1), metavar="N", help="take N different answers from the tree of codes")
     search.add_argument("--reward-funcs", nargs="+", default=[], metavar="REWARD", help="as in `latent-trl grpo`")
     search.add_argument("--reward-kwargs", metavar="JSON", help="as in `latent-trl grpo`")
     search.add_argument("--columns", metavar="JSON", help="""what the rewards read: '{"answer": "red"}'""")

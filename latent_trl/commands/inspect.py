@@ -3,9 +3,11 @@
 import argparse
 import json
 
+from .arguments import CommandParser
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl inspect",
         description="Shows components, shapes, base model, stage, health and evaluation. Weights are not loaded.",
     )
@@ -98,7 +100,9 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
 
     from ..hub.pull import inspect
+    from .rows import check_exists
 
+    check_exists(args.source, "model")
     found = inspect(args.source, revision=args.revision)
     if args.json:
         print(to_json(found))

@@ -1,7 +1,7 @@
 """`latent-trl learn`: learn a latent action space on a backbone, stage by stage."""
 
 from .arguments import LearnArguments, parse_training
-from .training import run_training
+from .training import quiet, run_training
 
 FIGURES = {
     "world_model/ce": "CE",
@@ -15,14 +15,12 @@ FIGURES = {
 
 def main(argv: list[str] | None = None) -> int:
     given, args, model_args = parse_training(argv, "latent-trl learn", LearnArguments, "LatentActionSpaceConfig")
+    quiet(args)
     from latent_trl import LatentActionSpaceTrainer
 
-    from .loading import backbone_kwargs, load_learner, load_rows
+    from .loading import backbone_kwargs, load_learner
 
-    rows = load_rows(given.dataset_name, given.dataset_train_split, given.dataset_config, given.dataset_limit)
-    text = None
-    if given.text_dataset_name:
-        text = load_rows(given.text_dataset_name, given.text_dataset_split, limit=given.dataset_limit)
-    model = load_learner(model_args.model_name_or_path, given.model_fields(), **backbone_kwargs(model_args))
+    fields, rows, text = given.model_fields(), given.rows("conversations"), given.text_rows()
+    model = load_learner(model_args.model_name_or_path, fields, **backbone_kwargs(model_args))
     trainer = LatentActionSpaceTrainer(model, args, rows, text_dataset=text)
     return run_training(trainer, lambda: f"Learn: {trainer.stage}", FIGURES)

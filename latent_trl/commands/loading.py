@@ -1,12 +1,13 @@
-"""What commands are given by name: models, data sets and reward functions."""
+"""What commands are given by name: models and reward functions."""
 
 import inspect
-import sys
+import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+from .rows import check_exists, load_attribute
+
 # Name on the command line: (module, class) in `latent_trl.rewards`.
 REWARDS = {
     "exact_match": ("exact_match", "ExactMatchReward"),
@@ -25,6 +26,7 @@ def load_model(name: str, backbone: str | None = None, is_trainable: bool = Fals
 
     from ..models.checkpoint import load_backbone
 
+    check_latent_actions(name, backbone)
     quantized = backbone_kwargs.get("quantization_config") is not None
     backbone_kwargs = {key: value for key, value in backbone_kwargs.items() if value is not None}
     given = None if backbone is None else load_backbone(backbone, **backbone_kwargs)
@@ -40,10 +42,40 @@ def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
 
     from ..models.checkpoint import load_backbone
 
+    check_exists(name, "model")
     if is_latent_action_model(name):
         return load_model(name, **backbone_kwargs)
     backbone = load_backbone(name, **{key: value for key, value in backbone_kwargs.items() if value is not None})
     return LatentActionModel.from_backbone(backbone, LatentActionConfig(**config))
+
+
+def check_latent_actions(name: str, backbone: str | None = None) -> None:
+    """
+    Says what is wrong with a folder of latent actions before anything is loaded, or asked of the Hub.
+
+    Raises:
+        FileNotFoundError: When it, or the folder of the backbone that it names, is not there.
+        ValueError: When it holds something else.
+    """
+    from ..models.checkpoint import CONFIG_FILE
+
+    check_exists(name, "model")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    if not (folder / CONFIG_FILE).is_file():
+        inside = sorted(child.name for child in folder.iterdir() if (child / CONFIG_FILE).is_file())
+        if inside:
+            raise ValueError(f"{name!r} holds the models {inside}: name one of them, such as '{folder / inside[-1]}'.")
+        what = "a backbone without latent actions" if (folder / "config.json").is_file() else "no model"
+        raise ValueError(f"{name!r} is {what}. `latent-trl learn` makes latent actions on a backbone.")
+    if backbone is not None:
+        check_exists(backbone, "backbone")
+        return
+    base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base:
+        hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
+        check_exists(base, "backbone", hint)
 
 
 def is_latent_action_model(name: str) -> bool:
@@ -88,57 +120,6 @@ def load_processor(model, name: str | None = None):
     from ..trainer.run.loading import load_processing_class
 
     return load_processing_class(model)
-
-
-def load_rows(name: str, split: str = "train", config: str | None = None, limit: int | None = None):
-    """
-    A data set by its name.
-
-    Args:
-        name (`str`): Hub id, folder, file, or `module:function`.
-        split (`str`, defaults to `"train"`): Of it. Files have no splits but "train".
-        config (`str`, *optional*): Of a data set of the Hub.
-        limit (`int`, *optional*): The first so many rows.
-    """
-    rows = _load_rows(name, split, config)
-    return rows if limit is None else rows.select(range(min(limit, len(rows))))
-
-
-def _load_rows(name: str, split: str, config: str | None):
-    path = Path(name)
-    if ":" in name and not path.exists():
-        function = load_attribute(name)
-        return function(split) if "split" in inspect.signature(function).parameters else function()
-    from datasets import DatasetDict, load_dataset, load_from_disk
-
-    if path.suffix in DATA_FILES:
-        if not path.is_file():
-            raise FileNotFoundError(f"There is no data file {name!r}.")
-        return load_dataset(DATA_FILES[path.suffix], data_files=str(path), split="train")
-    if (path / "dataset_dict.json").is_file() or (path / "dataset_info.json").is_file():
-        rows = load_from_disk(name)
-    else:
-        rows = load_dataset(name, config)
-    if not isinstance(rows, DatasetDict):
-        return rows
-    if split not in rows:
-        raise ValueError(f"{name!r} has the splits {sorted(rows)}, not {split!r}.")
-    return rows[split]
-
-
-def load_attribute(name: str) -> Any:
-    """`module:attribute`, of a module that is installed or in the current directory."""
-    module_name, _, attribute = name.partition(":")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{name!r}: {error}. Write `module:attribute`, as Python imports the module.") from error
-    if not hasattr(module, attribute):
-        names = sorted(n for n in vars(module) if not n.startswith("_"))
-        raise ValueError(f"{name!r}: {module_name} has no {attribute!r}; it has {names}.")
-    return getattr(module, attribute)
 
 
 def load_rewards(names: list[str], options: dict[str, Any] | None = None) -> list[Any]:

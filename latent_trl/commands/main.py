@@ -8,7 +8,8 @@ COMMANDS = {
     "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
     "learn": ("learn", "learn a latent action space on a backbone"),
     "sft": ("sft", "tune the backbone on a task, following codes"),
-    "grpo": ("grpo", "GRPO and its variants over codes"),
+    "grpo": ("grpo", "GRPO, Dr.GRPO, DAPO and BNPO over codes"),
+    "rloo": ("rloo", "RLOO over codes"),
     "ppo": ("ppo", "PPO over codes"),
     "generate": ("generate", "answer one prompt, with the codes behind the words"),
     "chat": ("chat", "talk to a model, see its codes, and answer again from any of them"),
@@ -34,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     argv = [word for word in argv if word != "--debug"]
+    if argv[:1] == ["help"]:
+        argv = [*argv[1:2], "--help"]
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0

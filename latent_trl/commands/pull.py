@@ -2,9 +2,11 @@
 
 import argparse
 
+from .arguments import CommandParser
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl pull",
         description="Downloads a checkpoint, checks it, and puts it in place in one step. Nothing in it is executed.",
     )

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
+from .arguments import CommandParser
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="latent-trl push",
         description="Uploads a checkpoint in one commit. The token is that of HF_TOKEN or of `hf auth login`.",
     )

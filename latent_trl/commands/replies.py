@@ -27,11 +27,13 @@ class Reply:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Options of how codes are chosen, and of loading."""
+    from .arguments import at_least
+
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
     parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(%(default)s)")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the codes (%(default)s)")
-    parser.add_argument("--top-k", type=int, default=0, help="of the codes; 0 keeps all")
+    parser.add_argument("--top-k", type=at_least(0), default=0, help="of the codes; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the codes")
     parser.add_argument("--greedy", action="store_true", help="the most likely code at each step")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")

@@ -1,9 +1,20 @@
-"""How a training command runs its trainer: bars, resuming, saving, pushing."""
+"""How a training command runs its trainer: progress, resuming, saving, pushing."""
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
-RL_FIGURES = {"reward": "reward", "entropy": "entropy", "codebook/used": "codes", "kl": "kl"}
+RL_FIGURES = {"reward": "reward", "entropy": "entropy", "kl": "kl"}
+RL_NAMES = {"grpo": "LatentActionGRPO", "rloo": "LatentActionRLOO", "ppo": "LatentActionPPO"}
+
+
+def quiet(args: Any) -> None:
+    """Leaves out what whoever runs a command can do nothing about: names that transformers will change."""
+    import torch
+
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # Pinned memory is for copies to an accelerator; without one torch warns at every stage.
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
 
 
 def run_training(trainer: Any, name, figures: dict[str, str]) -> int:
@@ -19,18 +30,18 @@ def run_training(trainer: Any, name, figures: dict[str, str]) -> int:
 
     args, main_process = trainer.args, trainer.is_world_process_zero()
     output_dir = args.output_dir
-    draws = main_process and console.is_terminal and not args.disable_tqdm
+    draws = main_process and not args.disable_tqdm
     with progress_bars() if draws else nullcontext() as bars:
         if draws:
             draw_with(trainer, BarCallback(bars, name if callable(name) else lambda: name, figures))
         trainer.train(resume_from_checkpoint=_resume(args.resume_from_checkpoint))
     trainer.save_model(output_dir)
     if main_process:
-        console.print(f"The model is in {output_dir}", highlight=False)
+        console.print(f"The model is in {output_dir}", highlight=False, soft_wrap=True)
     if args.push_to_hub:
         trainer.push_to_hub()
         if main_process:
-            console.print(f"The model is on the Hub: {trainer.hub_model_id}", highlight=False)
+            console.print(f"The model is on the Hub: {trainer.hub_model_id}", highlight=False, soft_wrap=True)
     trainer.accelerator.end_training()
     return 0
 
@@ -41,25 +52,23 @@ def _resume(value: str | bool | None) -> str | bool | None:
 
 
 def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
-    """`latent-trl grpo` and `latent-trl ppo`."""
-    from .arguments import RewardArguments, as_dict, parse_training
+    """`latent-trl grpo`, `latent-trl rloo` and `latent-trl ppo`."""
+    from .arguments import RewardArguments, parse_training
 
-    names = {"grpo": "LatentActionGRPO", "ppo": "LatentActionPPO"}[algorithm]
+    names = RL_NAMES[algorithm]
     given, args, model_args = parse_training(argv, f"latent-trl {algorithm}", RewardArguments, f"{names}Config")
+    quiet(args)
     from trl import get_peft_config
 
     import latent_trl
 
-    from .loading import backbone_kwargs, load_model, load_rewards, load_rows
+    from .loading import backbone_kwargs, load_model
+    from .rows import check_reward_columns
 
-    rewards = load_rewards(given.reward_funcs, as_dict("reward_kwargs", given.reward_kwargs))
-    rows = load_rows(given.dataset_name, given.dataset_train_split, given.dataset_config, given.dataset_limit)
-    test = None
-    if args.eval_strategy != "no":
-        test = load_rows(given.dataset_name, given.dataset_test_split, given.dataset_config, given.dataset_limit)
-    anchor = None
-    if given.anchor_dataset_name:
-        anchor = load_rows(given.anchor_dataset_name, given.anchor_dataset_split)
+    rewards, rows = given.rewards(), given.rows("prompts")
+    check_reward_columns(rewards, rows, given.dataset_name)
+    test = given.rows("prompts", "test") if args.eval_strategy != "no" else None
+    anchor = given.anchor_rows()
     model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **backbone_kwargs(model_args))
     trainer = getattr(latent_trl, f"{names}Trainer")(
         model,

@@ -279,7 +279,7 @@ def write_atlas(atlas: Atlas, path: Path) -> Path:
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
-        raise ImportError("The atlas needs jinja2: `pip install latent_trl[demo]`.") from error
+        raise ImportError("The atlas needs jinja2: `pip install jinja2`.") from error
     environment = Environment(
         loader=PackageLoader("latent_trl.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

@@ -3,10 +3,32 @@
 import base64
 import colorsys
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 TEMPLATE = "report.html.j2"
+# What is drawn in the page's own colour is drawn in this one first.
+INK = "#010203"
+COLOURS = ("#2f7fd1", "#d9772b", "#3f9f5f")
+STAGE_NAMES = {
+    "inverse_dynamics": "Stage 1, inverse dynamics: codes from conversations with pictures",
+    "projector": "Stage 2, projector: pictures' states from text",
+    "joint": "Stage 3, joint: codes from conversations with and without pictures",
+    "policy": "Stage 4, policy: cloning",
+}
+# Title of a drawing: logged metric to its label.
+STAGE_FIGURES = {
+    "Cross-entropy of the next token (nats)": {"world_model/ce": "with inferred codes"},
+    "What codes gain (nats)": {
+        "world_model/ce_gap_no_action": "over no code",
+        "world_model/ce_gap_random_action": "over random codes",
+    },
+    "Usage of the codebook": {"codebook/used": "codes used", "codebook/perplexity": "perplexity"},
+    "Negative log-likelihood (nats)": {"projector/nll": "projector"},
+    "KL to the backbone (nats)": {"policy/backbone_kl": "policy"},
+    "Accuracy of cloning": {"policy/cloning_accuracy": "policy"},
+}
 
 
 def code_colour(code: int) -> str:
@@ -23,51 +45,71 @@ def image_url(image) -> str:
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _figure_url(figure) -> str:
+def _svg(figure) -> str:
+    """A figure as SVG to put into a page, its lines and words in the page's own colour, its ground transparent."""
     import matplotlib.pyplot as plt
 
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight")
+    buffer = io.StringIO()
+    with plt.rc_context({"svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", bbox_inches="tight", transparent=True)
     plt.close(figure)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :].replace(INK, "currentColor")
+    head, rest = drawn.split(">", 1)
+    # The page says how large it is.
+    return re.sub(r' (width|height)="[^"]*"', "", head) + ">" + rest
 
 
-def _curve(rows: list[dict[str, Any]], x: str, names: dict[str, str], title: str) -> str:
+def _axes(width: float, height: float):
+    """A figure and its axes, all in [`INK`]."""
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(5.2, 3))
+    names = ("text.color", "axes.labelcolor", "axes.edgecolor", "axes.titlecolor", "xtick.color", "ytick.color")
+    with plt.rc_context(dict.fromkeys(names, INK)):
+        figure, axis = plt.subplots(figsize=(width, height))
+    axis.grid(alpha=0.25, color=INK)
+    axis.spines[["top", "right"]].set_visible(False)
+    return figure, axis
+
+
+def _curve(rows: list[dict[str, Any]], names: dict[str, str], title: str) -> str:
+    """Curves over steps; empty when no row has any of `names`."""
+    curves = {}
     for name, label in names.items():
-        points = [(row[x], row[name]) for row in rows if row.get(name) is not None]
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
-            axis.plot(*zip(*points, strict=True), label=label, linewidth=1.6)
-    axis.set_title(title, fontsize=10)
-    axis.set_xlabel(x)
-    axis.grid(alpha=0.3)
-    if len(names) > 1:
-        axis.legend(fontsize=8)
-    return _figure_url(figure)
+            curves[label] = points
+    if not curves:
+        return ""
+    figure, axis = _axes(5.2, 3)
+    for colour, (label, points) in zip(COLOURS, curves.items()):
+        axis.plot(*zip(*points, strict=True), label=label, linewidth=1.8, color=colour)
+    axis.set_title(title, fontsize=11, color=INK)
+    axis.set_xlabel("step")
+    if len(curves) > 1:
+        axis.legend(fontsize=9, labelcolor=INK, framealpha=0)
+    return _svg(figure)
 
 
 def _usage_plot(counts: list[int]) -> str:
-    import matplotlib.pyplot as plt
+    figure, axis = _axes(10.6, 2.6)
+    order = sorted((code for code in range(len(counts)) if counts[code]), key=lambda code: -counts[code])
+    axis.bar(range(len(order)), [counts[c] for c in order], color=[code_colour(c) for c in order], edgecolor="#888888")
+    axis.set_xticks(range(len(order)), [str(code) for code in order], fontsize=7, rotation=90 if len(order) > 40 else 0)
+    axis.set_title("How often each code was taken in the answers after RL", fontsize=11, color=INK)
+    axis.set_xlabel("code, most frequent first")
+    return _svg(figure)
 
-    figure, axis = plt.subplots(figsize=(10.6, 2.4))
-    order = sorted(range(len(counts)), key=lambda code: -counts[code])
-    axis.bar(range(len(order)), [counts[c] for c in order], color=[code_colour(c) for c in order], edgecolor="#999")
-    axis.set_title("How often each code was taken in the answers after RL, most frequent first", fontsize=10)
-    axis.set_xlabel("rank of the code")
-    return _figure_url(figure)
 
-
-def _numbered(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """History of several stages, with steps that go on counting."""
-    rows, offset, last, stage = [], 0, 0, None
-    for row in history:
-        if row["stage"] != stage:
-            offset, last, stage = offset + last, 0, row["stage"]
-        last = max(last, row["step"])
-        rows.append({**row, "step": offset + row["step"]})
-    return rows
+def _space_plots(history: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The figures of each stage on axes of their own: stages see different data, and their steps begin anew."""
+    stages = list(dict.fromkeys(row["stage"] for row in history))
+    found = []
+    for stage in stages:
+        rows = [row for row in history if row["stage"] == stage]
+        plots = [_curve(rows, names, title) for title, names in STAGE_FIGURES.items()]
+        found.append((STAGE_NAMES.get(stage, stage), [plot for plot in plots if plot]))
+    return [(name, plots) for name, plots in found if plots]
 
 
 def write_report(result, path: Path) -> Path:
@@ -87,24 +129,11 @@ def write_report(result, path: Path) -> Path:
         matplotlib.use("Agg")
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
-        raise ImportError("The report needs matplotlib and jinja2: `pip install latent_trl[demo]`.") from error
-    space = _numbered(result.space_history)
+        raise ImportError("The report needs matplotlib and jinja2: `pip install matplotlib jinja2`.") from error
     plots = [
-        _curve(result.rl_history, "step", {"reward": "reward"}, "RL: mean reward of sampled answers"),
-        _curve(result.rl_history, "step", {"entropy": "entropy", "kl": "KL"}, "RL: entropy of codes, KL to the start"),
-        _curve(
-            space,
-            "step",
-            {
-                "world_model/ce": "with inferred codes",
-                "world_model/ce_gap_no_action": "gain over no code",
-                "world_model/ce_gap_random_action": "gain over random codes",
-            },
-            "Learning the space: cross-entropy (nats)",
-        ),
-        _curve(
-            space, "step", {"codebook/used": "codes used", "codebook/perplexity": "perplexity"}, "Usage of the codebook"
-        ),
+        _curve(result.rl_history, {"reward": "reward"}, "Mean reward of sampled answers"),
+        _curve(result.rl_history, {"entropy": "entropy of codes"}, "Entropy of codes (nats)"),
+        _curve(result.rl_history, {"kl": "KL"}, "KL to the policy before RL (nats a code)"),
     ]
     examples = [{**example, "image": image_url(example["image"])} for example in result.examples]
     environment = Environment(loader=PackageLoader("latent_trl.evaluation", "."), autoescape=True)
@@ -113,7 +142,8 @@ def write_report(result, path: Path) -> Path:
         result=result,
         before=list(result.reward)[0],
         after=list(result.reward)[-1],
-        plots=plots,
+        plots=[plot for plot in plots if plot],
+        stages=_space_plots(result.space_history),
         usage=_usage_plot(result.code_counts),
         used=sum(count > 0 for count in result.code_counts),
         examples=examples,

@@ -8,7 +8,7 @@ import sys
 import pytest
 from terminal import Terminal
 
-from latent_trl.commands import arguments
+from latent_trl.commands import arguments, training_help
 from latent_trl.commands.main import COMMANDS, main
 
 PROBE = """
@@ -51,9 +51,9 @@ def test_every_command_has_help(probe):
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_help_of_training_has_every_own_option(probe, command):
-    names = [name for name, _ in arguments.config_fields(TRAINING[command])]
+    names = [option.name for option in training_help.config_options(TRAINING[command])]
     assert len(names) > 8
-    assert not [name for name in names if f"--{name} " not in probe["shown"][command]]
+    assert not [name for name in names if f"--{name}" not in probe["shown"][command].split()]
 
 
 def test_an_unknown_command_is_named_with_the_nearest(capsys):

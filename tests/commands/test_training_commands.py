@@ -7,6 +7,7 @@ import pytest
 
 from latent_trl.commands import loading
 from latent_trl.commands.main import main
+from latent_trl.commands.rows import load_rows
 
 POCKET = Path(__file__).parents[2] / "model_cards" / "pocket-vlm"
 SHAPES = "latent_trl.data.shapes"
@@ -79,11 +80,11 @@ def test_data_sets_of_every_kind_load(tmp_path):
     (tmp_path / "files").mkdir()
     rows.to_parquet(tmp_path / "files" / "train.parquet")
     for name in ("rows.jsonl", "one", "both", "files"):
-        assert len(loading.load_rows(str(tmp_path / name))) == 3, name
-    assert len(loading.load_rows(str(tmp_path / "both"), "test")) == 1
-    assert len(loading.load_rows(str(tmp_path / "one"), limit=2)) == 2
+        assert len(load_rows(str(tmp_path / name))) == 3, name
+    assert len(load_rows(str(tmp_path / "both"), "test")) == 1
+    assert len(load_rows(str(tmp_path / "one"), limit=2)) == 2
     with pytest.raises(ValueError, match=r"has the splits \['test', 'train'\], not 'dev'"):
-        loading.load_rows(str(tmp_path / "both"), "dev")
+        load_rows(str(tmp_path / "both"), "dev")
 
 
 def test_rewards_are_found_by_name_and_by_import(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .rendering import Answer, Rendering
-from .rows import RowError, short
+from .rows import RowError, said, short
 
 
 @dataclass
@@ -169,7 +169,7 @@ class Encoder:
             if len(shown) == 1:
                 sizes = [image.size for image in shown[0].images]
                 raise RowError(
-                    f"{shown[0].row}: the processor cannot take its images of {sizes} pixels: {short(str(error), 300)}"
+                    f"{shown[0].row}: the processor cannot take its images of {sizes} pixels: {said(error)}"
                 ) from error
             for rendering in shown:
                 self._call([rendering])

@@ -1,11 +1,12 @@
 """Paired and text-only rows in one batch."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch.utils.data import Dataset
 
+from .bad_rows import BadRows
 from .reading import StoredRows
 
 
@@ -24,18 +25,15 @@ class MixedRows(Dataset):
         if text is not None and len(text) == 0:
             raise ValueError("`text_dataset` is empty. Leave it out to learn from the paired data alone.")
         self.paired, self.text = paired, text
-        self._paired = StoredRows(paired)
-        self._text = None if text is None else StoredRows(text)
+        self.sources = [StoredRows(paired)]
+        if text is not None:
+            self.sources.append(StoredRows(text, "text_dataset", "of the text-only data"))
 
     def __len__(self) -> int:
         return len(self.paired) if self.text is None else max(len(self.paired), len(self.text))
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        rows = [self._paired[index % len(self._paired)]]
-        if self._text is not None:
-            place = index % len(self._text)
-            rows.append({**self._text[place], "_row": f"{place} of the text-only data"})
-        return rows
+        return [source[index % len(source)] for source in self.sources]
 
 
 def flatten(items: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
@@ -50,9 +48,11 @@ class MixedRowsCollator:
 
     Args:
         collate (`Callable`): Makes a batch of rows.
+        bad_rows (`BadRows`, *optional*): What becomes of rows that cannot be used; by default the first one raises.
     """
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
-        return self.collate(flatten(items))
+        return self.bad_rows.collate(flatten(items), self.collate)

@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .images import load_row_images
-from .rows import CONVERT, IMAGE_COLUMNS, RowError, checked_messages, parts_of, row_name, short, texts_of
+from .rows import CONVERT, IMAGE_COLUMNS, RowError, checked_messages, parts_of, row_name, said, short, texts_of
 
 PLACEHOLDER = "<image>"
 PROBE = "probe"
@@ -204,7 +204,7 @@ class Renderer:
             # Templates raise errors of Jinja, of Python, or their own.
             roles = [m["role"] for m in messages]
             raise RowError(
-                f"{row_name(row)}: the chat template refuses messages of the roles {roles}: {short(str(error), 300)}"
+                f"{row_name(row)}: the chat template refuses messages of the roles {roles}: {said(error)}"
             ) from error
 
     def _apply(self, messages: list[dict], generation_prompt: bool, **variables: Any) -> str:

@@ -25,6 +25,12 @@ def short(value: Any, length: int = 80) -> str:
     return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
+def said(error: Exception, length: int = 300) -> str:
+    """The text of another's error, in at most `length` characters."""
+    text = str(error)
+    return text if len(text) <= length else f"{text[: length - 3]}..."
+
+
 def checked_messages(row: dict[str, Any], column: str) -> list[dict[str, Any]]:
     """
     `row[column]` as messages, each with a role and with text, or with parts that are text or images.

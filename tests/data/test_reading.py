@@ -60,7 +60,7 @@ def test_a_transform_that_fails_is_named_by_its_row():
         return batch
 
     rows = StoredRows(Dataset.from_dict({"n": [0, 1, 2]}).with_transform(transform))
-    assert rows[0] == {"n": 0, "_row": 0}
+    assert rows[0] == {"n": 0, "_row": 0, "_index": 0, "_source": "train_dataset"}
     with pytest.raises(RowError, match=r"Row 1: cannot be read \(KeyError: 'lost'\)"):
         load_row_images(rows[1])
     with pytest.raises(IndexError, match="no row 3"):
@@ -71,4 +71,5 @@ def test_mixed_rows_are_stored_rows():
     rows = of_images([{"bytes": png(), "path": None}])
     items = MixedRows(rows, [{"messages": "a"}, {"messages": "b"}])
     assert len(items) == 2 and items[1][0]["images"] == rows.with_format("arrow")[0].to_pylist()[0]["images"]
-    assert items[1][1] == {"messages": "b", "_row": "1 of the text-only data"}
+    own = {"_row": "1 of the text-only data", "_index": 1, "_source": "text_dataset"}
+    assert items[1][1] == {"messages": "b", **own}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
 
@@ -114,6 +115,16 @@ def _as_sharded(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
 
 
+class RestoreRun(TrainerCallback):
+    """Restores a resumed run once Trainer has set up its counters, before the first step."""
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_run()
+
+
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
@@ -122,6 +133,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
+        self.add_callback(RestoreRun(self))
         self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
         if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
             raise ValueError(
@@ -184,49 +196,56 @@ class ComponentTrainingMixin(HubTrainingMixin):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False):
-        super().save_model(output_dir, _internal_call=_internal_call)
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`: components, what was tuned of the backbone, processing class and settings."""
+        output_dir = output_dir or self.args.output_dir
+        self.record_run()
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        # All processes take part in gathering what is sharded.
+        state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(output_dir)
+            self._save_arguments(output_dir)
         if _internal_call:
             # The other processes put their own files into the checkpoint only once its folder has its place.
             self.accelerator.wait_for_everyone()
-
-    def _save(self, output_dir: str | None = None, state_dict=None):
-        output_dir = output_dir or self.args.output_dir
-        self.record_run()
-        if not self.args.should_save:
-            # Trainer calls this on every process.
-            return
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
-        if self.processing_class is not None:
-            self.processing_class.save_pretrained(output_dir)
-        self._save_arguments(output_dir)
+        elif self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _save_arguments(self, folder: str | Path) -> None:
         # Not the pickle that Trainer writes: it would hold the token.
         write_json(Path(folder) / "training_args.json", json.loads(self.args.to_json_string()))
 
     def _save_checkpoint(self, model, trial) -> None:
-        run_folder = self._get_output_dir(trial)
+        run_folder = self.args.output_dir
         folder = Path(run_folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         if self.args.should_save:
             (folder / MANIFEST_FILE).unlink(missing_ok=True)
         with written_whole(folder, run_folder, remove=self.args.should_save):
-            # Older checkpoints go when this one is known to be whole, and not before.
+            # Older checkpoints go, and this one is pushed, when it is known to be whole, and not before.
             limit, self.args.save_total_limit = self.args.save_total_limit, None
+            push, self.args.push_to_hub = self.args.push_to_hub, False
             try:
                 super()._save_checkpoint(model, trial)
             finally:
-                self.args.save_total_limit = limit
+                self.args.save_total_limit, self.args.push_to_hub = limit, push
             self.save_run(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._save_arguments(folder)
                 write_manifest(folder)
+        if push:
+            self.push_checkpoint(folder)
         if self.args.should_save:
             rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def save_run(self, folder: str | Path) -> None:
-        """Called by every process while a checkpoint is written; what a trainer needs to go on exactly."""
+        """Called by every process while a checkpoint is written: what a trainer needs to go on exactly."""
+
+    def restore_run(self) -> None:
+        """Called when Trainer has set up its counters: puts back what [`save_run`] wrote to `resumed_from`."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         load_components(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)

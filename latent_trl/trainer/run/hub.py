@@ -182,7 +182,9 @@ class HubTrainingMixin:
         if not self.is_world_process_zero():
             return None
         self.create_model_card(**kwargs)
-        self._finish_current_push()
+        if self.push_in_progress is not None and not self.push_in_progress.is_done():
+            logger.info("Waiting for the checkpoint's push to be finished, this might take a couple of minutes.")
+            self.push_in_progress.wait_until_done()
         return push_folder(
             self.args.output_dir,
             self.hub_model_id,
@@ -193,7 +195,8 @@ class HubTrainingMixin:
             run_as_future=not blocking,
         )
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+    def push_checkpoint(self, checkpoint_folder: str | Path) -> None:
+        """Pushes a checkpoint in the background, as `hub_strategy` says."""
         strategy = self.args.hub_strategy
         if not self.is_world_process_zero() or strategy == HubStrategy.END:
             return

@@ -60,8 +60,6 @@ class LearningMixin(ComponentTrainingMixin):
     resumed run goes on bit by bit, in the middle of a logging interval too.
     """
 
-    _unread_state: str | None = None
-
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self.held_out_metrics, **kwargs)
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
@@ -94,17 +92,7 @@ class LearningMixin(ComponentTrainingMixin):
             sums = model(objective=self.held_out_sums, batch=inputs).loss
         return None, sums[..., 0], sums[..., 1]
 
-    def _init_training_state(self, max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial):
-        self._unread_state = resume_from_checkpoint
-        return super()._init_training_state(max_steps, steps_per_epoch, epochs, resume_from_checkpoint, trial)
-
-    def _finalize_training(self, *args, **kwargs):
-        if self._unread_state is not None:
-            # Resumed from the last step's checkpoint: no epoch was run that would have read it.
-            self._load_rng_state(self._unread_state)
-        return super()._finalize_training(*args, **kwargs)
-
-    def _run_state(self) -> dict[str, Any]:
+    def run_state(self) -> dict[str, Any]:
         """What changes during a run, as plain JSON values; a subclass adds its own."""
         return {
             "loss": self._tr_loss.item(),
@@ -112,20 +100,20 @@ class LearningMixin(ComponentTrainingMixin):
             "health": self.health.state(),
         }
 
-    def _restore_run_state(self, state: dict[str, Any]) -> None:
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        """Puts back what [`run_state`] gave."""
         self.health.load_state(state["health"])
         self._tr_loss.fill_(state["loss"])
         self._globalstep_last_logged = state["last_logged_step"]
 
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        write_json(Path(output_dir) / RUN_STATE_FILE.format(rank=self.accelerator.process_index), self._run_state())
+    def save_run(self, folder: str | Path) -> None:
+        write_json(Path(folder) / RUN_STATE_FILE.format(rank=self.args.process_index), self.run_state())
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        super()._load_rng_state(checkpoint)
-        self._unread_state = None
-        path = None if checkpoint is None else Path(checkpoint) / RUN_STATE_FILE.format(rank=self.args.process_index)
-        if path is not None and path.is_file():
-            self._restore_run_state(json.loads(path.read_text(encoding="utf-8")))
-        elif path is not None:
-            logger.warning(f"{checkpoint} has no {path.name}: the logs do not go on exactly.")
+    def restore_run(self) -> None:
+        if self.resumed_from is None:
+            return
+        path = Path(self.resumed_from) / RUN_STATE_FILE.format(rank=self.args.process_index)
+        if path.is_file():
+            self.load_run_state(json.loads(path.read_text(encoding="utf-8")))
+        else:
+            logger.warning(f"{self.resumed_from} has no {path.name}: the logs do not go on exactly.")

@@ -10,7 +10,6 @@ from datasets import IterableDataset
 from PIL import Image
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Sampler
-from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
@@ -119,16 +118,6 @@ def load_run_state(
     return state, batches
 
 
-class RestoreRun(TrainerCallback):
-    """Restores a resumed run once Trainer has set up its counters, before the first step."""
-
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_run()
-
-
 class ExactResumeMixin:
     """
     For a `GRPOTrainer`: with `resume_from_checkpoint` a run goes on bit by bit as if it had not been interrupted, in
@@ -136,10 +125,6 @@ class ExactResumeMixin:
     """
 
     reference: Any = None
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.add_callback(RestoreRun(self))
 
     def run_state(self) -> dict[str, Any]:
         """What changes during a run, as plain JSON values; a subclass adds its own."""
@@ -163,7 +148,6 @@ class ExactResumeMixin:
         self._globalstep_last_logged = state["last_logged_step"]
 
     def save_run(self, folder: str | Path) -> None:
-        """Writes this process's part of the run's state into a checkpoint, and the reference beside it."""
         in_use = self._step % (self.args.steps_per_generation * self.num_iterations) != 0
         batches = self._buffered_inputs if in_use else None
         save_run_state(folder, self.accelerator.process_index, self.run_state(), batches)
@@ -171,12 +155,6 @@ class ExactResumeMixin:
             self.reference.save(self.args.output_dir)
 
     def restore_run(self) -> None:
-        """
-        Puts back the state of the run that is resumed, if one is.
-
-        Raises:
-            CheckpointError: When that run's reference cannot be had.
-        """
         folder, accelerator = self.resumed_from, self.accelerator
         if folder is None:
             return

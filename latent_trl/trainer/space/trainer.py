@@ -260,12 +260,12 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
     def _where(self) -> str:
         return f"in stage {self.stage!r} at step {self.state.global_step}"
 
-    def _run_state(self) -> dict[str, Any]:
+    def run_state(self) -> dict[str, Any]:
         own = {"history": self.history, "figures": self.objective.figures.state()}
-        return {**super()._run_state(), **own}
+        return {**super().run_state(), **own}
 
-    def _restore_run_state(self, state: dict[str, Any]) -> None:
-        super()._restore_run_state(state)
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        super().load_run_state(state)
         self.history = state["history"]
         self.objective.figures.load_state(state["figures"], self.args.device)
 

@@ -108,7 +108,7 @@ EXPLICIT_SETTINGS: dict[str, tuple[Any, ...]] = {
     # Both forbid the end of the text.
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    # They need the tokenizer as a further argument.
+    # They need the tokenizer as an argument.
     "stop_strings": (None, []),
     # How many answers are wanted is for the caller to say.
     "num_return_sequences": (None, 1),
@@ -145,9 +145,10 @@ def settled_config(
         given = copies if name == "num_return_sequences" else getattr(config, name, None)
         if value not in values and given is None:
             dropped[name] = value
-    if config.max_length is not None:
-        # transformers would let a default of the one count before a passed value of the other.
-        defaults.pop("max_new_tokens", None)
+    # transformers would let a default of the one limit count before, or complain of it beside, a passed other one.
+    for passed, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
+        if getattr(config, passed) is not None:
+            defaults.pop(other, None)
     if dropped:
         listed = ", ".join(f"{name}={value!r}" for name, value in dropped.items())
         logger.warning_once(
@@ -184,9 +185,7 @@ def check_generation_kwargs(settings: Mapping[str, Any] | None, argument: str = 
     known = vars(GenerationConfig())
     for name, value in settings.items():
         if name in ACTION_DEFAULTS or name == "cuda_graphs":
-            raise ValueError(
-                f"`{name}={value!r}` in `{argument}`: set the field of the trainer's configuration instead."
-            )
+            raise ValueError(f"`{name}={value!r}` in `{argument}`: set the trainer's own field instead.")
         if name == "num_return_sequences":
             raise ValueError(f"`{name}={value!r}` in `{argument}`: set `num_generations` instead.")
         if name not in known:

@@ -1,10 +1,11 @@
 """Settings of `generate`: whose count, which are left out, and which are refused."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .arithmetic_sampling import ACTION_SAMPLING
@@ -158,6 +159,16 @@ def settled_config(
     config.update(**defaults, defaults_only=True, allow_custom_entries=True)
     config.do_sample = False
     return config, others, copies or 1
+
+
+@contextmanager
+def without_own_defaults(backbone: PreTrainedModel) -> Iterator[None]:
+    """Inside the block `backbone.generate` fills in nothing of its own `generation_config`: all has been settled."""
+    own, backbone.generation_config = backbone.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        backbone.generation_config = own
 
 
 def _refuse(settings: Mapping[str, Any], argument: str | None = None) -> None:

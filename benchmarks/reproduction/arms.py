@@ -35,7 +35,7 @@ from latent_trl.checkpoint.configuration import STAGES
 from latent_trl.data.prompts import encode_prompts
 from latent_trl.data.shapes import shape_pairs, shape_questions
 from latent_trl.evaluation.answers import answer
-from latent_trl.generation.arithmetic_sampling import ArithmeticSampler, even_points
+from latent_trl.generation.arithmetic_sampling import ArithmeticSampler, even_points, random_orders
 from latent_trl.rewards.exact_match import ExactMatchReward
 from latent_trl.trainer.space.trainer import HISTORY_FILE
 
@@ -99,12 +99,14 @@ class ArithmeticTokens(LogitsProcessor):
     """Draws the tokens of a prompt's samples, which stand side by side, from one arithmetic code, at temperature 1."""
 
     def __init__(self, rows: int, samples: int):
-        points = even_points(rows // samples, samples, None, "cpu").T.flatten()
+        self.groups, self.samples = rows // samples, samples
+        points = even_points(self.groups, samples, None, "cpu").T.flatten()
         self.sampler = ArithmeticSampler(points, samples)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         probs = scores.softmax(dim=-1)
-        tokens = self.sampler.draw(probs, torch.multinomial(probs, 1).squeeze(-1))
+        order = random_orders(self.groups, probs.shape[1], None, "cpu").repeat_interleave(self.samples, dim=0)
+        tokens = self.sampler.draw(probs, order, torch.multinomial(probs, 1).squeeze(-1))
         return torch.full_like(scores, -torch.inf).scatter(1, tokens[:, None], 0.0)
 
 

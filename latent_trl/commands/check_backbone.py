@@ -147,14 +147,13 @@ def _generate(model, inputs, **options):
 def _parity(model, inputs) -> str:
     import torch
 
-    want = model.backbone.generate(
-        **inputs,
-        do_sample=False,
-        num_beams=1,
-        suppress_tokens=model.config.vision_token_ids or None,
-        max_new_tokens=LENGTH,
-        min_new_tokens=LENGTH,
-    )
+    from ..generation.settings import settled_config, without_own_defaults
+
+    suppressed = model.config.vision_token_ids or None
+    settings = {"max_new_tokens": LENGTH, "min_new_tokens": LENGTH, "suppress_tokens": suppressed}
+    config, _, _ = settled_config(None, model.generation_config, settings)
+    with without_own_defaults(model.backbone):
+        want = model.backbone.generate(**inputs, generation_config=config)
     got = _generate(model, inputs).sequences
     if not torch.equal(got, want):
         agree = (got == want)[:, inputs["input_ids"].shape[1] :].float().mean().item()

@@ -1,8 +1,7 @@
 """`generate` over codes: the backbone's own `generate`, with what is settled before it and put in order after it."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
 from .exclusive import exclusive
 from .output import LatentActionGenerateOutput
 from .rollout_hook import POLICY_LAYERS, RolloutHook
-from .settings import settled_choice, settled_config
+from .settings import settled_choice, settled_config, without_own_defaults
 from .shared_prefill import SharedPrefill
 
 REFUSED_INPUTS = ("inputs_embeds", "custom_generate", "assistant_model", "negative_prompt_ids")
@@ -151,7 +150,7 @@ class LatentActionGenerationMixin:
             cuda_graphs=graphed,
         )
         with ExitStack() as hooks:
-            hooks.enter_context(_no_own_defaults(self.backbone))
+            hooks.enter_context(without_own_defaults(self.backbone))
             hooks.enter_context(shared.attached(self.backbone_view.base))
             hooks.enter_context(hook.attached(self.backbone_view.decoder))
             output = self.backbone.generate(input_ids, generation_config=config, **options, **inputs)
@@ -241,16 +240,6 @@ class LatentActionGenerationMixin:
         if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
             raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
         return bias.to(self.backbone.device)
-
-
-@contextmanager
-def _no_own_defaults(backbone) -> Iterator[None]:
-    """Inside the block `backbone.generate` fills in nothing of its own `generation_config`: all has been settled."""
-    own, backbone.generation_config = backbone.generation_config, GenerationConfig()
-    try:
-        yield
-    finally:
-        backbone.generation_config = own
 
 
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:

@@ -1,10 +1,11 @@
 """Settings of `generate`: whose count, which are left out, and which are refused."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .arithmetic_sampling import ACTION_SAMPLING
@@ -108,7 +109,7 @@ EXPLICIT_SETTINGS: dict[str, tuple[Any, ...]] = {
     # Both forbid the end of the text.
     "min_length": (None, 0),
     "min_new_tokens": (None, 0),
-    # They need the tokenizer as a further argument.
+    # They need the tokenizer as an argument.
     "stop_strings": (None, []),
     # How many answers are wanted is for the caller to say.
     "num_return_sequences": (None, 1),
@@ -145,9 +146,10 @@ def settled_config(
         given = copies if name == "num_return_sequences" else getattr(config, name, None)
         if value not in values and given is None:
             dropped[name] = value
-    if config.max_length is not None:
-        # transformers would let a default of the one count before a passed value of the other.
-        defaults.pop("max_new_tokens", None)
+    # transformers would let a default of the one limit count before, or complain of it beside, a passed other one.
+    for passed, other in (("max_length", "max_new_tokens"), ("max_new_tokens", "max_length")):
+        if getattr(config, passed) is not None:
+            defaults.pop(other, None)
     if dropped:
         listed = ", ".join(f"{name}={value!r}" for name, value in dropped.items())
         logger.warning_once(
@@ -157,6 +159,16 @@ def settled_config(
     config.update(**defaults, defaults_only=True, allow_custom_entries=True)
     config.do_sample = False
     return config, others, copies or 1
+
+
+@contextmanager
+def without_own_defaults(backbone: PreTrainedModel) -> Iterator[None]:
+    """Inside the block `backbone.generate` fills in nothing of its own `generation_config`: all has been settled."""
+    own, backbone.generation_config = backbone.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        backbone.generation_config = own
 
 
 def _refuse(settings: Mapping[str, Any], argument: str | None = None) -> None:
@@ -184,9 +196,7 @@ def check_generation_kwargs(settings: Mapping[str, Any] | None, argument: str = 
     known = vars(GenerationConfig())
     for name, value in settings.items():
         if name in ACTION_DEFAULTS or name == "cuda_graphs":
-            raise ValueError(
-                f"`{name}={value!r}` in `{argument}`: set the field of the trainer's configuration instead."
-            )
+            raise ValueError(f"`{name}={value!r}` in `{argument}`: set the trainer's own field instead.")
         if name == "num_return_sequences":
             raise ValueError(f"`{name}={value!r}` in `{argument}`: set `num_generations` instead.")
         if name not in known:

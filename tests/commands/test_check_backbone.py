@@ -35,6 +35,13 @@ def test_the_backbone_is_left_as_it_was():
     assert not model.model._forward_hooks and not model.model._forward_pre_hooks
 
 
+def test_a_checkpoints_own_way_to_decode_is_not_taken_for_a_fault():
+    tiny = FAMILIES["llama"]()
+    tiny.model.generation_config.update(repetition_penalty=3.0, do_sample=True, temperature=0.1)
+    assert not failed(check_backbone(tiny.model))
+    assert tiny.model.generation_config.repetition_penalty == 3.0
+
+
 def test_what_fails_is_named():
     model = FAMILIES["llama"]().model
     results = check_backbone(model.model)

@@ -274,7 +274,8 @@ def test_text_backbones_have_no_placeholders_and_no_projector(family):
 def test_images_are_told_from_text(family):
     model, tiny = latent(family)
     assert 3 in model.config.vision_token_ids and model.projector is not None
-    assert model.has_image(tiny.inputs["input_ids"]).tolist() == [True, False, True]
+    seen = model.has_image(tiny.inputs["input_ids"])
+    assert seen[:, -1].tolist() == [True, False, True] and seen.shape == tiny.inputs["input_ids"].shape
     assert not model.has_image(tiny.text_inputs["input_ids"]).any()
 
 

@@ -204,12 +204,13 @@ def test_vision_placeholders_are_never_generated(given):
 
 def test_a_generation_config_counts_and_is_not_changed(perturbed):
     model, tiny = perturbed
-    config = GenerationConfig(max_new_tokens=3, do_sample=True, temperature=0.5, num_return_sequences=2)
-    config.pad_token_id = 0
+    config = GenerationConfig(max_new_tokens=3, pad_token_id=0, repetition_penalty=2.0, action_do_sample=False)
     before = config.to_dict()
-    ids = model.generate(**tiny.inputs, generation_config=config)
+    ids = model.generate(**tiny.inputs, generation_config=config, num_return_sequences=2)
     assert isinstance(ids, torch.Tensor) and ids.shape[0] == 6
     assert config.to_dict() == before
+    options = {"max_new_tokens": 3, "repetition_penalty": 2.0, "action_do_sample": False}
+    assert torch.equal(ids[::2], model.generate(**tiny.inputs, **options))
 
 
 def test_the_models_own_generation_config_counts():
@@ -315,7 +316,12 @@ def test_hooks_are_gone_after_an_error(perturbed):
     "options, match",
     [
         ({"num_beams": 2}, "num_beams=2"),
-        ({"do_sample": True}, "action_do_sample"),
+        ({"do_sample": True}, "do_sample=True.*action_do_sample"),
+        ({"temperature": 0.5}, "temperature=0.5.*action_temperature"),
+        ({"top_k": 3}, "top_k=3.*action_top_k"),
+        ({"generation_config": GenerationConfig(do_sample=True, top_p=0.5)}, "do_sample=True.*action_do_sample"),
+        ({"length_penalty": 0.5}, "length_penalty=0.5"),
+        ({"negative_prompt_ids": torch.zeros(3, 2)}, "negative_prompt_ids"),
         ({"inputs_embeds": torch.zeros(3, 2, 32)}, "inputs_embeds"),
         ({"custom_generate": "somebody/something"}, "custom_generate"),
         ({"assistant_model": object()}, "assistant_model"),

@@ -46,7 +46,7 @@ def codes_by_hand(model, state, backbone_state):
 @torch.no_grad()
 def states_of(model, batch, count=6):
     call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-    states = model.context_states(call.states, batch["has_image"])
+    states = model.context_states(call.states, model.has_image(batch["input_ids"]))
     places = list(rows_of(batch))[::5][:count] + list(rows_of(batch))[-2:]
     return torch.stack([states[place] for place in places]), torch.stack([call.states[place] for place in places])
 
@@ -158,7 +158,7 @@ def test_cloning_loss_and_figures_at_all_positions_by_hand(monkeypatch):
     loss = objective(model, batch).item()
     figures = objective.figures.drain()
     call = model.backbone_view.encode(batch["input_ids"], batch["attention_mask"], **batch["vision"])
-    states = model.context_states(call.states, batch["has_image"])
+    states = model.context_states(call.states, model.has_image(batch["input_ids"]))
     log_probs = model.policy(states, batch["attention_mask"], call.position_ids).log_softmax(-1)
     sums, kls, totals = {True: [], False: []}, [], []
     for b, t in rows_of(batch):

@@ -189,7 +189,7 @@ def learn(cell: Cell, size: Size, folder: Path) -> dict[str, Any]:
     stages = list(options.pop("stages", STAGES[1:5]))
     pairs, texts = options.pop("pairs", size.pairs), options.pop("texts", size.texts)
     freeze = options.pop("freeze_codebook", False)
-    names = ("balance_coef", "use_cycle", "cloning_target", "coverage_coef", "coverage_positions", "coverage_min_prob")
+    names = ("balance_coef", "cycle_coef", "cloning_target", "coverage_coef")
     learning = {name: options.pop(name) for name in names if name in options}
     config = LatentActionConfig(
         allow_single_code=options.get("num_codes") == 1,

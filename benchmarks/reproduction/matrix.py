@@ -251,7 +251,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "space": {"coverage_coef": 0.0},
     "K = 1": {"num_codes": 1},
     "random frozen codebook": {"freeze_codebook": True},
-    "no cycle": {"use_cycle": False, "stages": ("joint", "policy")},
+    "no cycle": {"cycle_coef": 0.0, "stages": ("joint", "policy")},
     "no projector": {"use_projector": False},
     "no text": {"texts": 0, "stages": ("joint", "policy")},
     "100 pairs": {"pairs": 100},
@@ -264,7 +264,7 @@ SPACES: dict[str, dict[str, Any]] = {
     "read-out subtract": {"read_out": "subtract"},
     "read-out last block": {"read_out": "last_block"},
     "no balance": {"balance_coef": 0.0},
-    "coverage": {"coverage_coef": 0.2, "coverage_min_prob": 0.01},
+    "coverage": {"coverage_coef": 0.2},
     "cloned from inferred codes": {"cloning_target": "inferred", "stages": ("policy",)},
     "policy from last layers": {"policy_init": "last_layers"},
 }

@@ -10,6 +10,7 @@ FIGURES = {
     "projector/nll": "nll",
     "policy/cloning_accuracy": "cloned",
     "policy/backbone_kl": "KL to the backbone",
+    "eval_loss": "eval",
 }
 
 
@@ -22,5 +23,6 @@ def main(argv: list[str] | None = None) -> int:
 
     fields, rows, text = given.model_fields(), given.rows("conversations"), given.text_rows()
     model = load_learner(model_args.model_name_or_path, fields, **backbone_kwargs(model_args))
-    trainer = LatentActionSpaceTrainer(model, args, rows, text_dataset=text)
+    test = given.rows("conversations", "test") if args.eval_strategy != "no" else None
+    trainer = LatentActionSpaceTrainer(model, args, rows, text_dataset=text, eval_dataset=test)
     return run_training(trainer, lambda: f"Learn: {trainer.stage}", FIGURES)

@@ -8,12 +8,12 @@ from transformers.utils import logging
 from trl import GRPOConfig
 
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
+from ...generation.settings import check_generation_kwargs
 from ..rollout.advantages import GROUP_ADVANTAGES
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 logger = logging.get_logger(__name__)
 
-TOKEN_SAMPLING = ("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")
 # What each named algorithm is, in TRL's own fields. DAPO's dynamic sampling and overlong shaping are fields of ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo", "scale_rewards": "group"},
@@ -181,15 +181,4 @@ class LatentActionGRPOConfig(GRPOConfig):
                     f"`{name}={getattr(self, name)}` is about sampling tokens, which are always the most likely given "
                     "their code. Use `action_temperature`, `action_top_k` and `action_top_p`."
                 )
-        for name in self.generation_kwargs or {}:
-            if name.startswith("action_") or name in ("cuda_graphs", "num_return_sequences", "max_new_tokens"):
-                raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which codes are scored or counted by. Set the field of the "
-                    "configuration: `action_temperature`, `action_top_k`, `action_top_p`, `action_sampling`, "
-                    "`eval_action_do_sample`, `cuda_graphs`, `num_generations` or `max_completion_length`."
-                )
-            if name in TOKEN_SAMPLING:
-                raise ValueError(
-                    f"`generation_kwargs` has {name!r}, which is about sampling tokens; they are always the most "
-                    "likely given their code. Use `action_temperature`, `action_top_k` and `action_top_p`."
-                )
+        check_generation_kwargs(self.generation_kwargs)

@@ -147,7 +147,7 @@ def test_each_file_says_what_it_is_and_is_one_thing():
         ("rewards/calling.py", "from ..trainer.run import health"),
         ("evaluation/answers.py", "from ..commands.loading import load_model"),
         ("models/model.py", "from latent_trl import LatentActionGRPOTrainer"),
-        ("search.py", "from .evaluation.answers import answer"),
+        ("search/tree.py", "from ..evaluation.answers import answer"),
         ("trainer/run/health.py", "from ..grpo.trainer import LatentActionGRPOTrainer"),
         ("trainer/run/health.py", "from ..rollout.rollout import Rollout"),
         ("trainer/rollout/rollout.py", "from ..ppo.config import LatentActionPPOConfig"),

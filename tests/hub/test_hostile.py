@@ -10,10 +10,10 @@ from checkpoints import make_base, make_model, report, serve
 from huggingface_hub.errors import HfHubHTTPError
 
 from latent_trl import CheckpointError, LatentActionModel
+from latent_trl.checkpoint import files
 from latent_trl.commands.inspect import main as inspect_command
 from latent_trl.hub.card import write_card
 from latent_trl.hub.pull import inspect, pull_folder
-from latent_trl.checkpoint import files
 
 EVIL = "mallory/gift"
 

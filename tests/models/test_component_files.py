@@ -17,7 +17,6 @@ from latent_trl import (
     LatentActionPolicy,
     ValueHead,
 )
-from latent_trl.checkpoint import files
 
 CLASSES = {
     "codebook": Codebook,

@@ -23,7 +23,10 @@ ROWS = [{"prompt": prompt, "level": i, "images": [f"picture {i}"]} for i, prompt
 
 
 def call(functions, **options):
-    return RewardCaller(functions, **options).score(ROWS, PROMPTS, COMPLETIONS, IDS)
+    caller = RewardCaller(functions, **options)
+    rewards = caller(ROWS, PROMPTS, COMPLETIONS, IDS)
+    caller.raise_any(rewards)
+    return rewards
 
 
 def constant(value):
@@ -260,7 +263,15 @@ def test_no_samples_call_nothing():
     def reward(**columns):
         raise AssertionError
 
-    assert RewardCaller([reward, reward])([], [], [], []).shape == (0, 2)
+    caller = RewardCaller([reward, reward])
+    assert caller([], [], [], []).shape == (0, 2) and caller.score([], [], [], []) == [[], []]
+
+
+def test_on_a_single_process_numbers_come_back_as_they_are():
+    caller = RewardCaller([constant(0.1), with_third(None)])
+    assert caller.score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[0.1] * 4, [0.0, 1.0, None, 0.5]]
+    with pytest.raises(RewardError, match="'bad' returned inf"):
+        RewardCaller(with_third(math.inf)).score(ROWS, PROMPTS, COMPLETIONS, IDS)
 
 
 def test_wrong_arguments_are_named():

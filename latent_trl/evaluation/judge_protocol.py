@@ -1,6 +1,5 @@
 """The evaluation of MMRole and PCogAlignBench: ratio of the judge's scores over several generations a sample."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -155,9 +154,6 @@ def run_judge_protocol(
     """
     Has a judge grade N generations for every sample, and sums up.
 
-    Inside a running event loop, such as a notebook's, await `judge.score` for each generation instead and hand the
-    results to [`summarize_judgements`].
-
     Args:
         judge ([`~latent_trl.rewards.judge.JudgeReward`]): The judge; its `score` is awaited once for each generation.
         keys (`Sequence[str]`): A key for each sample. They must be unique.
@@ -171,6 +167,8 @@ def run_judge_protocol(
     Returns:
         [`JudgeReport`]
     """
+    from ..rewards.event_loop import run_async
+
     check_keys(keys)
     columns = {"prompts": prompts, "references": references, "images": images}
     columns.update({f"generations[{i}]": generation for i, generation in enumerate(generations)})
@@ -182,7 +180,7 @@ def run_judge_protocol(
         rows = None if images is None else list(images)
         return [await judge.score(list(prompts), list(answers), list(references), rows) for answers in generations]
 
-    return summarize_judgements(keys, asyncio.run(grade()), confidence, seed)
+    return summarize_judgements(keys, run_async(grade()), confidence, seed)
 
 
 def summarize_judgements(

@@ -1,21 +1,19 @@
 """The one way to call rewards, functions or models: all checked, and what one does wrong named with its sample."""
 
-import asyncio
-import functools
 import inspect
 import math
 import numbers
-import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
-from trl.trainer.utils import get_callable_name, start_event_loop_in_daemon
+from trl.trainer.utils import get_callable_name
 
 from .conversation import completion_text, prompt_text
+from .event_loop import run_together
 from .reward_model import RewardModelReward
 
 logger = logging.get_logger(__name__)
@@ -309,29 +307,6 @@ def _start(function: Callable, arguments: dict[str, Any]) -> Any:
         return list(outcome) if isinstance(outcome, Iterator) else outcome
     except Exception as error:
         return error
-
-
-def run_together(awaitables: list[Awaitable]) -> list[Any]:
-    """Results of awaitables, or the exceptions that they raise; also where an event loop runs already."""
-
-    async def gathered():
-        return await asyncio.gather(*awaitables, return_exceptions=True)
-
-    # The loop runs in a thread of its own.
-    future = asyncio.run_coroutine_threadsafe(gathered(), _event_loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop of a process. It lives as long as the process, so that functions may keep their connections."""
-    _, loop, ready = start_event_loop_in_daemon("rewards")
-    ready.wait()
-    return loop
 
 
 def _raise_told(own: RewardError | None) -> None:

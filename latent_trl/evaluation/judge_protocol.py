@@ -102,19 +102,24 @@ def judge_model(
     if column not in rows.column_names:
         raise ValueError(f"The judge reads the column {column!r}; `rows` has {rows.column_names}.")
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    law = {"action_do_sample": True, "action_temperature": action_temperature}
-    law["action_top_k"] = min(action_top_k, model.config.num_codes)
     generations: list[list[str]] = []
-    for done in range(num_generations):
+
+    def told(n: int) -> None:
+        if progress is not None:
+            progress(len(generations) * len(rows) + n)
+
+    for _ in range(num_generations):
         found = answer(
             model,
             processing_class,
             rows,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            progress=None if progress is None else lambda n, done=done: progress(done * len(rows) + n),
+            progress=told,
+            action_do_sample=True,
+            action_temperature=action_temperature,
+            action_top_k=min(action_top_k, model.config.num_codes),
             action_generator=generator,
-            **law,
         )
         generations.append(found.texts)
     images = rows["images"][:] if "images" in rows.column_names else None
@@ -260,8 +265,8 @@ def compare_judge_reports(
     common = [key for key in first.samples if key in second.samples]
     if not common:
         raise ValueError("`first` and `second` have no sample key in common, so there is nothing to compare.")
-    values = [[report.samples[key] for key in common] for report in (first, second)]
-    return paired_bootstrap(*values, confidence=confidence, seed=seed)
+    one, other = ([report.samples[key] for key in common] for report in (first, second))
+    return paired_bootstrap(one, other, confidence=confidence, seed=seed)
 
 
 def check_keys(keys: Sequence[str]) -> None:

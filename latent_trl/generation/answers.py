@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -58,9 +59,9 @@ def generated_answers(
     The answers in what `generate` returned for prompts of `prompt_length` tokens, padding included, where `ends` were
     its `eos_token_id`.
     """
-    answers = []
+    answers, sequences = [], cast(torch.Tensor, output.sequences)
     for ids, codes, log_probs in zip(
-        output.sequences[:, prompt_length:].tolist(),
+        sequences[:, prompt_length:].tolist(),
         output.action_ids.tolist(),
         output.action_log_probs.tolist(),
         strict=True,

@@ -275,8 +275,9 @@ class _Batch:
         return {**self.columns, **self.own, **self.context}
 
     def first(self) -> "_Batch":
-        own = [values[:1] for values in self.own.values()]
-        return _Batch(*own, {name: values[:1] for name, values in self.columns.items()}, self.context)
+        prompts, completions, completion_ids = (values[:1] for values in self.own.values())
+        columns = {name: values[:1] for name, values in self.columns.items()}
+        return _Batch(prompts, completions, completion_ids, columns, self.context)
 
     def sample(self, row: int) -> str:
         """Names a sample by its texts, which leave pictures out."""

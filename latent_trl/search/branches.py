@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -116,7 +116,7 @@ class BranchDecoder:
         law = logits.float().log_softmax(dim=-1)
         log_probs, codes = law.topk(min(self.width, law.shape[-1]))
         # The code that was taken is one of them, whatever rounding makes of it here.
-        taken = output.action_ids[..., None]
+        taken = cast(torch.Tensor, output.action_ids)[..., None]
         left_out = ~(codes == taken).any(dim=-1)
         log_probs[..., -1] = torch.where(left_out, law.gather(-1, taken)[..., 0], log_probs[..., -1])
         codes[..., -1] = torch.where(left_out, taken[..., 0], codes[..., -1])
@@ -134,14 +134,14 @@ class BranchDecoder:
         """What can come next at `step` of each of `rows`, given their likely codes."""
         if not rows:
             return []
-        context_states: Any = output.context_states
-        sequences: Any = output.sequences
+        context_states, sequences = cast(torch.Tensor, output.context_states), cast(torch.Tensor, output.sequences)
+        action_ids = cast(torch.Tensor, output.action_ids)
         place = context_states.shape[1] - codes.shape[1] + step
         states = context_states[rows, place, None].expand(-1, codes.shape[-1], -1)
         logits = self.model.read(states, codes[rows, step])
         logits[..., [token for token in self.never if token < logits.shape[-1]]] = -torch.inf
         # Of the code that was taken the token is the one that was emitted, for the same reason.
-        emitted, taken = sequences[rows, place + 1, None], output.action_ids[rows, step, None]
+        emitted, taken = sequences[rows, place + 1, None], action_ids[rows, step, None]
         tokens = torch.where(codes[rows, step] == taken, emitted, logits.argmax(dim=-1))
         options = zip(tokens.tolist(), codes[rows, step].tolist(), log_probs[rows, step].tolist(), strict=True)
         return [_merged(*option) for option in options]

@@ -1,5 +1,6 @@
 """The one way to call rewards, functions or models: all checked, and what one does wrong named with its sample."""
 
+import functools
 import inspect
 import math
 import numbers
@@ -10,7 +11,6 @@ import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
-from trl.trainer.utils import get_callable_name
 
 from .conversation import completion_text, prompt_text
 from .event_loop import run_together
@@ -289,7 +289,9 @@ def reward_name(function: Any) -> str:
     """The name of a reward function as TRL's trainers have it: a reward model's is that of its checkpoint."""
     if isinstance(function, nn.Module):
         return function.config._name_or_path.split("/")[-1] or type(function).__name__
-    return get_callable_name(function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _call(functions: list[Callable], arguments: dict[str, Any]) -> list[Any]:

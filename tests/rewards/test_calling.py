@@ -109,6 +109,17 @@ def test_async_functions_run_side_by_side_also_where_a_loop_runs():
     assert asyncio.run(inside_a_loop()).tolist() == [[1.0, 1.0]] * 4
 
 
+def test_an_async_function_that_would_wait_for_itself_is_told_so():
+    async def inner(completions, **columns):
+        return [0.0] * len(completions)
+
+    async def outer(completions, **columns):
+        return RewardCaller(inner).score(ROWS, PROMPTS, COMPLETIONS, IDS)[0]
+
+    with pytest.raises(RewardError, match="'outer' raised RuntimeError: An async reward cannot wait"):
+        call(outer)
+
+
 def test_a_connection_of_an_async_function_outlives_the_call():
     """Clients belong to the event loop in which they were made."""
     loops = []

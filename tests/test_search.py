@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_models import latent
+from transformers import GenerationConfig, LogitsProcessorList
 
 from latent_trl.data.prompts import encode_prompts
 from latent_trl.search import Candidate, SearchResult, best_of_n, tree_search
@@ -193,3 +194,192 @@ def test_a_reward_that_is_no_number_stops_the_search(tiny, rewards, said):
 def test_rewards_that_cannot_say_are_kept_as_such(tiny):
     (result,) = tree_search(*tiny, rows(1), lambda **columns: [None], n=2, max_new_tokens=2)
     assert [candidate.reward for candidate in result.candidates] == [None, None]
+
+
+class EveryAnswer:
+    """All answers to a prompt, by trying every code in every place, and the search in them written out."""
+
+    def __init__(self, model, processor, length, ends, bias=None, **options):
+        self.model, self.length, self.ends, self.options = model, length, ends, options
+        self.bias = torch.zeros(CODES) if bias is None else bias
+        self.prompt = encode_prompts(processor, rows(1))["input_ids"]
+        self.steps = {}
+
+    def step(self, beginning):
+        """The log-probability of each code behind these tokens, and the token that it emits."""
+        if beginning not in self.steps:
+            ids = torch.cat([self.prompt, torch.tensor([beginning], dtype=torch.long)], dim=1)
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            codes = torch.arange(CODES)[:, None]
+            emitted = self.model.generate(
+                **inputs, **self.options, max_new_tokens=1, forced_action_ids=codes, num_return_sequences=CODES
+            )[:, -1]
+            with torch.no_grad():
+                logits = self.model(**inputs, return_logits=False).action_logits[0, -1] + self.bias
+            self.steps[beginning] = logits.log_softmax(-1).tolist(), emitted.tolist()
+        return self.steps[beginning]
+
+    def tokens(self, beginning):
+        """For each next token its probability, and its most likely code."""
+        found = {}
+        for log_prob, code, token in sorted(
+            zip(*self.step(beginning)[:1], range(CODES), self.step(beginning)[1]), reverse=True
+        ):
+            if log_prob > -math.inf:
+                total, first = found.get(token, (0.0, code))
+                found[token] = (total + math.exp(log_prob), first)
+        return found
+
+    def ended(self, ids):
+        return len(ids) == self.length or (len(ids) > 0 and ids[-1] in self.ends)
+
+    def answers(self, beginning=(), prob=1.0):
+        """Every answer, and the sum of the probabilities of the codes that give it."""
+        if self.ended(beginning):
+            return {beginning: prob}
+        found = {}
+        for token, (of_token, _) in self.tokens(beginning).items():
+            found |= self.answers((*beginning, token), prob * of_token)
+        return found
+
+    def search(self, n):
+        """Best-first: answers with their codes and the probability of these, in order."""
+        found, branches = [], [(1.0, (), ())]
+        while branches and len(found) < n:
+            branches.sort(key=lambda branch: branch[0])
+            prob, ids, codes = branches.pop()
+            while not self.ended(ids):
+                log_probs, tokens = self.step(ids)
+                best = max(range(CODES), key=lambda code: log_probs[code])
+                for token, (of_token, code) in self.tokens(ids).items():
+                    if token != tokens[best]:
+                        branches.append((prob * of_token, (*ids, token), (*codes, code)))
+                prob *= self.tokens(ids)[tokens[best]][0]
+                ids, codes = (*ids, tokens[best]), (*codes, best)
+            log_prob = sum(self.step(ids[:i])[0][code] for i, code in enumerate(codes))
+            found.append((list(ids), list(codes), log_prob))
+        return found
+
+
+def two_tokens(tiny):
+    """The first tokens of the two likeliest answers that go on behind them."""
+    (result,) = tree_search(*tiny, rows(1), length, n=8, max_new_tokens=3, width=CODES)
+    return list(dict.fromkeys(candidate.token_ids[0] for candidate in result.candidates))[:2]
+
+
+@pytest.mark.parametrize("kind", ["plain", "ends", "ends of a config", "bias", "suppressed"])
+def test_the_tree_finds_what_trying_every_code_finds_in_the_same_order(tiny, kind):
+    model, processor = tiny
+    first, second = two_tokens(tiny)
+    bias = torch.randn(CODES, generator=torch.Generator().manual_seed(0))
+    bias[3] = -math.inf
+    options, generation = {
+        "plain": ({}, {}),
+        "ends": ({"eos_token_id": [first, 0]}, {}),
+        "ends of a config": ({"generation_config": GenerationConfig(eos_token_id=second)}, {}),
+        "bias": ({"action_bias": bias}, {}),
+        "suppressed": ({"suppress_tokens": [first]}, {"suppress_tokens": [first]}),
+    }[kind]
+    own = model.generation_config.eos_token_id
+    ends = {"ends": {first, 0}, "ends of a config": {second}}.get(kind, {own, processor.tokenizer.eos_token_id})
+    for steps, n in ((2, 60), (3, 8)):
+        every = EveryAnswer(model, processor, steps, ends, options.get("action_bias"), **generation)
+        everything = every.answers()
+        assert sum(everything.values()) == pytest.approx(1.0, abs=1e-4)
+        assert "ends" not in kind or any(len(ids) < steps for ids in everything)
+        # With a second prompt, whose answers are longer, what ends is padded.
+        searched = tree_search(model, processor, rows(2), length, n=n, max_new_tokens=steps, width=CODES, **options)
+        candidates, wanted = searched[0].candidates, every.search(n)
+        found = [(candidate.token_ids, candidate.action_ids) for candidate in candidates]
+        assert found == [(ids, codes) for ids, codes, _ in wanted]
+        log_probs = [candidate.log_prob for candidate in candidates]
+        assert log_probs == pytest.approx([log_prob for _, _, log_prob in wanted], abs=1e-3)
+        if n > len(everything):
+            assert len(found) == len(everything) and {tuple(ids) for ids, _ in found} == set(everything)
+    assert steps == 3 and 8 < len(everything)
+
+
+@pytest.mark.parametrize("search", [best_of_n, tree_search])
+def test_nothing_stands_behind_the_end_of_an_answer(tiny, search):
+    first, second = two_tokens(tiny)
+    for result in search(*tiny, rows(), length, n=12, max_new_tokens=4, eos_token_id=[first, second]):
+        assert len(result.candidates) <= 12
+        for candidate in result.candidates:
+            assert len(candidate.token_ids) == len(candidate.action_ids)
+            assert not {first, second} & set(candidate.token_ids[:-1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"repetition_penalty": 3.0},
+        {"no_repeat_ngram_size": 2},
+        {"bad_words_ids": [[5]]},
+        {"min_new_tokens": 2},
+        {"logits_processor": LogitsProcessorList([lambda ids, scores: scores])},
+        {"stopping_criteria": [lambda ids, scores: True]},
+        {"generation_config": GenerationConfig(repetition_penalty=3.0)},
+        {"generation_config": GenerationConfig(max_new_tokens=2)},
+    ],
+)
+def test_what_changes_the_tokens_of_codes_is_refused_by_the_tree_by_name(tiny, options):
+    (name,) = options
+    name = next(iter(options[name].to_diff_dict())) if name == "generation_config" else name
+    with pytest.raises(ValueError, match=f"`{name}=.*cannot tell its branches. Leave it out, or use `best_of_n`"):
+        tree_search(*tiny, rows(1), length, **options)
+
+
+def test_what_asks_for_nothing_is_not_refused(tiny):
+    options = {"repetition_penalty": 1.0, "min_new_tokens": None, "bad_words_ids": None, "use_cache": True}
+    assert tree_search(*tiny, rows(1), length, n=1, max_new_tokens=2, **options)
+
+
+class FreshRows:
+    """A data set that makes its rows anew, so that their ids are used again."""
+
+    def __init__(self, count):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        return {"prompt": "ab"[i % 2] * 3, "target": float(i)}
+
+
+@pytest.mark.parametrize("search", [best_of_n, tree_search])
+def test_each_row_has_its_own_rewards(tiny, search):
+    """Two prompts, many rows: a reward of another row is another number."""
+
+    def target(completions, target, **columns):
+        return target
+
+    results = search(*tiny, FreshRows(60), target, n=2, max_new_tokens=2, batch_size=4)
+    assert [result.best.reward for result in results] == [float(i) for i in range(60)]
+    assert {candidate.reward for candidate in results[7].candidates} == {7.0}
+
+
+def test_plain_prompts_have_plain_completions(tiny):
+    def plain(prompts, completions, **columns):
+        return [float(isinstance(prompt, str) and isinstance(text, str)) for prompt, text in zip(prompts, completions)]
+
+    (result,) = tree_search(*tiny, [{"prompt": "abc"}], plain, n=2, max_new_tokens=2)
+    assert [candidate.reward for candidate in result.candidates] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("search", [best_of_n, tree_search])
+def test_pictures_are_processed_once(tiny, search, monkeypatch):
+    model, processor = tiny
+    calls = []
+    kind = type(processor.image_processor)
+    process = kind.__call__
+
+    def counted(self, *args, **options):
+        calls.append(args)
+        return process(self, *args, **options)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    search(model, processor, rows(2)[1:], length, n=4, max_new_tokens=3)
+    once = len(calls)
+    search(model, processor, rows(2)[1:], length, n=1, max_new_tokens=3)
+    assert len(calls) - once == once > 0

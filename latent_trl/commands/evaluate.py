@@ -75,21 +75,11 @@ class Measured:
     generations: list[list[str]] = field(default_factory=list)
 
 
-def score(reward, rows, texts: list[str]) -> list[float]:
-    """Rewards of one answer for each row; NaN where the function cannot say."""
-    import asyncio
-    import inspect
+def score(reward, rows, answers) -> list[float]:
+    """Rewards of [`~latent_trl.evaluation.answers.Answers`] to the rows; NaN where the function cannot say."""
+    from ..evaluation.answers import score_answers
 
-    columns = {name: rows[name][:] for name in rows.column_names if name not in ("prompt", "completion")}
-    completions = [[{"role": "assistant", "content": text}] for text in texts]
-    values = reward(prompts=rows["prompt"][:], completions=completions, **columns)
-    if inspect.isawaitable(values):
-        values = asyncio.run(_await(values))
-    return [float("nan") if value is None else float(value) for value in values]
-
-
-async def _await(values):
-    return await values
+    return score_answers(reward, rows, answers.texts, answers.token_ids)
 
 
 def swap_images(rows):
@@ -191,7 +181,7 @@ class Measurement:
 
         found = self._answers("Most likely codes", self.rows)
         self.measured.answers, self.measured.action_ids = found.texts, found.action_ids
-        kept = {name: score(reward, self.rows, found.texts) for name, reward in self.rewards.items()}
+        kept = {name: score(reward, self.rows, found) for name, reward in self.rewards.items()}
         for name, values in kept.items():
             self.figures[f"reward/{name}"] = interval(values)
             unscored = sum(value != value for value in values)
@@ -211,9 +201,10 @@ class Measurement:
         """Rewards with another row's picture, and what the own picture gains over it."""
         from ..evaluation.intervals import paired_bootstrap
 
-        self.measured.swapped = self._answers("Another picture", swap_images(self.rows)).texts
+        found = self._answers("Another picture", swap_images(self.rows))
+        self.measured.swapped = found.texts
         for name, reward in self.rewards.items():
-            other = score(reward, self.rows, self.measured.swapped)
+            other = score(reward, self.rows, found)
             self.figures[f"reward/{name}, another picture"] = interval(other)
             pairs = [(a, b) for a, b in zip(kept[name], other) if a == a and b == b]
             if pairs:
@@ -227,11 +218,11 @@ class Measurement:
         generator = torch.Generator(device=self.model.device).manual_seed(args.seed)
         options = {"action_do_sample": True, "action_temperature": args.temperature, "action_generator": generator}
         names = [f"Samples {i + 1}/{args.samples}" for i in range(args.samples)]
-        rounds = [self._answers(name, self.rows, **options).texts for name in names]
-        self.measured.samples = [list(group) for group in zip(*rounds)]
+        rounds = [self._answers(name, self.rows, **options) for name in names]
+        self.measured.samples = [list(group) for group in zip(*(found.texts for found in rounds))]
         self.figures |= diversity(self.measured.samples, args.embedder)
         for name, reward in self.rewards.items():
-            scores = list(zip(*[score(reward, self.rows, texts) for texts in rounds]))
+            scores = list(zip(*[score(reward, self.rows, found) for found in rounds]))
             means = [sum(s) / len(s) for s in scores]
             self.figures[f"reward/{name}, mean of samples"] = interval(means)
             best = [max(s) if mean == mean else mean for s, mean in zip(scores, means)]

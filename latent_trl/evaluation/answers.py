@@ -1,14 +1,17 @@
 """Answers of a model to the prompts of a data set, with the codes that made them and their rewards."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.pieces import text_pieces
 from ..data.prompts import encode_prompts
+from ..generation.answers import end_tokens, evaluation_mode, generated_answers
+from ..rewards.calling import RewardCaller
+from ..rewards.conversation import as_completion
 
 
 @dataclass
@@ -17,75 +20,114 @@ class Answers:
     Args:
         texts (`list[str]`): One answer a prompt, special tokens left out.
         tokens (`list[list[str]]`): The same token by token, up to and including the end.
-        action_ids (`list[list[int]]`): The codes that emitted those tokens.
-        rewards (`list[float]`): Empty when no reward function was given.
+        token_ids (`list[list[int]]`): The ids of those tokens.
+        action_ids (`list[list[int]]`): The codes that emitted them.
+        rewards (`list[float]`): NaN where the reward function could not say. Empty when none was given.
     """
 
     texts: list[str] = field(default_factory=list)
     tokens: list[list[str]] = field(default_factory=list)
+    token_ids: list[list[int]] = field(default_factory=list)
     action_ids: list[list[int]] = field(default_factory=list)
     rewards: list[float] = field(default_factory=list)
 
     @property
     def mean_reward(self) -> float:
-        return sum(self.rewards) / len(self.rewards)
+        """Mean over the rows that were scored; NaN where none was."""
+        return _mean(self.rewards)
 
     def mean_by(self, keys: list[str]) -> dict[str, float]:
         """Mean reward of the prompts of each key."""
         groups: dict[str, list[float]] = {}
         for key, reward in zip(keys, self.rewards, strict=True):
             groups.setdefault(key, []).append(reward)
-        return {key: sum(values) / len(values) for key, values in sorted(groups.items())}
+        return {key: _mean(values) for key, values in sorted(groups.items())}
 
 
-@torch.no_grad()
+def _mean(rewards: list[float]) -> float:
+    scored = [reward for reward in rewards if not math.isnan(reward)]
+    return sum(scored) / len(scored) if scored else math.nan
+
+
 def answer(
     model,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     rows: Any,
-    reward: Callable[..., list[float]] | None = None,
+    reward: Callable[..., Any] | None = None,
     batch_size: int = 64,
     max_new_tokens: int = 32,
     progress: Callable[[int], None] | None = None,
     **generate_kwargs: Any,
 ) -> Answers:
     """
-    Lets `model` answer every prompt.
+    Lets `model` answer every prompt, each once.
 
     Args:
         model (`LatentActionModel`): In any mode; it answers in evaluation mode.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
-        rows (`Dataset` or list): With `prompt`, `images` and the columns that the reward reads.
-        reward (`Callable`, *optional*): A reward function of TRL's signature.
+        rows (`Dataset` or list): With `prompt`, plain or conversational, `images` where there are some, and the
+            columns that the reward reads.
+        reward (`Callable`, *optional*): A reward function of TRL's signature, sync or async. It gets what trainers give
+            it: every column, `images` among them, `completion_ids`, and completions of the prompts' kind.
         batch_size (`int`, defaults to `64`), max_new_tokens (`int`, defaults to `32`): Of generation.
         progress (`Callable`, *optional*): Told the number of prompts answered after each batch.
         generate_kwargs: Passed on, such as `action_do_sample` (by default `False`: the most likely codes).
+
+    Raises:
+        RewardError: When the reward function raises, or returns what is not a finite number or `None` for each answer.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    generate_kwargs = {"action_do_sample": False, **generate_kwargs}
-    training, result = model.training, Answers()
-    model.eval()
-    end = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-    for start in range(0, len(rows), batch_size):
-        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-        inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, batch).items()}
-        output = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generate_kwargs
-        )
-        ids = output.sequences[:, inputs["input_ids"].shape[1] :].tolist()
-        texts = []
-        for row_ids, codes in zip(ids, output.action_ids.tolist(), strict=True):
-            length = next((i + 1 for i, token in enumerate(row_ids) if token in ends), len(row_ids))
-            texts.append(tokenizer.decode(row_ids[:length], skip_special_tokens=True).strip())
-            result.tokens.append(text_pieces(tokenizer, row_ids[:length]))
-            result.action_ids.append(codes[:length])
-        result.texts += texts
-        if reward is not None:
-            columns = {k: [row[k] for row in batch] for k in batch[0] if k not in ("prompt", "images")}
-            completions = [[{"role": "assistant", "content": text}] for text in texts]
-            result.rewards += reward(prompts=[row["prompt"] for row in batch], completions=completions, **columns)
-        if progress is not None:
-            progress(len(result.texts))
-    model.train(training)
+    ends = end_tokens(model, tokenizer, generate_kwargs)
+    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends}
+    caller = None if reward is None else RewardCaller(reward)
+    result = Answers()
+    with evaluation_mode(model):
+        for start in range(0, len(rows), batch_size):
+            batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+            inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, batch).items()}
+            output = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generate_kwargs
+            )
+            for found in generated_answers(output, inputs["input_ids"].shape[1], tokenizer, ends):
+                result.texts.append(found.text)
+                result.tokens.append(text_pieces(tokenizer, found.token_ids))
+                result.token_ids.append(found.token_ids)
+                result.action_ids.append(found.action_ids)
+            if caller is not None:
+                result.rewards += _scored(caller, batch, result.texts[start:], result.token_ids[start:])
+            if progress is not None:
+                progress(len(result.texts))
     return result
+
+
+def score_answers(
+    reward: Callable[..., Any], rows: Any, texts: list[str], token_ids: list[list[int]], batch_size: int = 64
+) -> list[float]:
+    """
+    Rewards of one answer to each row.
+
+    Args:
+        reward (`Callable`): As in [`answer`].
+        rows (`Dataset` or list): As in [`answer`].
+        texts (`list[str]`), token_ids (`list[list[int]]`): The answers and their tokens.
+        batch_size (`int`, defaults to `64`): Answers of one call of the reward function.
+
+    Returns:
+        `list[float]`: NaN where the function cannot say.
+    """
+    caller = RewardCaller(reward)
+    rewards: list[float] = []
+    for start in range(0, len(rows), batch_size):
+        places = slice(start, start + batch_size)
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        rewards += _scored(caller, batch, texts[places], token_ids[places])
+    return rewards
+
+
+def _scored(
+    caller: RewardCaller, rows: list[dict[str, Any]], texts: list[str], token_ids: list[list[int]]
+) -> list[float]:
+    prompts = [row["prompt"] for row in rows]
+    completions = [as_completion(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    (rewards,) = caller.score(rows, prompts, completions, token_ids)
+    return [math.nan if reward is None else reward for reward in rewards]

@@ -12,6 +12,7 @@ import torch
 
 from ..data.images import load_image
 from ..data.prompts import encode_prompts
+from ..generation.answers import end_tokens, evaluation_mode, generated_answers
 from .answers import answer
 from .report import code_colour, image_url
 
@@ -166,30 +167,29 @@ def make_atlas(
     return atlas
 
 
-@torch.no_grad()
 def force_each_code(model: Any, processing_class: Any, row: dict[str, Any], max_new_tokens: int = 64) -> ForcedAnswers:
     """The answers to one prompt when each code in turn is forced at the first step; later codes are the likeliest."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, [row]).items()}
-    options = {"max_new_tokens": max_new_tokens, "action_do_sample": False, "return_dict_in_generate": True}
-    training = model.training
-    model.eval()
-    free = model.generate(**inputs, **options)
-    count = model.config.num_codes
+    ends = end_tokens(model, tokenizer, {})
+    options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends}
+    options |= {"action_do_sample": False, "return_dict_in_generate": True}
+    count, start = model.config.num_codes, inputs["input_ids"].shape[1]
     codes = torch.arange(count, device=model.device)[:, None]
-    forced = model.generate(**inputs, **options, num_return_sequences=count, forced_action_ids=codes)
-    model.train(training)
-    start = inputs["input_ids"].shape[1]
-    texts = tokenizer.batch_decode(forced.sequences[:, start:], skip_special_tokens=True)
+    with evaluation_mode(model):
+        output = model.generate(**inputs, **options)
+        (free,) = generated_answers(output, start, tokenizer, ends)
+        output = model.generate(**inputs, **options, num_return_sequences=count, forced_action_ids=codes)
+    texts = [found.text for found in generated_answers(output, start, tokenizer, ends)]
     groups: dict[str, list[int]] = {}
     for code, text in enumerate(texts):
-        groups.setdefault(text.strip(), []).append(code)
+        groups.setdefault(text, []).append(code)
     images = row.get("images") or []
     return ForcedAnswers(
         prompt=_text(row["prompt"][-1]["content"]),
         image=_thumbnail(images[0]) if images else None,
-        free_code=int(free.action_ids[0, 0]),
-        free_answer=tokenizer.decode(free.sequences[0, start:], skip_special_tokens=True).strip(),
+        free_code=free.action_ids[0],
+        free_answer=free.text,
         groups=sorted(groups.items(), key=lambda item: -len(item[1])),
     )
 

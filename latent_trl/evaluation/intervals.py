@@ -64,10 +64,10 @@ def bootstrap_interval(
     Returns:
         [`Interval`]
     """
-    values = _finite(values, "values")
-    resampled = _resample(lambda rows: statistic(values[rows], axis=-1), len(values), num_resamples, seed)
+    array = _finite(values, "values")
+    resampled = _resample(lambda rows: statistic(array[rows], axis=-1), len(array), num_resamples, seed)
     low, high = _ends(resampled, confidence)
-    return Interval(float(statistic(values, axis=-1)), low, high, confidence, len(values))
+    return Interval(float(statistic(array, axis=-1)), low, high, confidence, len(array))
 
 
 def paired_bootstrap(
@@ -92,21 +92,19 @@ def paired_bootstrap(
     Returns:
         [`PairedDifference`]
     """
-    first, second = _finite(first, "first"), _finite(second, "second")
-    if len(first) != len(second):
-        raise ValueError(
-            f"`first` and `second` must be of the same samples; got {len(first)} and {len(second)} values."
-        )
+    one, other = _finite(first, "first"), _finite(second, "second")
+    if len(one) != len(other):
+        raise ValueError(f"`first` and `second` must be of the same samples; got {len(one)} and {len(other)} values.")
 
     def difference(rows: np.ndarray) -> np.ndarray:
-        return statistic(first[rows], axis=-1) - statistic(second[rows], axis=-1)
+        return statistic(one[rows], axis=-1) - statistic(other[rows], axis=-1)
 
-    resampled = _resample(difference, len(first), num_resamples, seed)
+    resampled = _resample(difference, len(one), num_resamples, seed)
     low, high = _ends(resampled, confidence)
     rarer = min(int((resampled <= 0).sum()), int((resampled >= 0).sum()))
     p_value = min(1.0, 2 * (1 + rarer) / (1 + num_resamples))
-    estimate = float(statistic(first, axis=-1) - statistic(second, axis=-1))
-    return PairedDifference(estimate, low, high, confidence, len(first), p_value)
+    estimate = float(statistic(one, axis=-1) - statistic(other, axis=-1))
+    return PairedDifference(estimate, low, high, confidence, len(one), p_value)
 
 
 def _finite(values: Sequence[float], argument: str) -> np.ndarray:

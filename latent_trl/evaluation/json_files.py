@@ -16,7 +16,7 @@ def write_json(value: Any, path: str | Path) -> Path:
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value):
+    if is_dataclass(value) and not isinstance(value, type):
         value = asdict(value)
     if isinstance(value, dict):
         return {k: _plain(v) for k, v in value.items()}

@@ -1,6 +1,5 @@
 """The evaluation of MMRole and PCogAlignBench: ratio of the judge's scores over several generations a sample."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -103,19 +102,24 @@ def judge_model(
     if column not in rows.column_names:
         raise ValueError(f"The judge reads the column {column!r}; `rows` has {rows.column_names}.")
     generator = torch.Generator(device=model.device).manual_seed(seed)
-    law = {"action_do_sample": True, "action_temperature": action_temperature}
-    law["action_top_k"] = min(action_top_k, model.config.num_codes)
     generations: list[list[str]] = []
-    for done in range(num_generations):
+
+    def told(n: int) -> None:
+        if progress is not None:
+            progress(len(generations) * len(rows) + n)
+
+    for _ in range(num_generations):
         found = answer(
             model,
             processing_class,
             rows,
             batch_size=batch_size,
             max_new_tokens=max_new_tokens,
-            progress=None if progress is None else lambda n, done=done: progress(done * len(rows) + n),
+            progress=told,
+            action_do_sample=True,
+            action_temperature=action_temperature,
+            action_top_k=min(action_top_k, model.config.num_codes),
             action_generator=generator,
-            **law,
         )
         generations.append(found.texts)
     images = rows["images"][:] if "images" in rows.column_names else None
@@ -155,9 +159,6 @@ def run_judge_protocol(
     """
     Has a judge grade N generations for every sample, and sums up.
 
-    Inside a running event loop, such as a notebook's, await `judge.score` for each generation instead and hand the
-    results to [`summarize_judgements`].
-
     Args:
         judge ([`~latent_trl.rewards.judge.JudgeReward`]): The judge; its `score` is awaited once for each generation.
         keys (`Sequence[str]`): A key for each sample. They must be unique.
@@ -171,6 +172,8 @@ def run_judge_protocol(
     Returns:
         [`JudgeReport`]
     """
+    from ..rewards.event_loop import run_async
+
     check_keys(keys)
     columns = {"prompts": prompts, "references": references, "images": images}
     columns.update({f"generations[{i}]": generation for i, generation in enumerate(generations)})
@@ -182,7 +185,7 @@ def run_judge_protocol(
         rows = None if images is None else list(images)
         return [await judge.score(list(prompts), list(answers), list(references), rows) for answers in generations]
 
-    return summarize_judgements(keys, asyncio.run(grade()), confidence, seed)
+    return summarize_judgements(keys, run_async(grade()), confidence, seed)
 
 
 def summarize_judgements(
@@ -262,8 +265,8 @@ def compare_judge_reports(
     common = [key for key in first.samples if key in second.samples]
     if not common:
         raise ValueError("`first` and `second` have no sample key in common, so there is nothing to compare.")
-    values = [[report.samples[key] for key in common] for report in (first, second)]
-    return paired_bootstrap(*values, confidence=confidence, seed=seed)
+    one, other = ([report.samples[key] for key in common] for report in (first, second))
+    return paired_bootstrap(one, other, confidence=confidence, seed=seed)
 
 
 def check_keys(keys: Sequence[str]) -> None:

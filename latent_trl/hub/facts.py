@@ -120,7 +120,8 @@ class CodebookReport:
             over (`str`, *optional*): What the answers are. Defaults to their number.
             most_used (`int`, defaults to `16`), per_code (`int`, defaults to `5`): How much is kept.
         """
-        counts, emitted = Counter(), {code: Counter() for code in range(num_codes)}
+        counts: Counter[int] = Counter()
+        emitted: dict[int, Counter[str]] = {code: Counter() for code in range(num_codes)}
         examples: dict[int, list[str]] = {code: [] for code in range(num_codes)}
         for row, codes in enumerate(action_ids):
             counts.update(codes)

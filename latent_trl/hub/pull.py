@@ -140,7 +140,7 @@ def _problems(record: dict[str, Any], parts: dict[str, ComponentFacts], report: 
             found.append(f"the codebook has shape {got}, {CONFIG_FILE} says {want}")
     if record and not record.get("backbone_fingerprint"):
         found.append("no fingerprint of the backbone: another one would go unnoticed")
-    if report.codebook is not None and sum(report.codebook.counts) and len(report.codebook.counts) > 1:
+    if report.codebook is not None and any(report.codebook.counts) and len(report.codebook.counts) > 1:
         if report.codebook.perplexity < LOW_PERPLEXITY:
             found.append(f"the codebook has collapsed: its usage has perplexity {report.codebook.perplexity:.2f}")
     return found

@@ -1,21 +1,19 @@
 """The one way to call rewards, functions or models: all checked, and what one does wrong named with its sample."""
 
-import asyncio
 import functools
 import inspect
 import math
 import numbers
-import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import nn
 from transformers.utils import logging
-from trl.trainer.utils import get_callable_name, start_event_loop_in_daemon
 
 from .conversation import completion_text, prompt_text
+from .event_loop import run_together
 from .reward_model import RewardModelReward
 
 logger = logging.get_logger(__name__)
@@ -58,7 +56,8 @@ class RewardCaller:
 
     ```python
     call = RewardCaller([JudgeReward("a-judge"), RepetitionPenalty()])
-    rewards = call.score(rows, prompts, completions, completion_ids)  # [N, 2]
+    rewards = call(rows, prompts, completions, completion_ids)  # [N, 2]
+    call.raise_any(gather(rewards))
     ```
     """
 
@@ -93,7 +92,10 @@ class RewardCaller:
 
     def _model_reward(self, model: nn.Module, name: str, tokenizer: Any, chat_template_kwargs: Any) -> Callable:
         if tokenizer is None:
-            raise ValueError(f"The reward model {name!r} needs its tokenizer in `processing_classes`; got None.")
+            raise ValueError(
+                f"The reward model {name!r} needs its tokenizer in `processing_classes`, got None. "
+                "Pass it, or make the model a `RewardModelReward`."
+            )
         return RewardModelReward(
             model,
             tokenizer,
@@ -127,9 +129,33 @@ class RewardCaller:
         Returns:
             `torch.Tensor` `[N, functions]`, float32: NaN where a function returned `None`.
         """
+        rewards = self._rewards(rows, prompts, completions, completion_ids, context)
+        return torch.tensor(rewards, dtype=torch.float32, device=self.device).T
+
+    def score(
+        self,
+        rows: list[dict[str, Any]],
+        prompts: list,
+        completions: list,
+        completion_ids: list[list[int]],
+        **context: Any,
+    ) -> list[list[float | None]]:
+        """
+        As `__call__`, for a single process: it raises [`RewardError`] at once, and returns the numbers as they are, a
+        list for each function, `None` where it said so.
+        """
+        rewards = self._rewards(rows, prompts, completions, completion_ids, context)
+        if self._error is not None:
+            raise self._error
+        return [[None if math.isnan(reward) else reward for reward in own] for own in rewards]
+
+    def _rewards(
+        self, rows: list[dict], prompts: list, completions: list, completion_ids: list, context: dict[str, Any]
+    ) -> list[list[float]]:
+        """Checked rewards, a list for each function: NaN for `None`, all infinite where there is an error."""
         self._error = None
         if not prompts:
-            return torch.zeros(0, len(self._functions), device=self.device)
+            return [[] for _ in self._functions]
         names = dict.fromkeys(name for row in rows for name in row if name not in OWN_ARGUMENTS)
         columns = {name: [row.get(name) for row in rows] for name in names}
         for name in ("prompts", "completions"):
@@ -138,17 +164,7 @@ class RewardCaller:
         batch = _Batch(prompts, completions, completion_ids, columns, context)
         outcomes = _call(self._functions, batch.arguments())
         rewards = [self._checked(i, outcome, batch) for i, outcome in enumerate(outcomes)]
-        table = torch.tensor(rewards, dtype=torch.float32, device=self.device).T
-        self._warn_of_unscored(table, batch)
-        return table
-
-    def score(
-        self, rows: list[dict[str, Any]], prompts: list, completions: list, completion_ids: list[list[int]], **context
-    ) -> torch.Tensor:
-        """As `__call__`, for a single process: raises [`RewardError`] at once."""
-        rewards = self(rows, prompts, completions, completion_ids, **context)
-        if self._error is not None:
-            raise self._error
+        self._warn_of_unscored(rewards, batch)
         return rewards
 
     def raise_any(self, rewards: torch.Tensor) -> None:
@@ -235,8 +251,8 @@ class RewardCaller:
         logger.warning(f"{message} It counts as not scored.")
         return math.nan
 
-    def _warn_of_unscored(self, rewards: torch.Tensor, batch: "_Batch") -> None:
-        unscored = rewards.isnan().all(dim=1).nonzero().flatten().tolist()
+    def _warn_of_unscored(self, rewards: list[list[float]], batch: "_Batch") -> None:
+        unscored = [row for row, of_row in enumerate(zip(*rewards, strict=True)) if all(map(math.isnan, of_row))]
         if unscored:
             more = f" Nor could they score {len(unscored) - 1} more of this batch." if len(unscored) > 1 else ""
             logger.warning(
@@ -259,8 +275,9 @@ class _Batch:
         return {**self.columns, **self.own, **self.context}
 
     def first(self) -> "_Batch":
-        own = [values[:1] for values in self.own.values()]
-        return _Batch(*own, {name: values[:1] for name, values in self.columns.items()}, self.context)
+        prompts, completions, completion_ids = (values[:1] for values in self.own.values())
+        columns = {name: values[:1] for name, values in self.columns.items()}
+        return _Batch(prompts, completions, completion_ids, columns, self.context)
 
     def sample(self, row: int) -> str:
         """Names a sample by its texts, which leave pictures out."""
@@ -272,7 +289,9 @@ def reward_name(function: Any) -> str:
     """The name of a reward function as TRL's trainers have it: a reward model's is that of its checkpoint."""
     if isinstance(function, nn.Module):
         return function.config._name_or_path.split("/")[-1] or type(function).__name__
-    return get_callable_name(function)
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _call(functions: list[Callable], arguments: dict[str, Any]) -> list[Any]:
@@ -291,28 +310,6 @@ def _start(function: Callable, arguments: dict[str, Any]) -> Any:
         return list(outcome) if isinstance(outcome, Iterator) else outcome
     except Exception as error:
         return error
-
-
-def run_together(awaitables: list[Awaitable]) -> list[Any]:
-    """Results of awaitables, or the exceptions that they raise. They share one event loop, in a thread of its own."""
-
-    async def gathered():
-        return await asyncio.gather(*awaitables, return_exceptions=True)
-
-    future = asyncio.run_coroutine_threadsafe(gathered(), _event_loop(os.getpid()))
-    try:
-        return future.result()
-    except BaseException:
-        future.cancel()
-        raise
-
-
-@functools.cache
-def _event_loop(process: int) -> asyncio.AbstractEventLoop:
-    """The loop of a process. It lives as long as the process, so that functions may keep their connections."""
-    _, loop, ready = start_event_loop_in_daemon("rewards")
-    ready.wait()
-    return loop
 
 
 def _raise_told(own: RewardError | None) -> None:
@@ -366,20 +363,14 @@ def checked_reward(function: Callable[..., Any], name: str, errors: RewardErrors
 def check_model_rewards(
     rewards: torch.Tensor, names: list[str], is_model: list[bool], skip_nonfinite: bool = False
 ) -> None:
-    """
-    Raises [`RewardError`] where a reward model gave NaN or an infinity; `rewards` `[N, functions]` of all processes.
-    With `skip_nonfinite` such rewards become NaN, as those of functions that returned `None`, with a warning.
-    """
-    for column, name in enumerate(names):
+    """Raises [`RewardError`] where a reward model gave NaN or an infinity, or counts it as `None`."""
+    for column in [i for i in range(len(names)) if is_model[i] and not rewards[:, i].isfinite().all()]:
         wrong = ~rewards[:, column].isfinite()
-        if not is_model[column] or not wrong.any():
-            continue
         row = int(wrong.nonzero()[0, 0])
         message = (
-            f"The reward model {name!r} gave {rewards[row, column].item()} for sample {row} of {len(rewards)}, "
-            "counted over all processes."
+            f"The reward model {names[column]!r} gave {rewards[row, column].item()} for sample {row} of {len(rewards)}"
         )
         if not skip_nonfinite:
-            raise RewardError(message)
-        logger.warning(f"{message} It counts as not scored.")
+            raise RewardError(f"{message}, counted over all processes.")
+        logger.warning(f"{message}. It counts as not scored.")
         rewards[wrong, column] = torch.nan

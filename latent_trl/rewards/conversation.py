@@ -37,6 +37,11 @@ def prompt_text(prompt: str | list[dict]) -> str:
     return "\n\n".join(f"{message['role']}: {content_text(message.get('content'))}" for message in prompt)
 
 
+def as_completion(prompt: str | list[dict], text: str) -> str | list[dict]:
+    """A completion of the prompt's kind, as TRL gives it to reward functions: a text, or an assistant's message."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def text_messages(messages: list[dict]) -> list[dict]:
     """The same messages with every content as one string, for models that read text only."""
     return [{"role": message["role"], "content": content_text(message.get("content"))} for message in messages]

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from .conversation import completion_text, prompt_text, require_column, row_images
+from .event_loop import run_async
 from .images import image_url
 from .judge_cache import ReplyCache
 from .judge_client import JudgeCallError, JudgeClient, JudgeSession, JudgeStats, import_openai
@@ -145,13 +146,12 @@ class JudgeReward:
         """
         Tries the endpoint with one small comparison, and a small image if the judge is to see images.
 
-        It runs by itself before the first batch; call it to fail earlier. Inside a running event loop, await
-        [`~JudgeReward.acheck`] instead.
+        It runs by itself before the first batch; call it to fail earlier.
 
         Raises:
             [`JudgeUnavailableError`]: There is no answer, or none that can be read.
         """
-        asyncio.run(self.acheck())
+        run_async(self.acheck())
 
     async def acheck(self) -> None:
         """The same as [`~JudgeReward.check`], as a coroutine."""

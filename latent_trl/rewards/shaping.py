@@ -164,4 +164,4 @@ def _units(unit: str, completions: list, completion_ids: list[list[int]] | None)
         return [completion_text(completion).split() for completion in completions]
     if completion_ids is None:
         raise ValueError("`unit='tokens'` needs `completion_ids`, as trainers hand over; without them use 'words'.")
-    return completion_ids
+    return list(completion_ids)

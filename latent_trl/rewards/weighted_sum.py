@@ -1,10 +1,11 @@
 """Several rewards as one, undefined wherever one of them is."""
 
 import asyncio
-import functools
 import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from .calling import reward_name
 
 
 class WeightedSumReward:
@@ -61,24 +62,21 @@ class WeightedSumReward:
         parts = await asyncio.gather(*(_call(func, arguments) for func in self.reward_funcs))
         for func, part in zip(self.reward_funcs, parts, strict=True):
             if len(part) != len(completions):
-                raise ValueError(f"{_name(func)!r} returned {len(part)} rewards for {len(completions)} completions.")
+                raise ValueError(
+                    f"{reward_name(func)!r} returned {len(part)} rewards for {len(completions)} completions."
+                )
             scored = [reward for reward in part if reward is not None]
             if log_metric is not None and scored:
-                log_metric(f"{self.__name__}/{_name(func)}", sum(scored) / len(scored))
+                log_metric(f"{self.__name__}/{reward_name(func)}", sum(scored) / len(scored))
         return [self._sum(row) for row in zip(*parts, strict=True)]
 
     def _sum(self, rewards: tuple[float | None, ...]) -> float | None:
-        if any(reward is None for reward in rewards):
+        said = [reward for reward in rewards if reward is not None]
+        if len(said) < len(rewards):
             return None
-        return sum(weight * reward for weight, reward in zip(self.weights, rewards, strict=True))
+        return sum(weight * reward for weight, reward in zip(self.weights, said, strict=True))
 
 
 async def _call(func: Callable, arguments: dict[str, Any]) -> list[float | None]:
     rewards = func(**arguments)
     return await rewards if inspect.isawaitable(rewards) else rewards
-
-
-def _name(func: Callable) -> str:
-    while isinstance(func, functools.partial):
-        func = func.func
-    return func.__name__

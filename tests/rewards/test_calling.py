@@ -23,7 +23,10 @@ ROWS = [{"prompt": prompt, "level": i, "images": [f"picture {i}"]} for i, prompt
 
 
 def call(functions, **options):
-    return RewardCaller(functions, **options).score(ROWS, PROMPTS, COMPLETIONS, IDS)
+    caller = RewardCaller(functions, **options)
+    rewards = caller(ROWS, PROMPTS, COMPLETIONS, IDS)
+    caller.raise_any(rewards)
+    return rewards
 
 
 def constant(value):
@@ -104,6 +107,17 @@ def test_async_functions_run_side_by_side_also_where_a_loop_runs():
     assert call([waits_for("b"), waits_for("a")]).tolist() == [[1.0, 1.0]] * 4
     meeting.clear()
     assert asyncio.run(inside_a_loop()).tolist() == [[1.0, 1.0]] * 4
+
+
+def test_an_async_function_that_would_wait_for_itself_is_told_so():
+    async def inner(completions, **columns):
+        return [0.0] * len(completions)
+
+    async def outer(completions, **columns):
+        return RewardCaller(inner).score(ROWS, PROMPTS, COMPLETIONS, IDS)[0]
+
+    with pytest.raises(RewardError, match="'outer' raised RuntimeError: An async reward cannot wait"):
+        call(outer)
 
 
 def test_a_connection_of_an_async_function_outlives_the_call():
@@ -260,7 +274,15 @@ def test_no_samples_call_nothing():
     def reward(**columns):
         raise AssertionError
 
-    assert RewardCaller([reward, reward])([], [], [], []).shape == (0, 2)
+    caller = RewardCaller([reward, reward])
+    assert caller([], [], [], []).shape == (0, 2) and caller.score([], [], [], []) == [[], []]
+
+
+def test_on_a_single_process_numbers_come_back_as_they_are():
+    caller = RewardCaller([constant(0.1), with_third(None)])
+    assert caller.score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[0.1] * 4, [0.0, 1.0, None, 0.5]]
+    with pytest.raises(RewardError, match="'bad' returned inf"):
+        RewardCaller(with_third(math.inf)).score(ROWS, PROMPTS, COMPLETIONS, IDS)
 
 
 def test_wrong_arguments_are_named():

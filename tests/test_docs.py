@@ -47,6 +47,81 @@ def at_root(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture
+def in_full(tmp_path, monkeypatch, caplog):
+    """The same folder, where training runs to its end, and what was logged."""
+    pytest.importorskip("easy_vqa")
+    pytest.importorskip("chitchat_dataset")
+    for name in ("model_cards", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.chdir(tmp_path)
+    return caplog
+
+
+def held_out_reward(model, processor) -> float:
+    from latent_trl.data.shapes import shape_questions
+    from latent_trl.evaluation.answers import answer
+    from latent_trl.rewards.exact_match import ExactMatchReward
+
+    rows = shape_questions("test", limit=300)
+    return answer(model, processor, rows, ExactMatchReward(), max_new_tokens=12).mean_reward
+
+
+def alarms(caplog) -> list[str]:
+    return [record.message for record in caplog.records if "alarm" in record.message]
+
+
+@pytest.mark.slow
+def test_the_readmes_twenty_lines_learn_without_an_alarm(in_full):
+    (block,) = [code for _, code in blocks("README.md")]
+    start, train = block.split("rates = ")
+    names: dict = {"__name__": "readme"}
+    exec(compile(start, "README.md", "exec"), names)
+    before = held_out_reward(names["model"], names["processor"])
+    exec(compile("rates = " + train, "README.md", "exec"), names)
+    after = held_out_reward(names["model"], names["processor"])
+    print(f"exact match {before:.3f} before, {after:.3f} after")
+    assert after >= 0.80 and after >= before + 0.2
+    assert not alarms(in_full)
+
+
+@pytest.mark.slow
+def test_the_commands_of_the_command_line_page_learn_without_an_alarm(in_full):
+    import shlex
+
+    from transformers import AutoProcessor
+
+    from latent_trl import LatentActionModel
+    from latent_trl.commands.main import main
+
+    text = PAGES["docs/how_to/command_line.md"].read_text(encoding="utf-8").split("Or with flags.")[1]
+    block = re.search(r"^```bash\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)[1]
+    for line in block.replace("\\\n", " ").splitlines():
+        program, *words = shlex.split(line)
+        assert program == "latent-trl" and main([*words, "--use_cpu", "true"]) == 0
+    processor = AutoProcessor.from_pretrained("model_cards/pocket-vlm")
+    rewards = [
+        held_out_reward(LatentActionModel.from_pretrained(f"outputs/{name}"), processor) for name in ("space", "grpo")
+    ]
+    print(f"exact match {rewards[0]:.3f} before, {rewards[1]:.3f} after")
+    assert rewards[1] >= 0.80 and rewards[1] >= rewards[0] + 0.2
+    assert not alarms(in_full)
+
+
+@pytest.mark.slow
+def test_the_notebook_on_own_data_learns_without_an_alarm(in_full):
+    import json
+
+    cells = json.loads((ROOT / "examples/notebooks/own_model_and_data.ipynb").read_text(encoding="utf-8"))["cells"]
+    names: dict = {"__name__": "notebook"}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            exec(compile("".join(cell["source"]), "own_model_and_data.ipynb", "exec"), names)
+    print(f"in one word: {names['before']:.2f} before, {names['after']:.2f} after")
+    assert names["after"] >= 0.9 > 0.2 >= names["before"]
+    assert not alarms(in_full)
+
+
 def names_of(page: str) -> dict:
     """What a page takes for granted."""
     names = {"__name__": "page"}
@@ -87,6 +162,18 @@ def test_every_public_name_is_documented():
     assert not [name for name in latent_trl.__all__ if not re.search(rf"`{name}\b", text)]
 
 
+def test_no_page_installs_from_an_index_that_has_not_got_the_package():
+    wrong = re.compile(r"pip install [^\n`]*latent[_-]trl")
+    pages = {name: path.read_text(encoding="utf-8") for name, path in PAGES.items()}
+    assert not [name for name, text in pages.items() if wrong.search(text)]
+
+
+def test_the_readme_keeps_the_markers_of_the_test_command():
+    text = PAGES["README.md"].read_text(encoding="utf-8")
+    block = text.split("<!-- test command -->")[1].split("<!-- end -->")[0]
+    assert block.count("```") == 2 and "pytest" in block
+
+
 def test_every_command_is_documented():
     from latent_trl.commands.main import COMMANDS
 
@@ -98,6 +185,7 @@ def test_every_command_is_documented():
 def test_links_between_pages_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", PAGES[page].read_text(encoding="utf-8"), flags=re.DOTALL)
     links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    links += re.findall(r'(?:src|srcset)="([^"]+)"', text)
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert not [link for link in local if not (PAGES[page].parent / link).exists()]
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -25,11 +25,10 @@ def progress_bars() -> "Iterator[Progress | ProgressLines]":
         lines.end()
         return
     columns = (
-        TextColumn("{task.description}", table_column=Column(min_width=24, no_wrap=True)),
+        TextColumn("{task.description}", table_column=Column(min_width=23, no_wrap=True)),
         BarColumn(bar_width=8),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True, table_column=Column(no_wrap=True)),
         TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=True)),
     )
     with Progress(*columns, console=console) as bars:

@@ -93,6 +93,8 @@ def _check_lines(path: Path) -> None:
     """Raises `ValueError` with the number of the first line of a .jsonl file that is not JSON."""
     if path.suffix != ".jsonl":
         return
+    if not path.stat().st_size:
+        raise ValueError(f"{str(path)!r} has no rows: the file is empty.")
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():

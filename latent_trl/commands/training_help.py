@@ -12,13 +12,13 @@ WIDTH, INDENT = 90, 34
 # Options that the configurations inherit, and that most runs set: meaning and default.
 INHERITED = {
     "output_dir": ("folder of the model and of its checkpoints", "outputs/{command}"),
-    "max_steps": ("optimizer steps; -1 for --num_train_epochs", -1),
+    "max_steps": ("optimizer steps; -1: what num_train_epochs makes", -1),
     "num_train_epochs": ("passes over the data", None),
     "learning_rate": ("peak rate", None),
     "per_device_train_batch_size": ("rows of a micro-batch in each process; in RL, completions", None),
     "gradient_accumulation_steps": ("micro-batches of one optimizer step", 1),
     "num_generations": ("completions of each prompt", 8),
-    "max_completion_length": ("longest completion, in tokens", 256),
+    "max_completion_length": ("longest completion, in tokens", 512),
     "bf16": ("compute in bfloat16 under autocast, on a GPU", False),
 }
 RL_COMMON = (
@@ -139,10 +139,13 @@ def training_help(prog: str, arguments: type, config: str) -> str:
     shown = {option.name for option in common}
     rest = [options[name] for name in options if name in of_command - shown]
     trained = [options[name] for name in own if name not in shown | of_command]
-    needed = "--model_name_or_path MODEL --dataset_name DATA"
-    if "reward_funcs" in options:
-        needed += " --reward_funcs NAME"
-    lines = [f"usage: {prog} {needed} [OPTIONS]", f"       {prog} --config FILE.yaml [OPTIONS]", ""]
+    rewards = " --reward_funcs NAME" if "reward_funcs" in options else ""
+    lines = [f"usage: {prog} --config FILE.yaml [OPTIONS]"]
+    lines += [
+        f"       {prog} --model_name_or_path MODEL --dataset_name DATA",
+        f"           {rewards} [OPTIONS]".rstrip(),
+        "",
+    ]
     lines += [arguments.__doc__.strip().splitlines()[0], "", "what most runs set:", *map(described, common)]
     lines += ["", "model and data:", *map(described, rest)]
     lines += ["", f"training, of {config}:", *map(described, trained)]

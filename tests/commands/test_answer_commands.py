@@ -111,12 +111,13 @@ def test_evaluate_measures_reward_diversity_codes_and_pictures(checkpoint, tmp_p
     assert len(found["answers"]) == len(found["action_ids"]) == len(found["swapped"]) == 12
 
 
-def test_evaluate_asks_for_what_it_needs(checkpoint, capsys):
+def test_evaluate_asks_for_what_it_needs(checkpoint, capsys, tmp_path):
     with pytest.raises(SystemExit):
         main(["evaluate", checkpoint, QUESTIONS, "--image-ablation"])
     assert "give --reward-funcs" in capsys.readouterr().err
-    assert main(["evaluate", checkpoint, "latent_trl.data.shapes:chitchat", "--limit", "2"]) == 1
-    assert "it needs a conversational `prompt`" in capsys.readouterr().err
+    (tmp_path / "rows.jsonl").write_text('{"question": "a"}\n')
+    assert main(["evaluate", checkpoint, str(tmp_path / "rows.jsonl")]) == 1
+    assert "it needs `prompt`, or `messages`" in capsys.readouterr().err
 
 
 def test_atlas_is_one_page_that_needs_nothing_else(checkpoint, tmp_path):

@@ -1,6 +1,8 @@
 """Help is instant, because it imports neither torch nor TRL; wrong words are named with the right ones."""
 
+import inspect
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +58,52 @@ def test_help_of_training_has_every_own_option(probe, command):
     assert not [name for name in names if f"--{name}" not in probe["shown"][command].split()]
 
 
+@pytest.mark.parametrize("command", [*TRAINING, "rloo"])
+def test_help_begins_with_what_everyone_sets_and_has_no_option_twice(probe, command):
+    shown = probe["shown"][command]
+    _, common, *_ = re.split(r"^(?:what most runs set|model and data|training, of \w+):$", shown, flags=re.MULTILINE)
+    first = re.findall(r"^  --(\w+)", common, re.MULTILINE)
+    assert 9 <= len(first) <= 12 and first[:2] == ["model_name_or_path", "dataset_name"]
+    assert not [line for line in common.splitlines() if re.fullmatch(r"  --\w+", line)]
+    every = re.findall(r"^  --(\w+)", shown, re.MULTILINE)
+    assert len(every) == len(set(every))
+    assert "default_factory" not in shown and max(map(len, shown.splitlines())) <= 90
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_help_says_the_defaults_that_hold(probe, command):
+    from dataclasses import fields
+
+    import latent_trl
+
+    defaults = {f.name: f.default for f in fields(getattr(latent_trl, TRAINING[command]))}
+    entries = [" ".join(entry.split()) for entry in probe["shown"][command].split("\n  --")[1:]]
+    said = {entry.split()[0]: re.search(r"\(default: ([^)]*)\)", entry) for entry in entries}
+    assert sum(match is not None for match in said.values()) > 8
+    for name, match in said.items():
+        if match is not None and name in defaults and name != "output_dir":
+            assert str(defaults[name]) == match[1], name
+
+
+def test_the_meaning_of_an_option_is_the_first_sentence_of_its_docstring():
+    docstring = """
+    What it is.
+
+    Args:
+        a_rate (`float`, defaults to `1e-4`), b_rate (`float`, defaults to
+        `1e-3`), c_rate:
+            The paper's. More of it.
+        mode (`str`, *optional*): What, as in `x.y`. Or not.
+    """
+    found = training_help.field_meanings(inspect.cleandoc(docstring))
+    assert found == {
+        "a_rate": "The paper's",
+        "b_rate": "The paper's",
+        "c_rate": "The paper's",
+        "mode": "What, as in `x.y`",
+    }
+
+
 def test_an_unknown_command_is_named_with_the_nearest(capsys):
     assert main(["genrate"]) == 2
     assert "Did you mean 'generate'?" in capsys.readouterr().err
@@ -68,6 +116,10 @@ def test_an_unknown_command_is_named_with_the_nearest(capsys):
         (["--reward_func", "exact_match"], "Did you mean `--reward_funcs`?"),
         (["--config"], "`--config` needs the name of a YAML file"),
         (["--config", "nowhere.yaml"], "there is no configuration file 'nowhere.yaml'"),
+        (["--max-stps", "1"], "no option `--max-stps`. Did you mean `--max_steps`?"),
+        (["--model", "x"], "Did you mean `--model_name_or_path`?"),
+        (["--lr=1"], "Did you mean `--learning_rate`?"),
+        (["outputs/space"], "'outputs/space' stands alone"),
         (["--learning_rate", "fast"], "invalid float value: 'fast'"),
         (["--dataset_name", "x"], "`--model_name_or_path` is missing"),
         ([], "`--dataset_name` is missing"),
@@ -86,6 +138,9 @@ def test_wrong_usage_is_one_line_and_exit_code_2(words, said, capsys, tmp_path, 
     "text, said",
     [
         ("num_genrations: 4\n", "has the key `num_genrations`, which is no option. Did you mean `num_generations`?"),
+        ("lr: 4\n", "Did you mean `learning_rate`?"),
+        ("save_strategy: no\n", '`save_strategy` is a word that YAML reads as false: put it in quotes, such as "no"'),
+        ("env: x\n", "`env` must hold `NAME: value` lines"),
         ("- a\n- b\n", "must hold `key: value` lines, got list"),
         ("a: [\n", "is not YAML"),
     ],
@@ -114,6 +169,56 @@ def test_flags_win_over_the_file(tmp_path):
     assert config.output_dir == "outputs/learn"
     assert given.model_fields()["policy_decoder"] == {"num_hidden_layers": 2}
     assert "dataset_name" not in given.model_fields()
+
+
+def test_a_file_may_have_dashes_and_a_single_value_of_a_list(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("dataset-name: a\nmodel-name-or-path: m\nreward_funcs: exact_match\nlearning-rate: 3e-4\n")
+    words = ["--config", str(path), "--max-steps", "3", "--num_generations=4"]
+    given, config, model = arguments.parse_training(
+        words, "latent-trl grpo", arguments.RewardArguments, "LatentActionGRPOConfig"
+    )
+    assert (given.dataset_name, model.model_name_or_path, given.reward_funcs) == ("a", "m", ["exact_match"])
+    assert (config.learning_rate, config.max_steps, config.num_generations) == (3e-4, 3, 4)
+
+
+def test_layers_are_a_number_or_part_of_the_decoder_not_both():
+    given = arguments.LearnArguments(policy_layers=3, policy_decoder='{"hidden_size": 64}')
+    assert given.model_fields()["policy_decoder"] == {"hidden_size": 64, "num_hidden_layers": 3}
+    assert given.model_fields()["inverse_dynamics_decoder"] is None
+    with pytest.raises(ValueError, match="`policy_layers` and the `num_hidden_layers` of `policy_decoder`"):
+        arguments.LearnArguments(policy_layers=3, policy_decoder='{"num_hidden_layers": 2}').model_fields()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["demo", "--test-prompts", "5"], "`test_prompts` must be at least 6, got 5"),
+        (["demo", "--test_prompts=5"], "`test_prompts` must be at least 6, got 5"),
+        (["demo", "--num-generations", "1"], "`num_generations` must be at least 2, got 1"),
+        (["demo", "--rl-steps", "0"], "`rl_steps` must be at least 1, got 0"),
+        (["demo", "--algorithm", "dpo"], "`algorithm` must be 'grpo' or 'ppo', got 'dpo'"),
+        (["demo", "--prompts", "5"], "no option `--prompts`. Did you mean"),
+        (["evaluate", "m", "d", "--limit", "0"], "--limit: must be at least 1, got 0"),
+        (["evaluate", "m", "d", "--reward_fncs", "x"], "Did you mean `--reward-funcs`?"),
+        (["atlas", "m", "d", "--batch_size", "0"], "--batch-size: must be at least 1, got 0"),
+        (["generate", "m", "hello"], "'hello' stands alone"),
+        (["generate", "m", "--max_new_tokens", "0"], "--max-new-tokens: must be at least 1, got 0"),
+        (["chat", "m", "--temprature", "1"], "Did you mean `--temperature`?"),
+    ],
+)
+def test_other_commands_name_what_is_wrong_in_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"latent-trl {words[0]}: ") and said in line
+
+
+def test_help_is_a_command_too(capsys):
+    with pytest.raises(SystemExit):
+        main(["help", "atlas"])
+    assert "usage: latent-trl atlas" in capsys.readouterr().out
 
 
 def test_bash_completes_commands_and_options():

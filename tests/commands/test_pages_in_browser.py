@@ -90,3 +90,18 @@ def test_the_page_of_completions(tmp_path, width):
     found = measured(path, tmp_path, width)
     assert len(found["colours"]) == 2 and found["images"] == [[True, 64]]
     assert found["page"][0] <= found["page"][1] + 1
+
+
+@needs_browser
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [1280, 500])
+def test_the_report_of_the_demo(tmp_path, width):
+    pytest.importorskip("jinja2")
+    from evaluation.test_report import a_result
+
+    from latent_trl.evaluation.report import write_report
+
+    found = measured(write_report(a_result(), tmp_path / "report.html"), tmp_path, width)
+    assert len(found["drawings"]) == 6 and all(w > 200 and h > 80 for w, h in found["drawings"])
+    assert len(found["images"]) == 3 and len(found["colours"]) == 3
+    assert found["page"][0] <= found["page"][1] + 1

@@ -7,6 +7,9 @@ from transformers import AutoConfig, PreTrainedConfig
 READ_OUTS = ("residual", "subtract", "last_block")
 STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
 SCHEMA_VERSION = 1
+DECODER_KINDS = ("backbone", "plain")
+# The plainest of transformers' text models: full attention, rotary positions, a gated feed-forward block.
+PLAIN_DECODER = "llama"
 CODE_FIELDS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "auto_map")
 
 
@@ -32,6 +35,10 @@ class LatentActionConfig(PreTrainedConfig):
             as `{"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4}`. 4 layers by default.
         policy_decoder (`dict`, *optional*):
             The same for the policy. 8 layers by default.
+        decoder_kind (`str`, *optional*):
+            `"backbone"`, decoder layers of the kind of the backbone's last ones; or `"plain"`, rotary positions, full
+            attention and a gated feed-forward block at the backbone's width. [`LatentActionModel.from_backbone`] takes
+            the backbone's kind where it can be had by itself, says so in the log where it cannot, and sets this field.
         policy_init (`str`, defaults to `"fresh"`):
             `"fresh"`, or `"last_layers"` to start the policy's decoder from the backbone's last layers.
         use_projector (`bool`, *optional*):
@@ -72,6 +79,7 @@ class LatentActionConfig(PreTrainedConfig):
         world_model_intermediate_size: int | None = None,
         inverse_dynamics_decoder: dict[str, Any] | None = None,
         policy_decoder: dict[str, Any] | None = None,
+        decoder_kind: str | None = None,
         policy_init: str = "fresh",
         use_projector: bool | None = None,
         projector_residual: bool = True,
@@ -100,6 +108,7 @@ class LatentActionConfig(PreTrainedConfig):
             raise TypeError(f"`vision_token_ids` must be a list of ints, got {vision_token_ids!r}.")
         self.inverse_dynamics_decoder = {"num_hidden_layers": 4, **(inverse_dynamics_decoder or {})}
         self.policy_decoder = {"num_hidden_layers": 8, **(policy_decoder or {})}
+        self.decoder_kind = decoder_kind
         self.policy_init = policy_init
         self.use_projector = use_projector
         self.projector_residual = projector_residual
@@ -131,6 +140,8 @@ class LatentActionConfig(PreTrainedConfig):
             raise ValueError(f"`read_out` must be one of {READ_OUTS}, got {self.read_out!r}.")
         if self.policy_init not in ("fresh", "last_layers"):
             raise ValueError(f"`policy_init` must be 'fresh' or 'last_layers', got {self.policy_init!r}.")
+        if self.decoder_kind not in (None, *DECODER_KINDS):
+            raise ValueError(f"`decoder_kind` must be one of {DECODER_KINDS} or None, got {self.decoder_kind!r}.")
         if self.stage not in STAGES:
             raise ValueError(f"`stage` must be one of {STAGES}, got {self.stage!r}.")
         for name in ("gumbel_temperature", "codebook_std", "world_model_intermediate_size"):
@@ -160,11 +171,14 @@ class LatentActionConfig(PreTrainedConfig):
 
     def decoder_config(self, overrides: dict[str, Any]) -> PreTrainedConfig:
         """
-        A copy of the backbone's text configuration with `overrides`, for a decoder that reads context states.
+        The configuration of a decoder that reads context states: a copy of the backbone's text configuration, or a
+        plain one of its width, with `overrides`.
 
         It has no vocabulary, and no dropout unless `overrides` say so: a rollout must be scored under the policy that
         it was sampled from.
         """
+        if self.decoder_kind == "plain":
+            return _override(plain_config(self.text_config), overrides)
         values = self.text_config.to_dict()
         values |= {
             "_name_or_path": "",
@@ -174,6 +188,8 @@ class LatentActionConfig(PreTrainedConfig):
             "eos_token_id": None,
         }
         values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
+        # A backbone may read its prompt both ways; a code is chosen before what follows it is known.
+        values |= {name: False for name, value in values.items() if "bidirectional" in name and value is True}
         config = type(self.text_config)(**values)
         return _override(config, overrides)
 
@@ -183,6 +199,32 @@ def read_text_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrain
     if isinstance(text_config, PreTrainedConfig):
         return text_config
     return AutoConfig.for_model(**{k: v for k, v in text_config.items() if k.lstrip("_") not in CODE_FIELDS})
+
+
+def plain_config(text_config: PreTrainedConfig) -> PreTrainedConfig:
+    """A plain decoder's configuration, of the width of `text_config` and about its number of heads."""
+    width, heads = text_config.hidden_size, text_config.num_attention_heads
+    # Rotary positions turn pairs of a head's entries.
+    heads = next(n for n in range(heads, 0, -1) if width % (2 * n) == 0)
+    return AutoConfig.for_model(
+        PLAIN_DECODER,
+        vocab_size=1,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
+        hidden_size=width,
+        intermediate_size=intermediate_size(text_config),
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+
+
+def intermediate_size(text_config: PreTrainedConfig) -> int:
+    """Width of the feed-forward blocks; the last layer's where each has its own."""
+    size = getattr(text_config, "intermediate_size", None) or getattr(text_config, "n_inner", None)
+    if isinstance(size, list | tuple):
+        size = size[-1]
+    return size or 4 * text_config.hidden_size
 
 
 def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrainedConfig:

@@ -96,10 +96,10 @@ class SharedPrefill:
             return {name: self._first_tile(mask) for name, mask in value.items()}
         return value[: self.rows] if value.ndim == 4 else value[..., : self.rows, :]
 
-    def copy_cache(self, cache: Cache) -> None:
-        """Copies the first tile's cache for the others, once."""
+    def copy_cache(self, cache: Cache | None) -> None:
+        """Copies the first tile's cache for the others, once. A model without one reads all tiles at its next step."""
         rows = torch.arange(self.rows).repeat(self.copies)
-        for layer in cache.layers:
+        for layer in () if cache is None else cache.layers:
             layer.reorder_cache(rows)
             if isinstance(layer, StaticLayer):
                 layer.batch_size = len(rows)

@@ -52,6 +52,19 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
         model.state_dict()
 
 
+def _text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The model whose last states the head reads. What `get_decoder` gives may be a head, or have one of its own."""
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel):
+        decoder = model.base_model
+    while decoder is model or decoder.get_output_embeddings() is not None:
+        inner = next((child for child in decoder.children() if isinstance(child, PreTrainedModel)), None)
+        if inner is None:
+            raise ValueError(f"`backbone` ({type(model).__name__}) has no separate text model: it is itself.")
+        decoder = inner
+    return decoder
+
+
 class Backbone:
     """
     View of a causal or image-text-to-text model: its text model, final norm, head and placeholders.
@@ -71,12 +84,14 @@ class Backbone:
                 f"`backbone` ({type(model).__name__}) has no output embedding, so no token can be read from a state. "
                 "Pass a model with a language-model head (`AutoModelForCausalLM`, `AutoModelForImageTextToText`)."
             )
-        self.model = model
-        self.decoder: PreTrainedModel = model.get_decoder()
-        if self.decoder is model:
+        if model.config.is_encoder_decoder:
             raise ValueError(
-                f"`backbone` ({type(model).__name__}) has no separate text model: `get_decoder()` is itself."
+                f"`backbone` ({type(model).__name__}) is an encoder-decoder model: its prompt is no part of the text "
+                "that the decoder reads. Pass a model of the decoder alone (`AutoModelForCausalLM`, "
+                "`AutoModelForImageTextToText`)."
             )
+        self.model = model
+        self.decoder = _text_model(model)
         self.base = model.base_model
         self.text_config = model.config.get_text_config(decoder=True)
         self.hidden_size: int = self.text_config.hidden_size
@@ -88,6 +103,7 @@ class Backbone:
             }
         )
         _keep_unpacked(model)
+        self.before_head = self.base
         self.final_norm, self.state_rms, self.plain_head = self._probe()
 
     @torch.no_grad()
@@ -113,10 +129,20 @@ class Backbone:
                 handle.remove()
         # The first whose output has the final values; a model may reshape them afterwards.
         norm = next((m for m, out in outputs.items() if _same_values(out, states)), None)
+        self.before_head = self._find_before_head(states)
         logits = self._head_through_model(states)
         bare = self.model.get_output_embeddings()(states)
         self.model.train(training)
         return norm, states.float().pow(2).mean().sqrt().item(), torch.equal(bare, logits)
+
+    def _find_before_head(self, states: torch.Tensor) -> nn.Module:
+        """What can be replaced by given states: the base model, or the text model where the head's model calls that."""
+        for module in (self.base, self.decoder):
+            if module is not self.model:
+                self.before_head = module
+                if not torch.equal(self._head_through_model(states), self._head_through_model(-states)):
+                    return module
+        raise ValueError(f"The head of {type(self.model).__name__} cannot be run on given states.")
 
     def norm(self, states: torch.Tensor) -> torch.Tensor:
         """The text model's final norm."""
@@ -135,8 +161,8 @@ class Backbone:
         return self._head_through_model(merged)
 
     def _head_through_model(self, merged: torch.Tensor) -> torch.Tensor:
-        """The model's own forward with its base model replaced by `merged`."""
-        base = self.base
+        """The model's own forward with what stands before its head replaced by `merged`."""
+        base = self.before_head
         own = base.__dict__.get("forward")
         merged = merged.to(self.model.dtype)
         base.forward = lambda *args, **kwargs: _HeadInput(last_hidden_state=merged)
@@ -237,6 +263,24 @@ class Backbone:
         known = [f for f in fingerprints if f]
         own = (self.fingerprint(dtype) for dtype in (torch.bfloat16, torch.float16))
         return not known or any(f is None or f in known for f in own)
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """
+        Number of positions that the text model has a vector for; `None` where it computes them (rotary positions,
+        ALiBi, none), and so goes on behind those that it was trained on.
+        """
+        limit = getattr(self.text_config, "max_position_embeddings", None)
+        tokens = self.model.get_input_embeddings()
+        for module in self.decoder.modules():
+            tables = [] if module is tokens else [b for b in module.buffers(recurse=False) if b.ndim == 2]
+            if isinstance(module, nn.Embedding) and module is not tokens:
+                tables.append(module.weight)
+            # Some keep a few more, for padding.
+            if limit and any(limit <= len(table) <= limit + 8 for table in tables):
+                # Some count from behind the padding's id.
+                return limit - (getattr(module, "padding_idx", None) or -1) - 1
+        return None
 
     def linear_names(self) -> list[str]:
         """Names of the linear maps of the text model, the default targets of an adapter."""

@@ -1,9 +1,10 @@
-"""A stack of fresh decoder layers of the backbone's own kind that reads context states instead of tokens."""
+"""A stack of fresh decoder layers that reads context states instead of tokens."""
 
 import torch
 from torch import nn
-from transformers import AutoModel, Cache, PreTrainedConfig
+from transformers import AutoModel, Cache, DynamicCache, PreTrainedConfig, StaticCache
 
+from ..checkpoint.configuration import PLAIN_DECODER
 from ..generation.cache_name import CACHE_NAME
 
 
@@ -21,7 +22,9 @@ class DecoderStack(nn.Module):
 
     def __init__(self, text_config: PreTrainedConfig, input_size: int):
         super().__init__()
+        self.input_size = input_size
         self.hidden_size = text_config.hidden_size
+        self.plain = text_config.model_type == PLAIN_DECODER
         self.input = nn.Identity()
         if self.hidden_size != input_size:
             self.input = nn.Linear(input_size, self.hidden_size, bias=False)
@@ -47,6 +50,9 @@ class DecoderStack(nn.Module):
         Returns:
             Normed features `[B, L, hidden_size]`.
         """
+        if self.plain and position_ids is not None and position_ids.ndim == 3:
+            # A backbone with several coordinates a position: in text they are all the same.
+            position_ids = position_ids.amax(dim=0)
         weight = next(self.parameters())
         return self.decoder(
             inputs_embeds=self.input(states.to(weight.dtype)),
@@ -55,6 +61,36 @@ class DecoderStack(nn.Module):
             use_cache=past_key_values is not None,
             **{CACHE_NAME: past_key_values},
         ).last_hidden_state
+
+    def check(self) -> None:
+        """
+        Runs the stack over made-up states.
+
+        Raises:
+            ValueError: When a cache changes what it says, a state is seen before its place, or a parameter gets no
+                gradient. What the decoder itself raises passes through.
+        """
+        weight = next(self.parameters())
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(2, 6, self.input_size, generator=generator).to(weight)
+        mask = torch.ones(2, 6, dtype=torch.long, device=weight.device)
+        mask[0, :2] = 0
+        whole = self(states, mask)
+        gradients = torch.autograd.grad(whole.float().square().sum(), list(self.parameters()), allow_unused=True)
+        if any(gradient is None for gradient in gradients):
+            raise ValueError("no gradient reaches some of its parameters")
+        # Some tens of roundings.
+        tolerance = 50 * torch.finfo(weight.dtype).eps * whole.abs().max().clamp(min=1)
+        config = self.decoder.config
+        for cache in (DynamicCache(config=config), StaticCache(config=config, max_cache_len=6)):
+            with torch.no_grad():
+                parts = [
+                    self(states[:, start:end], mask[:, :end], past_key_values=cache)
+                    for start, end in ((0, 4), (4, 5), (5, 6))
+                ]
+            difference = ((torch.cat(parts, dim=1) - whole) * mask[..., None]).abs().max()
+            if not difference <= tolerance:
+                raise ValueError(f"a {type(cache).__name__} changes its features by {difference:.2g}")
 
     @torch.no_grad()
     def copy_last_layers(self, decoder: nn.Module) -> None:
@@ -69,6 +105,15 @@ class DecoderStack(nn.Module):
                 raise ValueError(
                     f"`policy_init='last_layers'` needs decoder layers of the backbone's shapes: {error}"
                 ) from error
+
+
+def can_stand_alone(text_config: PreTrainedConfig, input_size: int) -> bool:
+    """Whether a stack of `text_config` runs by itself."""
+    try:
+        DecoderStack(text_config, input_size).check()
+    except Exception:
+        return False
+    return True
 
 
 def decoder_layers(decoder: nn.Module) -> nn.ModuleList:

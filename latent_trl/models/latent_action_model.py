@@ -13,9 +13,9 @@ from transformers import (
     GenerationMixin,
     PreTrainedModel,
 )
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, logging
 
-from ..checkpoint.configuration import LatentActionConfig
+from ..checkpoint.configuration import LatentActionConfig, intermediate_size
 from ..checkpoint.download import cached_commit
 from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
@@ -23,10 +23,13 @@ from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
+from .decoder_stack import can_stand_alone
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector
 from .world_model import LanguageWorldModel
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -126,17 +129,40 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         if config.codebook_std is None:
             config.codebook_std = view.state_rms
         if config.world_model_intermediate_size is None:
-            config.world_model_intermediate_size = _intermediate_size(view.text_config)
+            config.world_model_intermediate_size = intermediate_size(view.text_config)
         if config.read_out != "residual":
             view.norm(torch.zeros(1, view.hidden_size, device=backbone.device, dtype=_float_dtype(backbone)))
         model = cls(config, backbone)
-        for name in ("codebook", "world_model", "inverse_dynamics", "policy"):
+        for name in ("codebook", "world_model"):
             model.new_component(name)
+        model._new_decoders()
         if config.use_projector:
             model.new_component("projector")
         if config.policy_init == "last_layers":
             model.policy.decoder_stack.copy_last_layers(view.decoder)
         return model
+
+    def _new_decoders(self) -> None:
+        """Inverse dynamics model and policy, with plain layers where the backbone's kind cannot be had by itself."""
+        config, wanted = self.config, self.config.decoder_kind
+        config.decoder_kind = wanted or "backbone"
+        try:
+            for name in ("inverse_dynamics", "policy"):
+                self.new_component(name).decoder_stack.check()
+        except Exception as error:
+            if wanted or can_stand_alone(
+                config.decoder_config({"num_hidden_layers": 2}), self.backbone_view.hidden_size
+            ):
+                # It was asked for, or it is what the user's own fields make of it.
+                raise
+            config.decoder_kind = "plain"
+            for name in ("inverse_dynamics", "policy"):
+                self.new_component(name)
+            logger.warning(
+                f"Layers of the kind of {type(self.backbone_view.decoder).__name__} cannot be had by themselves, so "
+                "policy and inverse dynamics model have plain ones (`decoder_kind='plain'`): "
+                f"{type(error).__name__}: {error}"
+            )
 
     def new_component(self, name: str) -> nn.Module:
         """Puts a freshly initialised component in place, replacing any of that name, and returns it."""
@@ -299,11 +325,6 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
     def _own_records(self) -> list[list[LatentActionGenerateOutput]]:
         """The open recordings of this thread."""
         return list(self._records.get(threading.get_ident(), []))
-
-
-def _intermediate_size(text_config) -> int:
-    size = getattr(text_config, "intermediate_size", None) or getattr(text_config, "n_inner", None)
-    return size or 4 * text_config.hidden_size
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:

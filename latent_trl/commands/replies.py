@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -151,7 +152,10 @@ class Answerer:
                     self.shown = text
 
             def end(self):
-                pass
+                # Nothing completes a character that the answer ends within.
+                rest = tokenizer.decode(ids)[len(self.shown) :]
+                if rest:
+                    on_token(rest, codes[-1])
 
         hook = self.model.codebook.register_forward_hook(lambda module, args, output: codes.extend(args[0].tolist()))
         try:
@@ -201,15 +205,12 @@ def visible(token: str) -> str:
 
 def open_image(path: str):
     """A picture that the user of the command named."""
-    from PIL import Image
-
     from ..data.images import load_image
 
-    try:
-        with Image.open(path) as image:
-            return load_image(image)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"There is no picture {path!r}.") from error
+    full = Path(path).resolve()
+    if not full.is_file():
+        raise FileNotFoundError(f"There is no picture {path!r}.")
+    return load_image(full.name, full.parent)
 
 
 def load_answerer(args: argparse.Namespace) -> Answerer:

@@ -1,6 +1,7 @@
 """How well the answer fits the image, by a contrastive image-text model."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from accelerate import PartialState
 from transformers import AutoModel, AutoProcessor
 
 from .conversation import completion_text, row_images
-from .images import open_image
+from .images import load_images
 
 
 class ContrastiveScorer:
@@ -100,6 +101,8 @@ class ImageTextReward:
             any callable that gives a score for each pair of an image (RGB) and a text.
         name (`str`, *optional*, defaults to `"image_text"`):
             Name of the reward in the metrics.
+        image_root (`str` or `Path`, *optional*):
+            The only folder that paths of images may lead to. Trainers hand over pictures, which need none.
 
     Example:
 
@@ -109,8 +112,14 @@ class ImageTextReward:
     ```
     """
 
-    def __init__(self, scorer: str | Callable[[list[Any], list[str]], Any], name: str = "image_text"):
+    def __init__(
+        self,
+        scorer: str | Callable[[list[Any], list[str]], Any],
+        name: str = "image_text",
+        image_root: str | Path | None = None,
+    ):
         self.__name__ = name
+        self.image_root = image_root
         self.scorer = ContrastiveScorer(scorer) if isinstance(scorer, str) else scorer
 
     def __call__(self, prompts: list, completions: list, **columns) -> list[float | None]:
@@ -123,10 +132,8 @@ class ImageTextReward:
         Returns:
             `list[float | None]`: Scores; `None` for a row without an image.
         """
-        rows = row_images(prompts, columns)
-        opened = {id(image): image for row in rows for image in row}
-        opened = {key: open_image(image) for key, image in opened.items()}  # a group's completions share their images
-        images = [opened[id(image)] for row in rows for image in row]
+        rows = load_images(row_images(prompts, columns), self.image_root)
+        images = [image for row in rows for image in row]
         texts = [completion_text(c) for c, row in zip(completions, rows, strict=True) for _ in row]
         scores = [float(score) for score in self.scorer(images, texts)] if images else []
         if len(scores) != len(images):

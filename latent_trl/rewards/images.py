@@ -1,4 +1,4 @@
-"""Images as data sets hold them, opened or packed for sending."""
+"""Images of a batch of rows for reward functions: opened, each once, and packed for sending."""
 
 import base64
 import io
@@ -7,51 +7,45 @@ from typing import Any
 
 from PIL import Image
 
+from ..data.images import ImageError, load_image
+from ..data.rows import RowError
 
-def open_image(image: Any) -> Image.Image:
+
+def load_images(rows: list[list[Any]], image_root: str | Path | None = None) -> list[list[Image.Image]]:
     """
-    Opens an image in any form in which a data set holds it.
+    The pictures of each row in RGB; one that several rows share, as the completions of a group do, is opened once.
 
     Args:
-        image (`PIL.Image.Image`, `bytes`, `str`, `Path` or `dict`):
-            The image, its encoded bytes, the path of its file, or the undecoded `{"bytes": ..., "path": ...}` of
-            [`~datasets.Image`].
+        rows (`list[list]`): What [`~latent_trl.data.images.load_image`] takes, for each row.
+        image_root (`str` or `Path`, *optional*): The only folder that paths may lead to.
 
-    Returns:
-        `PIL.Image.Image`: The image in RGB; what is transparent becomes white.
+    Raises:
+        RowError: With the row of the batch, what was found and what works.
     """
-    if isinstance(image, dict) and (image.get("bytes") or image.get("path")):
-        image = image.get("bytes") or image["path"]
-    if isinstance(image, bytes):
-        image = Image.open(io.BytesIO(image))
-    elif isinstance(image, (str, Path)):
-        image = Image.open(image)
-    if not isinstance(image, Image.Image):
-        raise ValueError(
-            "An image must be a PIL image, bytes, a path, or a dict with 'bytes' or 'path'; "
-            f"got {type(image).__name__}."
-        )
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    opened: dict[int, Image.Image] = {}
+    for i, row in enumerate(rows):
+        for image in row:
+            if id(image) not in opened:
+                try:
+                    opened[id(image)] = load_image(image, image_root)
+                except ImageError as error:
+                    raise RowError(f"Row {i} of the batch: its image: {error}") from error
+    return [[opened[id(image)] for image in row] for row in rows]
 
 
-def image_url(image: Any, max_side: int | None = None) -> str:
+def image_url(picture: Image.Image, max_side: int | None = None) -> str:
     """
-    An image as an address that a chat-completions endpoint takes.
+    A picture as an address that a chat-completions endpoint takes.
 
     Args:
-        image (`Any`): What [`open_image`] takes; `http(s)` and `data` addresses are returned as they are.
-        max_side (`int`, *optional*): Longest side in pixels; larger images are scaled down.
+        picture (`PIL.Image.Image`): In RGB.
+        max_side (`int`, *optional*): Longest side in pixels; larger pictures are scaled down.
 
     Returns:
         `str`: A data URL that holds a JPEG.
     """
-    if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-        return image
-    picture = open_image(image)
     if max_side is not None and max(picture.size) > max_side:
+        picture = picture.copy()
         picture.thumbnail((max_side, max_side))
     buffer = io.BytesIO()
     picture.save(buffer, format="JPEG", quality=92)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .conversation import completion_text, prompt_text, require_column, row_images
 from .event_loop import run_async
-from .images import image_url
+from .images import image_url, load_images
 from .judge_cache import ReplyCache
 from .judge_client import JudgeCallError, JudgeClient, JudgeSession, JudgeStats, import_openai
 from .judge_template import Judgement, JudgeTemplate
@@ -54,6 +54,8 @@ class JudgeReward:
             Whether the judge sees the row's images (`images` or `image` column, else the prompt's image blocks).
         max_image_side (`int`, *optional*, defaults to `1024`):
             Longest side of an image in pixels; larger ones are scaled down. `None` for no limit.
+        image_root (`str` or `Path`, *optional*):
+            The only folder that paths of images may lead to. Trainers hand over pictures, which need none.
         structured_output (`bool`, *optional*, defaults to `True`):
             Whether to ask for a JSON schema (`response_format`). Where the endpoint refuses it, it is asked without.
         temperature (`float`, *optional*, defaults to `0.0`):
@@ -96,6 +98,7 @@ class JudgeReward:
         reference_column: str = "reference",
         send_images: bool = True,
         max_image_side: int | None = 1024,
+        image_root: str | Path | None = None,
         structured_output: bool = True,
         temperature: float | None = 0.0,
         max_tokens: int | None = 1024,
@@ -117,6 +120,7 @@ class JudgeReward:
         self.reference_column = reference_column
         self.send_images = send_images
         self.max_image_side = max_image_side
+        self.image_root = image_root
         self.max_unscored_fraction = max_unscored_fraction
         settings = {"temperature": temperature, "max_tokens": max_tokens, "extra_body": extra_body}
         self.client = JudgeClient(
@@ -268,11 +272,10 @@ class JudgeReward:
     def _image_urls(self, images: list[list]) -> list[list[str]]:
         if not self.send_images:
             return [[] for _ in images]
-        encoded: dict[int, str] = {}  # the completions of a group share their images
-        for image in (image for row in images for image in row):
-            if id(image) not in encoded:
-                encoded[id(image)] = image_url(image, self.max_image_side)
-        return [[encoded[id(image)] for image in row] for row in images]
+        pictures = load_images(images, self.image_root)
+        encoded = {id(p): p for row in pictures for p in row}  # the completions of a group share their images
+        urls = {key: image_url(picture, self.max_image_side) for key, picture in encoded.items()}
+        return [[urls[id(picture)] for picture in row] for row in pictures]
 
     def _report(
         self, outcomes: list, before: JudgeStats, log_extra: Callable | None, log_metric: Callable | None

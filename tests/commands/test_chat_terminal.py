@@ -34,6 +34,27 @@ def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
     assert len(model.codebook._forward_hooks) == 0
 
 
+def test_an_answer_that_ends_within_a_character_is_shown_to_its_end(checkpoint):
+    import torch
+
+    from latent_trl.commands.chat import parse
+    from latent_trl.commands.replies import load_answerer
+    from latent_trl.data.pieces import text_pieces
+
+    answerer = load_answerer(parse([checkpoint]))
+    ids = answerer.tokenizer("a漢b漢", add_special_tokens=False).input_ids[:-1]
+    seen = []
+    with answerer._streaming(lambda token, code: seen.append((token, code))) as streamer:
+        streamer.put(torch.tensor([[1, 2]]))
+        for code, token in enumerate(ids):
+            answerer.model.codebook(torch.tensor([code]))
+            streamer.put(torch.tensor([token]))
+        assert "".join(token for token, _ in seen) == "a漢b"
+        streamer.end()
+    assert "".join(token for token, _ in seen) == "".join(text_pieces(answerer.tokenizer, ids)) != "a漢b"
+    assert seen[-1][1] == len(ids) - 1
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
 def test_a_conversation_in_a_terminal(checkpoint, picture):

@@ -38,5 +38,6 @@ def check_columns(dataset: Any, name: str) -> None:
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
             f"`{name}` has the columns {sorted(columns)}; it needs `messages`, or `prompt` and `completion`, in TRL's "
-            "conversational format."
+            "conversational format. LLaVA's, Alpaca's and other formats are converted by "
+            "`latent_trl.data.formats.convert_row`."
         )

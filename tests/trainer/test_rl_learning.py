@@ -88,12 +88,12 @@ def test_mutation_wrong_sign_is_caught(method, tmp_path):
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 @pytest.mark.parametrize("shift", [1, -1], ids=["late", "early"])
 def test_mutation_off_by_one_alignment_is_caught(method, shift, tmp_path, monkeypatch):
-    padded = Rollout.padded.__func__
+    built = Rollout.of.__func__
 
     def shifted(cls, *args, **kwargs):
-        rollout = padded(cls, *args, **kwargs)
+        rollout = built(cls, *args, **kwargs)
         rollout.action_ids = torch.roll(rollout.action_ids, shift, dims=1)
         return rollout
 
-    monkeypatch.setattr(Rollout, "padded", classmethod(shifted))
+    monkeypatch.setattr(Rollout, "of", classmethod(shifted))
     assert share_of_optimum(tmp_path, method, max_steps=100) < 0.8

@@ -1,4 +1,4 @@
-"""GRPO and PPO on two processes give the weights of one process with the same rollouts."""
+"""RL on two processes give the weights of one process with the same rollouts."""
 
 import sys
 from pathlib import Path
@@ -41,7 +41,7 @@ def train(kind: str, folder: str, rows: int) -> None:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["ppo", pytest.param("grpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["ppo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("grpo", "rloo"))])
 def test_two_processes_are_one(kind, tmp_path):
     for name, rows, processes in (("one", 8, 1), ("two", 4, 2)):
         (tmp_path / name).mkdir()

@@ -13,6 +13,8 @@ from latent_trl import (
     LatentActionGRPOTrainer,
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
+    LatentActionRLOOConfig,
+    LatentActionRLOOTrainer,
 )
 
 KINDS = ("space", "sft", "grpo", "ppo")
@@ -50,6 +52,8 @@ def build(kind: str, folder: Path, steps: int = STEPS, reward=letters, config=No
     if kind == "ppo":
         options = {"kl_target": 0.02, "kl_horizon": 20, "value_warmup_steps": 2, **options}
         trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(str(folder), **options)
+    elif kind == "rloo":
+        trainer_class, args = LatentActionRLOOTrainer, LatentActionRLOOConfig(str(folder), num_generations=2, **options)
     else:
         trainer_class, args = LatentActionGRPOTrainer, LatentActionGRPOConfig(str(folder), num_generations=2, **options)
     return trainer_class(model, reward, args, train_dataset=prompts(20), processing_class=tiny.processor)

@@ -18,6 +18,7 @@ from latent_trl import (
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
 )
+from latent_trl.trainer.rollout.rollout import Rollout
 
 FEW = ("llama", "qwen2_5_vl")
 IMAGES = (1, 0, 2)
@@ -176,4 +177,7 @@ def test_half_precision_has_losses_and_trained_tensors_in_float32(kind, precisio
     if kind != "sft":
         assert {p.dtype for p in trainer.model.backbone.parameters()} == {dtype}
     if kind in TRAINERS:
-        assert trainer._scored.log_probs.dtype == trainer._scored.entropy.dtype == torch.float32
+        batch = trainer._generate_and_score_completions([row for row in trainer.train_dataset for _ in range(2)])
+        with trainer.accelerator.autocast():
+            scored = trainer.score(trainer.model, Rollout.from_batch(batch))
+        assert scored.log_probs.dtype == scored.entropies.dtype == torch.float32

@@ -8,7 +8,14 @@ from PIL import Image
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
-from latent_trl.trainer.rollout.dynamic_sampling import draw_prompts, equal_groups, fresh_rows_needed, replacements_of
+from latent_trl.trainer.rollout.dynamic_sampling import (
+    draw_prompts,
+    equal_groups,
+    fresh_rows_needed,
+    prompt_key,
+    replacements_of,
+)
+from latent_trl.trainer.rollout.rollout import Rollout
 
 COMMON = {
     "use_cpu": True,
@@ -45,10 +52,51 @@ def test_replacements_stay_on_their_process():
 
 def test_drawn_prompts_are_others_while_there_are_others():
     data = [{"prompt": str(i)} for i in range(6)]
-    drawn = draw_prompts(data, 3, ["0", "1", "2"], seed=0)
+    seen = {prompt_key({"prompt": text}) for text in "012"}
+    drawn = draw_prompts(data, 3, seen, seed=0)
     assert {row["prompt"] for row in drawn} == {"3", "4", "5"}
-    assert len(draw_prompts(data, 5, ["0", "1", "2"], seed=0)) == 5
-    assert [r["prompt"] for r in draw_prompts(data[:1], 3, ["0"], seed=0)] == ["0"] * 3
+    assert len(draw_prompts(data, 5, seen, seed=0)) == 5
+    assert [r["prompt"] for r in draw_prompts(data[:1], 3, seen, seed=0)] == ["0"] * 3
+
+
+class CountingRows:
+    """Map-style rows that ask one question about different pictures, and count how many were read."""
+
+    def __init__(self, count: int):
+        self.count, self.read = count, 0
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        self.read += 1
+        return {"prompt": [{"role": "user", "content": "what"}], "images": [image(index)]}
+
+
+@pytest.mark.parametrize("name", ["images", "image"])
+def test_prompts_are_told_apart_by_their_pictures(name):
+    def row(picture):
+        return {"prompt": "what", name: [picture] if name == "images" else picture}
+
+    assert prompt_key(row(image(1))) == prompt_key(row(image(1)))
+    assert prompt_key(row(image(1))) != prompt_key(row(image(2)))
+    assert prompt_key(row(image(1))) != prompt_key(row(image(1).resize((8, 32))))
+    assert prompt_key(row(image(1))) != prompt_key(row(image(1).convert("L")))
+    assert prompt_key({**row(image(1)), "answer": 1}) == prompt_key({**row(image(1)), "answer": 2})
+
+
+def test_one_question_about_many_pictures_reads_a_bounded_number_of_rows():
+    data = CountingRows(2000)
+    seen = {prompt_key(data[i]) for i in range(4)}
+    data.read = 0
+    drawn = draw_prompts(data, 4, seen, seed=0)
+    assert len({prompt_key(row) for row in drawn}) == 4 and not seen & {prompt_key(row) for row in drawn}
+    assert data.read <= 8
+    # Where all rows are the same prompt, too, no more are read than could be needed.
+    same = CountingRows(2000)
+    same.__class__ = type("Same", (CountingRows,), {"__getitem__": lambda self, i: CountingRows.__getitem__(self, 0)})
+    assert len(draw_prompts(same, 4, {prompt_key(same[0])}, seed=0)) == 4
+    assert same.read <= 1 + 5
 
 
 def image(seed: int) -> Image.Image:
@@ -106,7 +154,8 @@ def test_equal_groups_give_way_to_others(tmp_path, family, reuse):
     for name in ("old_per_token_logps", "ref_per_token_logps"):
         torch.testing.assert_close(batch[name][mask], sampled[mask], atol=5e-5, rtol=5e-5)
     trainer._compute_loss(trainer.model, batch).backward()
-    torch.testing.assert_close(trainer._scored.log_probs[mask], sampled[mask], atol=5e-5, rtol=5e-5)
+    scored = trainer.score(trainer.model, Rollout.from_batch(batch))
+    torch.testing.assert_close(scored.log_probs[mask], sampled[mask], atol=5e-5, rtol=5e-5)
 
 
 def test_tokens_of_all_rounds_are_counted(tmp_path):

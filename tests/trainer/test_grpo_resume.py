@@ -111,7 +111,7 @@ CASES = {
     "between logs": (5, {"num_iterations": 2, "logging_steps": 3}),
     "in a second pass over the data": (7, {"num_iterations": 1, "per_device_train_batch_size": 8}),
     "top-k": (3, {"num_iterations": 2, "action_top_k": 5}),
-    "anchored": (3, {"num_iterations": 2, "anchor_coef": 0.5, "anchor_batch_size": 2}),
+    "anchored": (3, {"num_iterations": 2, "anchor_coef": 0.5}),
 }
 
 

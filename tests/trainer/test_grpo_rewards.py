@@ -108,14 +108,14 @@ def test_function_that_raises_is_named_with_its_sample(tmp_path):
 
     poison = [None]
     trainer = build(tmp_path, judge)
-    original = trainer._generate
+    original = trainer.draw_samples
 
-    def remember(prompts):
-        out = original(prompts)
-        poison[0] = out[1][0]
-        return out
+    def remember(inputs):
+        samples = original(inputs)
+        poison[0] = samples[0].completion_ids
+        return samples
 
-    trainer._generate = remember
+    trainer.draw_samples = remember
     with pytest.raises(RewardError, match="'judge' raised KeyError: 'no score' on sample 0 of 4 .*prompt '") as error:
         trainer.train()
     assert isinstance(error.value.__cause__, KeyError)
@@ -224,8 +224,8 @@ def test_overlong_punishment_alone_makes_no_reward(tmp_path):
 
     trainer = build(tmp_path, silent, overlong_buffer=2)
     trainer.model.train()
-    trainer._generate_and_score_completions([trainer.train_dataset[0]] * 4)
-    assert trainer._rewards.isnan().tolist() == [True, True, False, False]
+    samples = trainer.draw_samples([trainer.train_dataset[0]] * 4)
+    assert trainer.rewards(samples, trainer.state).isnan().all(dim=1).tolist() == [True, True, False, False]
 
 
 @pytest.mark.parametrize("name", ["tools", "rollout_func", "environment_factory"])

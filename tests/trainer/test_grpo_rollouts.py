@@ -97,8 +97,7 @@ def test_sampling_law_is_the_scored_law(tmp_path, kind, law):
     sampled, old = batch["sampling_per_token_logps"], batch["old_per_token_logps"]
     torch.testing.assert_close(old[mask], sampled[mask], atol=2e-5, rtol=2e-5)
     # Ratios are 1, the reference is the policy itself, and the entropy is of the truncated law.
-    trainer._compute_loss(trainer.model, batch)
-    scored = trainer._scored
+    scored = trainer.score(trainer.model, Rollout.from_batch(batch))
     torch.testing.assert_close(scored.log_probs[mask], sampled[mask], atol=2e-5, rtol=2e-5)
     torch.testing.assert_close(batch["ref_per_token_logps"][mask], sampled[mask], atol=2e-5, rtol=2e-5)
     logits = trainer.model(
@@ -116,7 +115,7 @@ def test_sampling_law_is_the_scored_law(tmp_path, kind, law):
         scaled = scaled.masked_fill(~support, -torch.inf)
     probabilities = scaled.softmax(dim=-1)
     entropy = torch.special.entr(probabilities).sum(dim=-1)
-    torch.testing.assert_close(scored.entropy[mask].double(), entropy[mask], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(scored.entropies[mask].double(), entropy[mask], atol=1e-5, rtol=1e-5)
     if law.get("action_top_k"):
         assert entropy[mask].max() <= np.log(law["action_top_k"]) + 1e-6
 
@@ -151,7 +150,7 @@ def test_reused_states_give_what_full_passes_give(tmp_path, kind, family):
     for reuse in (True, False):
         trainer = build(tmp_path, kind, family, data=data, reuse_context_states=reuse)
         batch = rollout(trainer, (0, 0, 1, 1))
-        assert ("context_states" in batch) == reuse and ("pixel_values" in batch) == (not reuse)
+        assert ("context_states" in batch) == reuse and ("prompts" in batch) == (not reuse)
         with torch.no_grad():
             trainer.model.policy.head.weight.mul_(1.2)
         trainer.model.zero_grad()
@@ -302,11 +301,9 @@ def test_reference_with_an_adapter_is_the_model_before_rl(tmp_path, existing):
                 parameter.add_(0.3 * torch.randn_like(parameter))
     assert not any("reference" in name for name, p in model.named_parameters() if p.requires_grad)
     # The same tokens and codes, scored again: the reference has not moved, the policy has.
-    trainer._rollout = Rollout.from_tensors(first)
-    with torch.no_grad():
-        reference = trainer._score_rows(trainer.ref_model, first)[0]
-        trainer._rollout = Rollout.from_tensors(first)
-        policy = trainer._score_rows(trainer.model, first)[0]
+    again = Rollout.from_batch(first)
+    trainer.score_rollout(again)
+    reference, policy = again.ref_per_token_logps, again.old_per_token_logps
     torch.testing.assert_close(reference[mask], first["ref_per_token_logps"][mask], atol=1e-5, rtol=1e-5)
     assert (policy - reference)[mask].abs().max() > 1e-3
     trained = {name for name, p in model.named_parameters() if p.requires_grad and "lora_" in name}
@@ -366,9 +363,15 @@ def test_presets_are_what_their_papers_say(tmp_path):
 
 
 def test_dr_grpo_does_not_divide_by_the_deviation(tmp_path):
-    trainer = build(tmp_path, preset="dr_grpo", beta=0.0)
+    seen = []
+
+    def record(completions, **columns):
+        seen.append(letters(completions))
+        return seen[-1]
+
+    trainer = build(tmp_path, preset="dr_grpo", beta=0.0, reward=record)
     batch = rollout(trainer)
-    rewards = trainer._rewards.view(-1, 2)
+    rewards = torch.tensor(seen[-1]).view(-1, 2)
     torch.testing.assert_close(batch["advantages"].view(-1, 2), rewards - rewards.mean(dim=1, keepdim=True))
 
 

@@ -10,6 +10,7 @@ from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
 from latent_trl.data.collator import LatentActionDataCollator, RowError
+from latent_trl.trainer.rollout import anchor as anchor_module
 from latent_trl.trainer.rollout.anchor import PolicyAnchor
 
 COMMON = {
@@ -31,11 +32,11 @@ def many_letters(completions, **columns):
     return [float(len(set(completion))) for completion in completions]
 
 
-def build(folder, rows=None, **options):
+def build(folder, rows=None, count=20, **options):
     model, tiny = latent("llama", latent_config(use_projector=False))
     args = LatentActionGRPOConfig(str(folder), **{**COMMON, **options})
     return LatentActionGRPOTrainer(
-        model, many_letters, args, train_dataset=prompts(20), processing_class=tiny.processor, anchor_dataset=rows
+        model, many_letters, args, train_dataset=prompts(count), processing_class=tiny.processor, anchor_dataset=rows
     )
 
 
@@ -45,12 +46,13 @@ def anchor_of(rows, count, name="llava", seed=0):
     return model, PolicyAnchor(copy.deepcopy(model.policy), rows, collate, count, seed)
 
 
-def test_long_conversations_lose_turns(tmp_path):
+def test_long_conversations_lose_turns(tmp_path, monkeypatch):
     turn = [{"role": "user", "content": "what is it"}, {"role": "assistant", "content": "a red circle"}]
     rows = [{"messages": turn * 6}]
     whole = build(tmp_path / "whole", rows, anchor_coef=1.0).anchor.batch(0, 0)["input_ids"]
     limit = whole.shape[1] // 2
-    cut = build(tmp_path / "cut", rows, anchor_coef=1.0, anchor_max_length=limit).anchor.batch(0, 0)["input_ids"]
+    monkeypatch.setattr(anchor_module, "MAX_LENGTH", limit)
+    cut = build(tmp_path / "cut", rows, anchor_coef=1.0).anchor.batch(0, 0)["input_ids"]
     assert 0 < cut.shape[1] <= limit
     assert torch.equal(cut[0], whole[0, : cut.shape[1]])
 
@@ -72,8 +74,8 @@ def test_images_are_read_below_the_named_folder_alone(tmp_path):
         )
         return trainer.anchor.batch(0, 0)
 
-    assert batch(anchor_image_root=str(tmp_path))["has_image"].tolist() == [True]
-    with pytest.raises(RowError, match="`anchor_dataset`.*`anchor_image_root`: Row 0"):
+    assert batch(image_root=str(tmp_path))["has_image"].tolist() == [True]
+    with pytest.raises(RowError, match="`anchor_dataset`.*`image_root`"):
         batch()
 
 
@@ -96,7 +98,8 @@ def test_divergence_by_hand(rows):
             p, q = before[place - 1].softmax(-1), now[place - 1].softmax(-1)
             kls.append(sum(a * (a / b).log() for a, b in zip(p, q)).item())
     assert sum(kls) / len(kls) > 0.001
-    assert anchor.divergence(model, batch).item() == pytest.approx(sum(kls) / len(kls), rel=1e-3)
+    assert anchor.count(batch) == len(kls)
+    assert anchor.divergence(model, batch).item() == pytest.approx(sum(kls), rel=1e-3)
 
 
 def test_rows_are_a_function_of_step_and_process():
@@ -123,41 +126,88 @@ def test_the_policy_moves_less_where_it_is_held(tmp_path):
     assert ends[5.0] < 0.2 * ends[1e-9]
 
 
-def test_accumulated_micro_batches_count_as_one(tmp_path, monkeypatch):
-    """The term's gradient does not grow with the number of micro-batches of an update."""
-    rows = text_rows()
-    gradients = {}
-    for micro in (1, 4):
-        trainer = build(
-            tmp_path / str(micro),
-            rows,
-            anchor_coef=1.0,
-            anchor_batch_size=len(rows),
-            max_steps=1,
-            per_device_train_batch_size=8 // micro,
-            gradient_accumulation_steps=micro,
-            max_grad_norm=0.0,
-        )
-        # Nothing but the term, away from its minimum.
-        monkeypatch.setattr(trainer, "reward_funcs", [lambda completions, **columns: [0.0] * len(completions)])
-        torch.manual_seed(0)
-        with torch.no_grad():
-            for parameter in trainer.anchor.reference.parameters():
-                parameter.add_(0.1 * torch.randn_like(parameter))
-        seen = {}
-        step = trainer.create_optimizer().step
+def unlike_rows(count: int) -> list[dict]:
+    """Conversations whose answers have very different lengths, so that means of means are not the mean."""
+    return [
+        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ab " * (1 + 7 * (i % 3))}]}
+        for i in range(count)
+    ]
 
-        def record(*args, seen=seen, trainer=trainer, step=step, **kwargs):
-            seen.update({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
-            return step(*args, **kwargs)
 
-        trainer.optimizer.step = record
-        trainer.train()
-        gradients[micro] = seen
-    assert gradients[1].keys() == gradients[4].keys() and len(gradients[1]) > 3
-    assert any(gradient.abs().max() > 1e-4 for gradient in gradients[1].values())
-    for name, gradient in gradients[1].items():
-        torch.testing.assert_close(gradients[4][name], gradient, rtol=1e-3, atol=1e-6)
+def update_of(folder, rows, steps: int = 1, **options):
+    """The gradients that the anchor alone gives in each update, away from its minimum, and the rows that it drew."""
+    trainer = build(
+        folder, rows, anchor_coef=1.0, max_steps=steps, max_grad_norm=0.0, learning_rate=0.0, **options
+    )
+    # Nothing but the term.
+    trainer.rewards.caller._functions = [lambda completions, **columns: [0.0] * len(completions)]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in trainer.anchor.reference.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    updates, drawn = [], []
+    step, batch = trainer.create_optimizer().step, trainer.anchor.batch
+
+    def record(*args, **kwargs):
+        updates.append({n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None})
+        return step(*args, **kwargs)
+
+    def record_batch(*args):
+        drawn.append(batch(*args))
+        return drawn[-1]
+
+    trainer.optimizer.step = record
+    trainer.anchor.batch = record_batch
+    trainer.train()
+    return trainer, updates, drawn
+
+
+def exact_gradient(trainer, batches) -> dict[str, torch.Tensor]:
+    """Of the mean over the tokens of all batches, each row by itself."""
+    trainer.model.zero_grad()
+    anchor, total, tokens = trainer.anchor, 0.0, 0
+    for batch in batches:
+        total = total + anchor.divergence(trainer.model, batch)
+        tokens += anchor.count(batch)
+    (total / tokens).backward()
+    return {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def assert_same_gradients(found, wanted):
+    assert found.keys() == wanted.keys() and len(wanted) > 3
+    assert any(gradient.abs().max() > 1e-4 for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("micro", [1, 4])
+def test_the_term_is_the_mean_over_the_tokens_of_an_update(tmp_path, monkeypatch, micro):
+    """However many micro-batches it has, and however unlike their answers are."""
+    monkeypatch.setattr(anchor_module, "BATCH_SIZE", 3)
+    options = {"per_device_train_batch_size": 8 // micro, "gradient_accumulation_steps": micro}
+    trainer, (update,), drawn = update_of(tmp_path, unlike_rows(24), **options)
+    assert len(drawn) == micro
+    if micro > 1:
+        assert len({trainer.anchor.count(batch) for batch in drawn}) > 1
+    assert_same_gradients(update, exact_gradient(trainer, drawn))
+
+
+def test_an_incomplete_last_window_is_a_mean_too(tmp_path, monkeypatch):
+    """Six micro-batches an epoch in windows of four: the last update of an epoch has two."""
+    monkeypatch.setattr(anchor_module, "BATCH_SIZE", 3)
+    trainer, updates, drawn = update_of(
+        tmp_path,
+        unlike_rows(24),
+        steps=2,
+        per_device_train_batch_size=8,
+        num_generations=4,
+        gradient_accumulation_steps=4,
+        generation_batch_size=8,
+        count=12,
+    )
+    assert len(updates) == 2 and len(drawn) == 6
+    assert_same_gradients(updates[0], exact_gradient(trainer, drawn[:4]))
+    assert_same_gradients(updates[1], exact_gradient(trainer, drawn[4:]))
 
 
 def test_what_does_not_come_together_is_refused(tmp_path):

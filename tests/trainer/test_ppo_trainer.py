@@ -8,6 +8,7 @@ from rl_models import prompts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionModel, LatentActionPPOConfig, LatentActionPPOTrainer
+from latent_trl.trainer.rollout.rollout import Rollout
 
 COMMON = {
     "use_cpu": True,
@@ -58,7 +59,8 @@ def test_loss_is_the_plain_sums(tmp_path, kl_in):
             if parameter.requires_grad:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     loss = trainer._compute_loss(trainer.model, batch).item()
-    log_probs, values = trainer._scored.log_probs.double(), trainer._scored.state_values.double()
+    scored = trainer.score(trainer.model, Rollout.from_batch(batch))
+    log_probs, values = scored.log_probs.double(), scored.values.double()
     old, ref = batch["old_per_token_logps"].double(), batch["ref_per_token_logps"].double()
     total, count = 0.0, 0
     for row in range(len(values)):

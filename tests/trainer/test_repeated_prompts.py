@@ -1,17 +1,17 @@
-"""A prompt is encoded and scored once for its whole group, and nothing but the cost depends on it."""
+"""A prompt is processed, encoded and scored once for its whole group, and nothing but the cost depends on it."""
 
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from latent_trl.trainer.rollout.repeated_prompts import copies_of_each, same_prompt
-from test_grpo_rollouts import build, image, rollout, rows
+from test_grpo_rollouts import build, rollout, rows
 from transformers import FalconConfig
 
 from latent_trl.models.policy import LatentActionPolicy
-from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
-from latent_trl.trainer.rollout import scoring as code_scoring
+from latent_trl.trainer.grpo import trainer as grpo_trainer_module
+from latent_trl.trainer.rollout import groups as groups_module
+from latent_trl.trainer.rollout.prompts import groups_of
+from latent_trl.trainer.rollout.rollout import Rollout
 
 
 def record_rows(trainer) -> list[int]:
@@ -27,14 +27,12 @@ def both_ways(tmp_path, monkeypatch, training: bool, picks, **options):
     """Batches of one trainer with prompts encoded once, and of its twin with each row encoded; forced codes."""
     results = []
     codes = torch.randint(16, (len(picks), 5), generator=torch.Generator().manual_seed(5))
-    codes[0, 3] = -1  # free: the most likely code in evaluation
     for once in (True, False):
         if not once:
-            monkeypatch.setattr(latent_action_grpo_trainer, "copies_of_each", lambda prompts: 1)
+            monkeypatch.setattr(grpo_trainer_module, "groups_of", lambda rows, first, size: (rows, 1))
         trainer = build(tmp_path, **options)
         trainer.model.train(training)
-        forced = codes.clamp(min=0) if training else codes
-        trainer.model.generate = partial(trainer.model.generate, forced_action_ids=forced)
+        trainer.model.generate = partial(trainer.model.generate, forced_action_ids=codes)
         seen = record_rows(trainer)
         batch = rollout(trainer, picks)
         results.append((trainer, batch, seen[0]))
@@ -42,15 +40,14 @@ def both_ways(tmp_path, monkeypatch, training: bool, picks, **options):
 
 
 def check_equal(one: dict, other: dict) -> None:
-    one = {name: value for name, value in one.items() if name != "prompt_index"}
+    # Which rows share a prompt, and the prompts as they were encoded, differ by design.
     assert one.keys() == other.keys()
-    for name, value in one.items():
+    for name in one.keys() - {"prompt_index", "prompts"}:
+        value = one[name]
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             torch.testing.assert_close(value, other[name], atol=2e-5, rtol=2e-5)
-        elif isinstance(value, torch.Tensor):
-            assert torch.equal(value, other[name]), name
         else:
-            assert value == other[name], name
+            assert torch.equal(value, other[name]), name
 
 
 def check_gradients(model, other, losses) -> None:
@@ -73,9 +70,9 @@ def test_groups_encoded_once_are_as_rows_encoded_alone(tmp_path, monkeypatch, fa
     # Idefics 3 takes no batch in which some rows have no image.
     data = rows((1, 1, 2, 1)) if family == "idefics3" else rows()
     picks = (0, 0, 1, 1, 2, 2, 3, 3)
-    (trainer, one, seen), (plain, other, plain_seen) = both_ways(
-        tmp_path, monkeypatch, training, picks, kind=kind, family=family, data=data, reuse_context_states=reuse
-    )
+    options = {"kind": kind, "family": family, "data": data, "reuse_context_states": reuse}
+    options |= {"num_generations": 2, "num_generations_eval": 2, "eval_action_do_sample": True}
+    (trainer, one, seen), (plain, other, plain_seen) = both_ways(tmp_path, monkeypatch, training, picks, **options)
     assert (seen, plain_seen) == (4, 8)
     check_equal(one, other)
     if training:
@@ -101,7 +98,7 @@ def test_recorded_scores_are_those_of_a_full_pass_of_each_row(tmp_path):
 @pytest.mark.parametrize("kind", ["grpo", "ppo"])
 def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, monkeypatch, kind, family, packed, attention):
     """Micro-batches hold parts of groups in any order; sliding windows and padding included."""
-    monkeypatch.setattr(code_scoring, "launches_dominate", lambda device, length: packed)
+    monkeypatch.setattr(groups_module, "launches_dominate", lambda device, length: packed)
     data = rows() if family in ("llava", "qwen2_5_vl") else rows(())
     trainer = build(tmp_path, kind, family, data=data)
     batch = rollout(trainer, (0, 0, 1, 1, 2, 2, 3, 3))
@@ -114,16 +111,18 @@ def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, monkeypat
     decoder.set_attn_implementation(attention)
     with torch.no_grad():
         trainer.model.policy.head.weight.mul_(1.2)
-    results = []
-    seen = []
+    results, seen = [], []
     trainer.model.policy.decoder_stack.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:2]))
-    for inputs in (part, {k: v for k, v in part.items() if k != "prompt_index"}):
+    for inputs in (part, {**part, "prompt_index": torch.arange(len(picks))}):
         seen.clear()
         trainer.model.zero_grad()
         loss = trainer._compute_loss(trainer.model, inputs)
         loss.backward()
         gradients = [p.grad.clone() for p in trainer.model.parameters() if p.grad is not None]
-        results.append((loss, trainer._scored.log_probs, trainer._scored.entropy, gradients, [x[0] for x in seen]))
+        passes = [shape[0] for shape in seen]
+        with torch.no_grad():
+            scored = trainer.score(trainer.model, Rollout.from_batch(inputs))
+        results.append((loss, scored.log_probs, scored.entropies, gradients, passes))
     (*one, rows_of_prompts), (*other, all_rows) = results
     # Windows slide over what stands together: they are not packed.
     assert rows_of_prompts == ([3] if packed and family not in ("mistral", "gemma2") else [3, 5])
@@ -134,22 +133,22 @@ def test_shuffled_and_broken_groups_are_scored_as_rows_alone(tmp_path, monkeypat
 
 @pytest.mark.parametrize("alibi", [False, True])
 def test_positions_by_place_are_not_packed(monkeypatch, alibi):
-    monkeypatch.setattr(code_scoring, "launches_dominate", lambda device, length: True)
+    monkeypatch.setattr(groups_module, "launches_dominate", lambda device, length: True)
     torch.manual_seed(0)
     config = FalconConfig(vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=alibi)
     policy = LatentActionPolicy(config, hidden_size=32, num_codes=8)
     policy.head.weight.data.mul_(50)
     states = torch.cat([torch.randn(1, 5, 32).expand(3, -1, -1), torch.randn(3, 4, 32)], dim=1)
     mask = torch.ones(3, 9, dtype=torch.long)
-    logits, _ = code_scoring.policy_over_groups(policy, states, mask, None, torch.tensor([4, 4, 4]), length=5)
+    logits, _ = groups_module.policy_over_groups(policy, states, mask, None, torch.tensor([4, 4, 4]), length=5)
     torch.testing.assert_close(logits, policy(states, mask, keep_last=5), atol=1e-5, rtol=1e-5)
     assert logits.std() > 0.5
 
 
 def test_packing_is_for_accelerators_and_short_texts():
-    assert not code_scoring.launches_dominate(torch.device("cpu"), 10)
-    assert code_scoring.launches_dominate(torch.device("cuda"), code_scoring.PACKED_STATES)
-    assert not code_scoring.launches_dominate(torch.device("cuda"), code_scoring.PACKED_STATES + 1)
+    assert not groups_module.launches_dominate(torch.device("cpu"), 10)
+    assert groups_module.launches_dominate(torch.device("cuda"), groups_module.PACKED_STATES)
+    assert not groups_module.launches_dominate(torch.device("cuda"), groups_module.PACKED_STATES + 1)
 
 
 def test_gradient_checkpointing_scores_rows_alone(tmp_path):
@@ -161,32 +160,75 @@ def test_gradient_checkpointing_scores_rows_alone(tmp_path):
 
 
 def test_evaluation_has_group_sizes_of_its_own(tmp_path, monkeypatch):
-    for picks, rows_seen in (((0, 0, 0, 2, 2, 2), 2), ((0, 0, 1, 1, 1, 1), 3), ((0, 1, 2, 3), 4), ((0, 0, 0, 1), 4)):
-        size = {2: 3, 3: 2, 4: 1}[rows_seen]
+    for picks, size, rows_seen in (((0, 0, 0, 2, 2, 2), 3, 2), ((0, 0, 1, 1, 1, 1), 2, 3), ((0, 1, 2, 3), 1, 4)):
         options = {"num_generations_eval": size, "per_device_eval_batch_size": len(picks)}
         with monkeypatch.context() as patch:
-            (_, one, seen), (_, other, _) = both_ways(tmp_path, patch, False, picks, **options)
+            (_, one, seen), (_, other, _) = both_ways(tmp_path, patch, False, picks, eval_action_do_sample=True, **options)
         assert seen == rows_seen
         check_equal(one, other)
 
 
-def test_copies_of_each():
-    first, second = [[{"role": "user", "content": text}] for text in ("one", "two")]
-    assert copies_of_each([first] * 3 + [second] * 3) == 3
-    assert copies_of_each([first] * 4 + [second] * 2) == 2
-    assert copies_of_each([first, second, first, second]) == 1
-    assert copies_of_each([first] * 2 + [second]) == 1
-    assert copies_of_each([first]) == 1
+def test_rows_of_a_batch_are_groups_by_their_places():
+    first, second, third = ({"prompt": text} for text in "abc")
+    assert groups_of([first] * 3 + [second] * 3, 0, 3) == ([first, second], 3)
+    assert groups_of([first, second, third], 0, 1) == ([first, second, third], 1)
+    # Two groups of one prompt are two groups.
+    parts, copies = groups_of([first] * 4, 0, 2)
+    assert (len(parts), copies) == (2, 2)
+    # The second of two processes of 3 rows, with groups of 2: the first row is the end of a group that began on the
+    # first process; parts of 1 and 2 rows are answered one at a time.
+    parts, copies = groups_of([second, third, third], 3, 2)
+    assert parts == [second, third, third] and copies == 1
+    # A group of 4 over two processes of 2 rows.
+    assert groups_of([first] * 2, 2, 4) == ([first], 2)
 
 
-def test_prompts_are_told_apart_by_their_images():
-    def prompt(picture):
-        return [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "what"}]}]
+def count_calls(trainer) -> dict[str, list]:
+    """What the processor makes from now on: images of each call of the image processor, texts of the tokenizer."""
+    processor = trainer.processing_class
+    seen = {"pictures": [], "texts": []}
+    image_type, tokenizer_type = type(processor.image_processor), type(processor.tokenizer)
 
-    assert same_prompt(prompt(image(1)), prompt(image(1)))
-    assert not same_prompt(prompt(image(1)), prompt(image(2)))
-    assert not same_prompt(prompt(image(1)), prompt(image(1).resize((8, 8))))
-    assert not same_prompt(prompt(image(1)), prompt("path.png"))
-    # Arrays are not compared: such prompts are encoded row by row.
-    pixels = np.zeros((2, 2, 3))
-    assert same_prompt(prompt(pixels), prompt(pixels)) and not same_prompt(prompt(pixels), prompt(pixels.copy()))
+    class CountingImages(image_type):
+        def __call__(self, images, *args, **kwargs):
+            seen["pictures"].append(_count(images))
+            return super().__call__(images, *args, **kwargs)
+
+    class CountingTexts(tokenizer_type):
+        def __call__(self, text, *args, **kwargs):
+            seen["texts"].append(1 if isinstance(text, str) else len(text))
+            return super().__call__(text, *args, **kwargs)
+
+    processor.image_processor.__class__ = CountingImages
+    processor.tokenizer.__class__ = CountingTexts
+    return seen
+
+
+def _count(images) -> int:
+    return sum(map(_count, images)) if isinstance(images, (list, tuple)) else 1
+
+
+@pytest.mark.parametrize("reuse", [True, False], ids=["states", "full passes"])
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_pictures_and_texts_are_processed_once_for_all_copies(tmp_path, family, reuse):
+    """Over rollouts, updates and evaluations of a run: G copies cost the processor what one does."""
+    data = rows((1, 2, 1, 2))
+    trainer = build(
+        tmp_path,
+        family=family,
+        data=data,
+        num_generations=4,
+        per_device_train_batch_size=8,
+        per_device_eval_batch_size=4,
+        reuse_context_states=reuse,
+        max_steps=2,
+        num_iterations=1,
+        eval_strategy="steps",
+        eval_steps=2,
+    )
+    seen = count_calls(trainer)
+    trainer.train()
+    # Two rollouts of two prompts each see every row once, and so does the evaluation: 6 pictures each. A text is
+    # tokenized by itself, and with its pictures.
+    assert sum(seen["pictures"]) == 12
+    assert sum(seen["texts"]) == 16

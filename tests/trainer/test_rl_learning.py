@@ -9,6 +9,8 @@ from latent_trl import (
     LatentActionGRPOTrainer,
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
+    LatentActionRLOOConfig,
+    LatentActionRLOOTrainer,
 )
 from latent_trl.trainer.rollout.rollout import Rollout
 
@@ -35,6 +37,9 @@ def share_of_optimum(folder, method: str, trainer_class=None, **options) -> floa
     if method == "ppo":
         config, trainer_class = LatentActionPPOConfig, trainer_class or LatentActionPPOTrainer
         options = {**COMMON, **PPO, **options}
+    elif method == "rloo":
+        config, trainer_class = LatentActionRLOOConfig, trainer_class or LatentActionRLOOTrainer
+        options = {**COMMON, **GRPO, **options}
     else:
         config, trainer_class = LatentActionGRPOConfig, trainer_class or LatentActionGRPOTrainer
         options = {**COMMON, **GRPO, "preset": method, **options}
@@ -52,7 +57,7 @@ def share_of_optimum(folder, method: str, trainer_class=None, **options) -> floa
     return sum(last) / len(last) / OPTIMUM
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo", "bnpo", "dr_grpo", "dapo"])
 def test_known_optimum_is_reached_within_five_percent(method, tmp_path):
     assert share_of_optimum(tmp_path, method) >= 0.95
 
@@ -79,21 +84,27 @@ def wrong_sign(trainer_class):
     return WrongSign
 
 
-@pytest.mark.parametrize("method", ["ppo", "grpo"])
+@pytest.mark.slow
+@pytest.mark.parametrize("estimator", ["rloo", "reinforce++"])
+def test_other_advantages_learn(estimator, tmp_path):
+    assert share_of_optimum(tmp_path, None, advantage_estimator=estimator) >= 0.9
+
+
+@pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
 def test_mutation_wrong_sign_is_caught(method, tmp_path):
-    trainer_class = LatentActionPPOTrainer if method == "ppo" else LatentActionGRPOTrainer
+    trainer_class = {"ppo": LatentActionPPOTrainer, "rloo": LatentActionRLOOTrainer}.get(method, LatentActionGRPOTrainer)
     assert share_of_optimum(tmp_path, method, wrong_sign(trainer_class), max_steps=60) < 0.5
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])
 @pytest.mark.parametrize("shift", [1, -1], ids=["late", "early"])
 def test_mutation_off_by_one_alignment_is_caught(method, shift, tmp_path, monkeypatch):
-    padded = Rollout.padded.__func__
+    built = Rollout.of.__func__
 
     def shifted(cls, *args, **kwargs):
-        rollout = padded(cls, *args, **kwargs)
+        rollout = built(cls, *args, **kwargs)
         rollout.action_ids = torch.roll(rollout.action_ids, shift, dims=1)
         return rollout
 
-    monkeypatch.setattr(Rollout, "padded", classmethod(shifted))
+    monkeypatch.setattr(Rollout, "of", classmethod(shifted))
     assert share_of_optimum(tmp_path, method, max_steps=100) < 0.8

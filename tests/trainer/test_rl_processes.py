@@ -41,7 +41,6 @@ def train(kind: str, folder: str, rows: int, generations: int, steps: int, resum
         "max_steps": steps,
         "disable_tqdm": True,
         "anchor_coef": 0.5,
-        "anchor_batch_size": 2,
     }
     if kind == "ppo":
         trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(folder, **options)

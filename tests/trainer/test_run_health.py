@@ -15,7 +15,9 @@ from latent_trl import (
     LatentActionSFTConfig,
     LatentActionSpaceConfig,
 )
+from latent_trl.trainer.run import health as health_module
 from latent_trl.trainer.run.health import MOST_CONSTANT, MOST_SKIPPED, CollapseError, RunHealth
+from latent_trl.trainer.space import trainer as space_trainer_module
 
 CONFIGS = (LatentActionSpaceConfig, LatentActionSFTConfig, LatentActionGRPOConfig, LatentActionPPOConfig)
 SOME = [pytest.param(kind, marks=[] if kind in ("sft", "ppo") else pytest.mark.slow) for kind in KINDS]
@@ -210,18 +212,20 @@ def test_a_policy_without_entropy_is_named(kind, tmp_path, caplog):
     assert "Raise `action_temperature`" in warnings(caplog)
 
 
-def test_codes_that_collapse_in_rollouts(tmp_path, caplog):
-    start("grpo", tmp_path, min_perplexity=16.5).train()
+def test_codes_that_collapse_in_rollouts(tmp_path, caplog, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(health_module, "MIN_PERPLEXITY", 16.5)
+        start("grpo", tmp_path).train()
     assert "collapse: at step 1, the codes of rollouts have perplexity" in warnings(caplog)
     caplog.clear()
     start("grpo", tmp_path).train()
     assert "alarm" not in warnings(caplog)
 
 
-def test_learning_stops_at_a_collapsed_codebook_when_asked(tmp_path):
-    options = {"min_perplexity": 16.5, "logging_steps": 2}
+def test_learning_stops_at_a_collapsed_codebook_when_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(space_trainer_module, "MIN_PERPLEXITY", 16.5)
     with pytest.raises(CollapseError, match="alarm, .*`on_collapse='stop'`"):
-        start("space", tmp_path / "stop", 24, on_collapse="stop", **options).train()
+        start("space", tmp_path / "stop", 24, on_collapse="stop", logging_steps=2).train()
 
 
 def test_what_was_noticed_is_kept_over_a_resumption():

@@ -55,14 +55,13 @@ def grpo_advantages(rewards: torch.Tensor, group_size: int, scale: str = "group"
 def rloo_advantages(rewards: torch.Tensor, group_size: int, scale: str = "none") -> torch.Tensor:
     """
     RLOO ([Ahmadian et al.](https://huggingface.co/papers/2402.14740), equation 8): the reward less the mean of the
-    others of its group. Arguments as of [`grpo_advantages`]; `scale="batch"` whitens over the batch.
+    others of its group; NaN where there are none. Arguments as of [`grpo_advantages`]; `scale="batch"` whitens over the
+    batch.
     """
     groups = rewards.view(-1, group_size)
-    counted = ~groups.isnan()
-    others = counted.sum(dim=1, keepdim=True) - counted.long()
-    baseline = (groups.nansum(dim=1, keepdim=True) - groups.nan_to_num(0.0)) / others.clamp(min=1)
-    # A completion without siblings has nothing to be compared with.
-    advantages = torch.where(others > 0, groups - baseline, torch.where(counted, 0.0, torch.nan)).flatten()
+    others = (~groups.isnan()).sum(dim=1, keepdim=True) - 1
+    # A completion without siblings has nothing to be compared with: 0 / 0.
+    advantages = (groups - (groups.nansum(dim=1, keepdim=True) - groups) / others).flatten()
     if scale == "batch":
         advantages = (advantages - advantages.nanmean()) / (nan_std(advantages) + STD_EPS)
     return advantages

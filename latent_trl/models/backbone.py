@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,10 +18,11 @@ VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
 
 @dataclass
 class DecoderCall:
-    """One call of the text model: its final states `[B, L, d]`, and the positions that it was given."""
+    """One call of the text model: its final states `[B, L, d]`, the positions it was given, and an auxiliary loss."""
 
     states: torch.Tensor
     position_ids: torch.Tensor | None
+    aux_loss: torch.Tensor | None = None
 
 
 class _HeadInput(BaseModelOutputWithPast):
@@ -194,6 +195,7 @@ class Backbone:
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None,
         completion_mask: torch.Tensor | None = None,
+        with_aux_loss: bool = False,
         **inputs,
     ) -> DecoderCall:
         """
@@ -207,6 +209,8 @@ class Backbone:
             attention_mask (`torch.Tensor`, *optional*): `[B, L]`.
             completion_mask (`torch.Tensor`, *optional*): `[B, L]`, what is no prompt to be read both ways. Zeros of
                 `token_type_ids` there become what `generate` gives to a generated token.
+            with_aux_loss (`bool`, defaults to `False`): Also compute the load-balancing loss of a mixture of experts,
+                for which the head is run on the last position.
             inputs: Further inputs of the model, such as `pixel_values`, or `position_ids` to impose.
         """
         types = inputs.get("token_type_ids")
@@ -216,8 +220,12 @@ class Backbone:
             attention_mask = torch.ones_like(input_ids)
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = self.positions(input_ids, attention_mask, **inputs)
+        shared = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
         with self.record() as calls:
-            self.base(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs)
+            if with_aux_loss:
+                aux_loss = self.model(**shared, output_router_logits=True, logits_to_keep=1).aux_loss
+                return replace(calls[-1], aux_loss=aux_loss)
+            self.base(**shared)
         return calls[-1]
 
     @cached_property

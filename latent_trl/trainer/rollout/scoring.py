@@ -86,9 +86,8 @@ def encode(
         # A backbone may read a prompt both ways: a completion is read forward alone.
         inputs["completion_mask"] = torch.ones_like(ids)
         inputs["completion_mask"][:, :width] = 0
-    if aux_loss:
-        return model.encode_with_aux_loss(ids, mask, **inputs)
-    return *model.encode(ids, mask, **inputs), None
+    call = model.backbone_view.encode(ids, mask, with_aux_loss=aux_loss, **inputs)
+    return model.context_states(call.states, model.has_image(ids)), call.position_ids, call.aux_loss
 
 
 def score(

@@ -37,8 +37,6 @@ class ActionChoice:
     sampler: ArithmeticSampler | None = field(init=False, default=None)
 
     def __post_init__(self):
-        if self.group_size is None:
-            self.group_size = self.copies
         # Looked at once: to read a tensor's value at each token would make the device wait for the host.
         if self.bias is not None and torch.isneginf(self.bias).any():
             self.allowed = ~torch.isneginf(self.bias)
@@ -58,7 +56,7 @@ class ActionChoice:
             wanted = self.forced[:, step].to(log_probs.device)
         if not self.do_sample:
             action_ids = log_probs.argmax(dim=-1)
-        elif self.arithmetic and self.group_size > 1:
+        elif self.arithmetic and (self.group_size or self.copies) > 1:
             action_ids = self._draw_together(log_probs.exp(), wanted)
         else:
             action_ids = self._draw(log_probs.exp())
@@ -76,7 +74,7 @@ class ActionChoice:
 
     def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
         """Codes `[B]` of an arithmetic code, as long as samples of a group can still say the same."""
-        prompts, size = len(probs) // self.copies, self.group_size
+        prompts, size = len(probs) // self.copies, self.group_size or self.copies
         groups = len(probs) // size
 
         def by_row(of_groups: torch.Tensor) -> torch.Tensor:

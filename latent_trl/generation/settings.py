@@ -12,7 +12,7 @@ from .arithmetic_sampling import ACTION_SAMPLING
 
 logger = logging.get_logger(__name__)
 
-ACTION_DEFAULTS = {
+ACTION_DEFAULTS: dict[str, Any] = {
     "action_do_sample": True,
     "action_temperature": 1.0,
     "action_top_k": 0,
@@ -210,7 +210,7 @@ def settled_choice(config: GenerationConfig, given: Mapping[str, Any], copies: i
     Raises:
         ValueError: For a way of sampling that is none, or a group that is no part of a prompt's samples.
     """
-    settings = {}
+    settings: dict[str, Any] = {}
     for name, default in ACTION_DEFAULTS.items():
         value = getattr(config, name, None) if given[name] is None else given[name]
         settings[name] = default if value is None else value

@@ -35,8 +35,10 @@ def train(kind: str, folder: str, rows: int, options: dict) -> None:
     torch.save(result, Path(folder) / f"result_{trainer.accelerator.process_index}.pt")
 
 
-def compare(kind: str, folder: Path, **options) -> None:
-    debug_launcher(train, (kind, str(folder / "two"), 2, options), num_processes=2)
+def compare(kind: str, folder: Path, batches: int = 1, **options) -> None:
+    """Updates of 4 rows, on two processes in so many `batches` each, and on one in a single batch."""
+    two_options = {"gradient_accumulation_steps": batches, **options}
+    debug_launcher(train, (kind, str(folder / "two"), 2 // batches, two_options), num_processes=2)
     one, two = folder / "one", folder / "two"
     debug_launcher(train, (kind, str(one), 4, options), num_processes=1)
     expected = torch.load(one / "result_0.pt", weights_only=True)
@@ -56,6 +58,13 @@ def compare(kind: str, folder: Path, **options) -> None:
 def test_learning_on_two_processes_is_learning_on_one(tmp_path):
     """A batch without any image on one process among them: nobody waits for it."""
     compare("space", tmp_path)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, options", [("space", {"coverage_coef": 0.2}), ("sft", {})])
+def test_accumulated_batches_on_two_processes_are_one_batch_on_one(kind, options, tmp_path):
+    compare(kind, tmp_path, batches=2, **options)
 
 
 @pytest.mark.distributed
@@ -88,8 +97,8 @@ def fail_on_one_rank(folder: str) -> None:
             objective_class(trainer, stage)
             call = trainer.objective.__call__
 
-            def poisoned(model, batch):
-                return call(model, batch) * (float("nan") if trainer.state.global_step == 2 else 1.0)
+            def poisoned(model, batch, update=None):
+                return call(model, batch, update) * (float("nan") if trainer.state.global_step == 2 else 1.0)
 
             trainer.objective = _Wrapped(trainer.objective, poisoned)
 
@@ -110,8 +119,8 @@ class _Wrapped:
     def __setattr__(self, name, value):
         setattr(self.objective, name, value)
 
-    def __call__(self, model, batch):
-        return self.call(model, batch)
+    def __call__(self, model, batch, update=None):
+        return self.call(model, batch, update)
 
 
 @pytest.mark.distributed

@@ -8,13 +8,14 @@ import torch
 
 from ..generation.answers import end_tokens
 from ..generation.output import LatentActionGenerateOutput, trunk_positions
+from ..generation.settings import EXPLICIT_SETTINGS
 from ..models.latent_action_model import LatentActionModel
 from .candidates import Candidate, candidates_of, encoded, refuse
 
 # What decides itself which answers there are, and is not passed on to `generate`.
 OWN_SETTINGS = (
     *("num_return_sequences", "forced_action_ids", "action_do_sample", "action_temperature", "action_top_k"),
-    *("action_top_p", "action_sampling", "action_generator"),
+    *("action_top_p", "action_sampling", "action_group_size", "action_generator"),
 )
 # What leaves each code the token that it has without it. The tree tells the tokens of its branches beforehand, and
 # cannot know what processors of the logits or other ends of an answer make of them.
@@ -162,7 +163,7 @@ def _tree_settings(generate_kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _asks_for_nothing(name: str, value: Any) -> bool:
-    return value in (None, False, 0, []) or (name == "repetition_penalty" and value == 1)
+    return value is None or value in EXPLICIT_SETTINGS.get(name, ())
 
 
 def _merged(tokens: list[int], codes: list[int], log_probs: list[float]) -> list[NextToken]:

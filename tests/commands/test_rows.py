@@ -123,7 +123,7 @@ def no_hub(monkeypatch):
 
     for name in ("hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(huggingface_hub, name, asked)
-    monkeypatch.setattr("latent_trl.models.download.snapshot_download", asked)
+    monkeypatch.setattr("latent_trl.checkpoint.download.snapshot_download", asked)
 
 
 @pytest.mark.parametrize(

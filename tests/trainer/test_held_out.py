@@ -13,7 +13,7 @@ from test_update_means import paired, texts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionSpaceConfig
-from latent_trl.models.component import read_tensors
+from latent_trl.checkpoint.files import read_tensors
 from latent_trl.trainer.sft.trainer import guided_loss
 from latent_trl.trainer.space.evaluation import HELD_OUT_FIGURES, MEASURED, HeldOutFigures
 from latent_trl.trainer.space.observation import observe

@@ -78,7 +78,8 @@ class DemoResult:
 
 def find_folder(relative: Path) -> Path:
     """A folder of the repository, looked for in the current directory and beside the package."""
-    for root in (Path.cwd(), Path(__file__).resolve().parents[2]):
+    # In a clone the name stays the one that checkpoints were written with.
+    for root in (Path(), Path(__file__).resolve().parents[2]):
         if (root / relative).is_dir():
             return root / relative
     raise FileNotFoundError(

@@ -18,9 +18,8 @@ def a_result() -> DemoResult:
     result.reward = {"before RL": 0.5, "after RL": 0.75}
     result.reward_by_kind = {when: {"colour": value} for when, value in result.reward.items()}
     for stage, ce in (("inverse_dynamics", 0.1), ("joint", 3.0)):
-        result.space_history += [
-            {"stage": stage, "step": 100 * n, "world_model/ce": ce + 0.01 * n} for n in range(1, 4)
-        ]
+        rows = [{"stage": stage, "step": 100 * n, "world_model/ce": ce + 0.01 * n} for n in range(1, 4)]
+        result.space_history += rows
     result.rl_history = [{"step": n, "reward": 0.5 + 0.1 * n, "entropy": 1.0, "kl": 0.2} for n in range(3)]
     result.code_counts = [0, 3, 1, 0, 2]
     answer = [("it", 1), (" is", 2), (" red", 4)] * 4

@@ -8,9 +8,9 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 VOCAB_SIZE = 272
 # What a field is set to wherever it stands, in a text model or a vision tower.
 SIZES: dict[str, Any] = {
-    32: """hidden_size d_model n_embd dim embed_dim hidden_dim output_dim projection_dim out_hidden_size encoder_hidden_size
-        dim_model word_embed_proj_dim embedding_size output_hidden_size qformer_hidden_size mm_hidden_size n_embed
-        d_embed text_hidden_size lm_hidden_size attention_hidden_size decoder_hidden_size vision_hidden_size
+    32: """hidden_size d_model n_embd dim embed_dim hidden_dim output_dim projection_dim out_hidden_size
+        encoder_hidden_size dim_model word_embed_proj_dim embedding_size output_hidden_size qformer_hidden_size mm_hidden_size
+        n_embed d_embed text_hidden_size lm_hidden_size attention_hidden_size decoder_hidden_size vision_hidden_size
         intermediate_hidden_size projector_hidden_size""",
     48: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_ff dim_ff d_inner ffn_hidden_size
         intermediate_dim feed_forward_size inner_hidden_size feed_forward_hidden_size dense_intermediate_size
@@ -25,14 +25,17 @@ SIZES: dict[str, Any] = {
         num_experts n_routed_experts linear_num_value_heads image_seq_length mm_tokens_per_image linear_num_heads
         moe_num_experts num_linear_heads""",
     1: "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts num_nextn_predict_layers",
-    8: """head_dim rotary_dim qk_nope_head_dim v_head_dim kv_channels attention_head_dim attention_head_size global_head_dim
-        linear_key_head_dim linear_value_head_dim q_lora_rank kv_lora_rank sliding_window attention_window_size
-        mamba_d_head mamba_d_state ssm_state_size local_window_size swa_head_dim window_size sliding_window_size""",
+    8: """head_dim rotary_dim qk_nope_head_dim v_head_dim kv_channels attention_head_dim attention_head_size
+        global_head_dim linear_key_head_dim linear_value_head_dim q_lora_rank kv_lora_rank sliding_window
+        attention_window_size mamba_d_head mamba_d_state ssm_state_size local_window_size swa_head_dim window_size sliding_window_size""",
 }
 FIELDS = {name: value for value, names in SIZES.items() for name in names.split()}
 FIELDS |= {
     "vocab_size": VOCAB_SIZE,
     "text_vocab_size": VOCAB_SIZE,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "unpadded_vocab_size": VOCAB_SIZE,
+    "hidden_size_per_layer_input": 8,
     "max_position_embeddings": 256,
     "n_positions": 256,
     "max_seq_len": 256,
@@ -90,6 +93,8 @@ def _tiny(config_class: type[PreTrainedConfig], values: dict[str, Any], override
         out["num_hidden_layers"] = len(kept)
     if "qk_rope_head_dim" in out and "head_dim" in out:
         out["head_dim"] = out["qk_rope_head_dim"]
+    if "kv_lora_rank" in out and "num_key_value_heads" in out:
+        out["num_key_value_heads"] = out["num_attention_heads"]
     out |= overrides
     return config_class(**{k: v for k, v in out.items() if v != DROP})
 
@@ -129,7 +134,8 @@ def _tiny_value(name: str, value: Any) -> Any:
     if name.endswith(("token_id", "token_index")) and isinstance(value, int | list):
         return _special_id(name, value)
     if isinstance(value, dict) and "mrope_section" in value:
-        return {**value, "mrope_section": [2, 1, 1]}
+        whole = {"partial_rotary_factor": 1.0} if "partial_rotary_factor" in value else {}
+        return {**value, "mrope_section": [2, 1, 1], **whole}
     return value
 
 

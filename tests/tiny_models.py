@@ -461,9 +461,9 @@ def paligemma(images=IMAGES, **options) -> TinyModel:
     processor = image_only(
         "ProcessorMixin",
         transformers.SiglipImageProcessorPil(size={"height": 16, "width": 16}),
-        text_kwargs={"return_token_type_ids": True},
         replace_image_token=lambda *_, **__: "<image>" * 4,
     )
+    processor.tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
     tiny = vlm(cls, config, [IMAGE] * 4, images, lambda n: extra, processor, later_type=1)
     tiny.inputs["token_type_ids"] = torch.zeros_like(tiny.inputs["input_ids"])
     return tiny

@@ -203,8 +203,9 @@ def read_text_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrain
 
 def plain_config(text_config: PreTrainedConfig) -> PreTrainedConfig:
     """A plain decoder's configuration, of the width of `text_config` and about its number of heads."""
-    width, heads = text_config.hidden_size, text_config.num_attention_heads
-    # Rotary positions turn pairs of a head's entries.
+    width = text_config.hidden_size
+    # Not every text model has heads. Rotary positions turn pairs of a head's entries.
+    heads = getattr(text_config, "num_attention_heads", None) or max(1, width // 64)
     heads = next(n for n in range(heads, 0, -1) if width % (2 * n) == 0)
     return AutoConfig.for_model(
         PLAIN_DECODER,
@@ -234,11 +235,14 @@ def _override(config: PreTrainedConfig, overrides: dict[str, Any]) -> PreTrained
         if name not in values and not hasattr(config, name):
             raise ValueError(f"{name!r} is not a field of {type(config).__name__}; its fields are {sorted(values)}.")
         values[name] = value
+    # Lists of one entry a layer follow the count; the last ones are kept, for these layers stand nearest to the output.
+    before = config.num_hidden_layers
     layers = values[config.attribute_map.get("num_hidden_layers", "num_hidden_layers")]
-    # Per-layer lists follow the layer count; the last layers' kinds are kept, for these stand nearest to the output.
-    kinds = values.get("layer_types")
-    if isinstance(kinds, list):
-        values["layer_types"] = (kinds * (layers // len(kinds) + 1))[-layers:] if kinds else None
+    for name, value in values.items():
+        # A list of floats is a range.
+        by_layer = isinstance(value, list) and len(value) == before and not any(isinstance(v, float) for v in value)
+        if by_layer and name not in overrides:
+            values[name] = (value * (layers // before + 1))[-layers:]
     heads = "num_attention_heads" in overrides
     if heads and "num_key_value_heads" in values and "num_key_value_heads" not in overrides:
         values["num_key_value_heads"] = values[config.attribute_map.get("num_attention_heads", "num_attention_heads")]

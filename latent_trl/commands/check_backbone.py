@@ -96,7 +96,7 @@ def _run_checks(backbone: "PreTrainedModel", inputs, run: Callable[[str, Callabl
     def build() -> str:
         made["model"] = LatentActionModel.from_backbone(backbone, config).eval()
         count = sum(p.numel() for name, p in made["model"].named_parameters() if not name.startswith("backbone."))
-        return f"{count:,} parameters in small components"
+        return f"{count:,} parameters in small components, {made['model'].config.decoder_kind} decoder layers"
 
     run("components are made", build)
     if "model" not in made:

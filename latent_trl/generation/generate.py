@@ -98,6 +98,7 @@ class LatentActionGenerationMixin:
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = _prompt_mask(input_ids, config)
         _check_prompt(input_ids, inputs["attention_mask"])
+        _check_positions(_length(config, input_ids.shape[1]), self.backbone_view.max_positions)
         forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
         choice = ActionChoice(
             law=ActionLaw(*(settings[f"action_{name}"] for name in ("temperature", "top_k", "top_p"))),
@@ -196,9 +197,7 @@ class LatentActionGenerationMixin:
             raise ValueError(f"`cuda_graphs=True` cannot be had: {trouble}. Leave it out, or pass `False`.")
         if trouble:
             return False
-        # 20 tokens are transformers' own default.
-        length = prompt_length + config.max_new_tokens if config.max_new_tokens else config.max_length
-        length = length or prompt_length + 20
+        length = _length(config, prompt_length)
         if not wanted and length - prompt_length < LEAST_TOKENS:
             return False
         config.cache_implementation, config.disable_compile = None, True
@@ -240,6 +239,21 @@ class LatentActionGenerationMixin:
         if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
             raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
         return bias.to(self.backbone.device)
+
+
+def _length(config: GenerationConfig, prompt_length: int) -> int:
+    """The most tokens that prompt and completion can have; 20 of the latter are transformers' own default."""
+    length = prompt_length + config.max_new_tokens if config.max_new_tokens else config.max_length
+    return length or prompt_length + 20
+
+
+def _check_positions(length: int, limit: int | None) -> None:
+    # The last token is never read.
+    if limit is not None and length - 1 > limit:
+        raise ValueError(
+            f"Prompt and completion may have {length} tokens, and the backbone has positions for {limit}. Shorten the "
+            "prompt, or lower `max_new_tokens`."
+        )
 
 
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:

@@ -147,10 +147,11 @@ class RolloutHook:
             return
         config = self.model.policy.decoder_stack.decoder.config
         if POLICY_LAYERS not in vars(cache):
-            if isinstance(cache, StaticCache):
-                length = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+            # A state-space model has none, whatever its cache is called.
+            lengths = [layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer)]
+            if isinstance(cache, StaticCache) and lengths:
                 make = static_cache if self.cuda_graphs else StaticCache
-                layers = make(config, length).layers
+                layers = make(config, max(lengths)).layers
             else:
                 layers = DynamicCache(config=config).layers
             setattr(cache, POLICY_LAYERS, slice(len(cache.layers), len(cache.layers) + len(layers)))

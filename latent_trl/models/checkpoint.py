@@ -6,7 +6,15 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL_MODELS
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS
 
 from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.configuration import LatentActionConfig
@@ -245,10 +253,26 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     hub = {k: kwargs.get(k) for k in shared if kwargs.get(k) is not None}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    _check_known(name_or_path, hub)
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
     return auto.from_pretrained(name_or_path, **kwargs)
+
+
+def _check_known(name_or_path: str, hub: dict[str, Any]) -> None:
+    """Says what can be done about a model that is none of transformers' own."""
+    values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+    kind = values.get("model_type")
+    own_code = "auto_map" in values and hub["trust_remote_code"]
+    if kind is None or own_code or kind in {*CAUSAL_MODELS, *IMAGE_TEXT_MODELS}:
+        return
+    raise ValueError(
+        f"{name_or_path!r} is a model of type {kind!r}, which is none of transformers' own causal or image-text-to-"
+        "text models, and no code of a repository is run unless you say so. Load it yourself, and pass the model: "
+        "`LatentActionModel.from_backbone(model)`, or `backbone=model` where a checkpoint is loaded; or pass "
+        "`trust_remote_code=True`."
+    )
 
 
 def _check_backbone(config: LatentActionConfig, backbone: PreTrainedModel) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from transformers import AutoModel, Cache, DynamicCache, PreTrainedConfig, StaticCache
 
-from ..checkpoint.configuration import PLAIN_DECODER
+from ..checkpoint.configuration import PLAIN_DECODER, LatentActionConfig
 from ..generation.cache_name import CACHE_NAME
 
 
@@ -107,10 +107,12 @@ class DecoderStack(nn.Module):
                 ) from error
 
 
-def can_stand_alone(text_config: PreTrainedConfig, input_size: int) -> bool:
-    """Whether a stack of `text_config` runs by itself."""
+def can_stand_alone(config: LatentActionConfig, input_size: int) -> bool:
+    """Whether the decoder layers of `config` run by themselves with no field overridden but their number."""
     try:
-        DecoderStack(text_config, input_size).check()
+        for overrides in (config.inverse_dynamics_decoder, config.policy_decoder):
+            layers = {"num_hidden_layers": overrides["num_hidden_layers"]}
+            DecoderStack(config.decoder_config(layers), input_size).check()
     except Exception:
         return False
     return True

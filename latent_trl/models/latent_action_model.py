@@ -150,10 +150,9 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
             for name in ("inverse_dynamics", "policy"):
                 self.new_component(name).decoder_stack.check()
         except Exception as error:
-            if wanted or can_stand_alone(
-                config.decoder_config({"num_hidden_layers": 2}), self.backbone_view.hidden_size
-            ):
-                # It was asked for, or it is what the user's own fields make of it.
+            changed = {*config.inverse_dynamics_decoder, *config.policy_decoder} != {"num_hidden_layers"}
+            if wanted or (changed and can_stand_alone(config, self.backbone_view.hidden_size)):
+                # It was asked for, or the fields that the user overrides are at fault.
                 raise
             config.decoder_kind = "plain"
             for name in ("inverse_dynamics", "policy"):

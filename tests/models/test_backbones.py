@@ -8,11 +8,31 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import FAMILIES, HIDDEN, TEXT_FAMILIES, VLM_FAMILIES, latent, latent_config, perturb
+from tiny_models import (
+    FAMILIES,
+    HIDDEN,
+    TEXT_FAMILIES,
+    VLM_FAMILIES,
+    build,
+    latent,
+    latent_config,
+    perturb,
+    text_batch,
+)
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.utils import is_flash_attn_2_available
 
 import latent_trl
 from latent_trl import ActionLaw, LatentActionModel
+from latent_trl.models.backbone import Backbone
+from latent_trl.models.checkpoint import load_backbone
 
 SLOW = pytest.mark.slow
 FEW = ("llama", "gemma2", "gpt2", "qwen2_5_vl", "gemma3", "idefics3")
@@ -311,3 +331,70 @@ def test_no_file_of_the_package_names_a_family():
         if names.search(hub_id.sub("", line)) and not line.startswith("PLAIN_DECODER = ")
     ]
     assert not found, found
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_text_longer_than_the_positions_is_refused_before_it_is_generated(family):
+    model, tiny = latent(family)
+    length = tiny.text_inputs["input_ids"].shape[1]
+    assert model.backbone_view.max_positions == (256 if family == "gpt2" else None)
+    if family == "gpt2":
+        room = 256 - length + 1
+        assert model.generate(**tiny.text_inputs, max_new_tokens=room, min_new_tokens=room).shape[1] == 257
+        with pytest.raises(ValueError, match="positions for 256"):
+            model.generate(**tiny.text_inputs, max_new_tokens=room + 1)
+
+
+@pytest.mark.parametrize("family", ["llama", "paligemma", "gemma3"])
+def test_decoder_layers_see_nothing_later_without_padding(family):
+    """Of a backbone that reads its prompt both ways too."""
+    model, _ = latent(family)
+    states = torch.randn(2, 6, HIDDEN)
+    for stack in (model.policy.decoder_stack, model.inverse_dynamics.decoder_stack):
+        with torch.no_grad():
+            torch.testing.assert_close(stack(states)[:, :4], stack(states[:, :4]), atol=1e-5, rtol=1e-5)
+
+
+def test_a_backbone_whose_layers_cannot_stand_alone_gets_plain_ones(caplog, tmp_path):
+    """These layers do not run with a static cache. What the user asks for still raises."""
+    config = BloomConfig(vocab_size=272, hidden_size=HIDDEN, n_layer=2, n_head=4, pad_token_id=0)
+    backbone = build(BloomForCausalLM, config)
+    with caplog.at_level("WARNING"):
+        model = LatentActionModel.from_backbone(backbone, latent_config()).eval()
+    assert model.config.decoder_kind == "plain" and "decoder_kind='plain'" in caplog.text
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    loaded = LatentActionModel.from_pretrained(tmp_path, backbone=backbone)
+    assert loaded.config.decoder_kind == "plain"
+    inputs = text_batch()
+    options = {"max_new_tokens": 6, "min_new_tokens": 6, "action_do_sample": False}
+    assert torch.equal(loaded.generate(**inputs, **options), model.generate(**inputs, **options))
+    with pytest.raises(ValueError, match="not a field"):
+        LatentActionModel.from_backbone(backbone, latent_config(policy_decoder={"no_such_field": 1}))
+    with pytest.raises(RuntimeError):
+        LatentActionModel.from_backbone(backbone, latent_config(decoder_kind="backbone"))
+
+
+def test_plain_layers_can_be_asked_for():
+    model, tiny = latent("qwen2_vl", latent_config(decoder_kind="plain"))
+    assert type(model.policy.decoder_stack.decoder).__name__ != type(model.get_decoder()).__name__
+    check_rollout(model, tiny)
+
+
+def test_the_head_of_a_model_that_calls_its_text_model_directly_reads_states():
+    fields = {"hidden_size": HIDDEN, "word_embed_proj_dim": HIDDEN, "ffn_dim": 48, "num_attention_heads": 4}
+    config = OPTConfig(vocab_size=272, num_hidden_layers=2, max_position_embeddings=64, **fields)
+    view = Backbone(build(OPTForCausalLM, config))
+    assert view.max_positions == 64
+    states = torch.randn(1, 3, HIDDEN)
+    with torch.no_grad():
+        assert torch.allclose(view.logits(states), view.model.get_output_embeddings()(states), atol=1e-5)
+
+
+def test_a_model_of_another_type_is_refused_by_its_type(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}}')
+    with pytest.raises(ValueError, match="'unheard_of'.*from_backbone"):
+        load_backbone(str(tmp_path))
+    encoder_decoder = T5Config(vocab_size=272, d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        Backbone(build(T5ForConditionalGeneration, encoder_decoder))

@@ -129,16 +129,19 @@ def test_the_policy_moves_less_where_it_is_held(tmp_path):
 def unlike_rows(count: int) -> list[dict]:
     """Conversations whose answers have very different lengths, so that means of means are not the mean."""
     return [
-        {"messages": [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ab " * (1 + 7 * (i % 3))}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"say {i}"},
+                {"role": "assistant", "content": "ab " * (1 + 7 * (i % 3))},
+            ]
+        }
         for i in range(count)
     ]
 
 
 def update_of(folder, rows, steps: int = 1, **options):
     """The gradients that the anchor alone gives in each update, away from its minimum, and the rows that it drew."""
-    trainer = build(
-        folder, rows, anchor_coef=1.0, max_steps=steps, max_grad_norm=0.0, learning_rate=0.0, **options
-    )
+    trainer = build(folder, rows, anchor_coef=1.0, max_steps=steps, max_grad_norm=0.0, learning_rate=0.0, **options)
     # Nothing but the term.
     trainer.rewards.caller._functions = [lambda completions, **columns: [0.0] * len(completions)]
     generator = torch.Generator().manual_seed(0)

@@ -149,9 +149,9 @@ class HubTrainingMixin:
         tags = [tags] if isinstance(tags, str) else list(tags or [])
         write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id, tags=[*own, *tags], **metadata)
 
-    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+    def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         check_token(token if token is not None else self.args.hub_token)
-        super().init_hf_repo(token=token, private=private)
+        super().init_hf_repo(token=token, **kwargs)
 
     def push_to_hub(
         self,

@@ -1,8 +1,10 @@
-"""Small folders laid out as the published data of MMRole and PCogAlignBench are; all words are made up."""
+"""Folders laid out as the published data of MMRole and PCogAlignBench are: small made-up ones, and the real text."""
 
 import json
+import os
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 PROFILE = ("introduction", "personality", "experience", "relationship", "catchphrase")
@@ -16,6 +18,29 @@ def write_json(path: Path, value) -> None:
 def picture(path: Path, colour) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (48, 32), colour).save(path)
+
+
+def real_data(name: str) -> Path:
+    """A folder of published data below `LATENT_TRL_REAL_DATA`; the test is skipped without it."""
+    root = os.environ.get("LATENT_TRL_REAL_DATA")
+    if not root or not (Path(root) / name).is_dir():
+        pytest.skip("`LATENT_TRL_REAL_DATA` names no folder with this data set")
+    return Path(root) / name
+
+
+def real_mmrole(root: Path) -> Path:
+    """MMRole's real dialogues and profiles, with one drawn picture under all names."""
+    source = real_data("mmrole")
+    for name in ("dialogues", "profiles"):
+        (root / name).symlink_to(source / name)
+    picture(root / "drawn.png", (200, 120, 40))
+    for path in source.glob("dialogues/**/*.json"):
+        for said in json.loads(path.read_text(encoding="utf-8")):
+            image = root / "images" / said["image"]
+            if not image.exists():
+                image.parent.mkdir(parents=True, exist_ok=True)
+                os.link(root / "drawn.png", image)
+    return root
 
 
 def dialogue(name: str, image: str, turns: list[tuple[str, str]]) -> dict:

@@ -148,7 +148,7 @@ class Chat:
         self.console.print(table)
 
     def show_image(self, *words: str) -> None:
-        from .replies import open_image
+        from ..data.images import open_image
 
         self.pending.append(open_image(" ".join(words)))
 

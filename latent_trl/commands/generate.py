@@ -44,7 +44,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from .replies import coloured, load_answerer, open_image
+    from ..data.images import open_image
+    from .replies import coloured, load_answerer
 
     images = [open_image(path) for path in args.image]
     prompt = sys.stdin.read().strip() if args.prompt is None else args.prompt

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 
@@ -201,16 +200,6 @@ def coloured(reply: Reply, numbers: bool = True):
 def visible(token: str) -> str:
     """A token without what would move a terminal's cursor, but for new lines."""
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in token)
-
-
-def open_image(path: str):
-    """A picture that the user of the command named."""
-    from ..data.images import load_image
-
-    full = Path(path).resolve()
-    if not full.is_file():
-        raise FileNotFoundError(f"There is no picture {path!r}.")
-    return load_image(full.name, full.parent)
 
 
 def load_answerer(args: argparse.Namespace) -> Answerer:

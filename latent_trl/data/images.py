@@ -65,6 +65,21 @@ def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int
         raise ImageError(f"{name} cannot be read as an image ({what}). Works: {', '.join(FORMATS)}.") from error
 
 
+def open_image(path: str | Path) -> Image.Image:
+    """
+    The picture of a file that the user named, and not a row of data, in RGB.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+        ImageError: When it is no picture.
+    """
+    # Followed first: the files of a Hub snapshot are links to elsewhere.
+    full = Path(path).resolve()
+    if not full.is_file():
+        raise FileNotFoundError(f"There is no picture {str(path)!r}.")
+    return load_image(full.name, full.parent)
+
+
 def load_row_images(row: dict[str, Any], image_root: str | Path | None = None) -> dict[str, Any]:
     """
     A copy of a row whose pictures are RGB pictures: those of its columns `images` and `image`, and those within the

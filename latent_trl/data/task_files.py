@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from .images import open_image
+
 
 class LayoutError(ValueError):
     """A file of a task that is missing or not laid out as published. Names the file, and the key where there is one."""
@@ -74,8 +76,13 @@ def inside(folder: Path, name: str, where: str) -> Path:
 
 
 def to_dataset(rows: list[dict[str, Any]]):
-    """A `Dataset` of rows whose `images` are paths; they are opened when a row is read."""
-    from datasets import Dataset, Features, Image, List
+    """A `Dataset` of rows whose `images` are paths that the task's loader has found; they are opened when a row is."""
+    from datasets import Dataset
 
-    inferred = Dataset.from_list(rows).features
-    return Dataset.from_list(rows, features=Features({**inferred, "images": List(Image())}))
+    return Dataset.from_list(rows).with_transform(_open_images)
+
+
+def _open_images(batch: dict[str, list]) -> dict[str, list]:
+    if "images" not in batch:
+        return batch
+    return {**batch, "images": [[open_image(path) for path in paths] for paths in batch["images"]]}

@@ -73,6 +73,49 @@ def test_two_characters_talk_and_the_second_one_answers(own_folder):
     assert rows["reference"][:] == ["yes", "no"] and set(rows["character"]) == {"Bo"}
 
 
+def test_between_two_characters_every_turn_is_a_row_with_its_speakers_profile_and_the_others_name(own_folder):
+    profile = json.loads((own_folder / "profiles/out-of-distribution/detailed_profiles/Bo.json").read_text())
+    write_json(
+        own_folder / "profiles/out-of-distribution/detailed_profiles/Al.json", {k: f"{k} of Al" for k in profile}
+    )
+    said = [{"role": ("Al", "Bo")[i % 2], "value": words} for i, words in enumerate(("look", "yes", "so?"))]
+    write_json(
+        own_folder / "dialogues/out-of-distribution/inter-role.json",
+        [{"id": "x", "image": "a_film/Bo0.png", "conversations": said}],
+    )
+    opening, reply, second = mmrole("ood", own_folder, dialogues="inter-role")
+    assert [row["character"] for row in (opening, reply, second)] == ["Al", "Bo", "Al"]
+    assert [row["key"][-2:] for row in (opening, reply, second)] == ["/0", "/1", "/2"]
+    assert [m["role"] for m in opening["prompt"]] == ["system", "user"] and opening["reference"] == "look"
+    assert "personality of Al" in opening["prompt"][0]["content"] and "Bo" in opening["prompt"][1]["content"]
+    assert [m["content"] for m in reply["prompt"][1:]] == ["look"]
+    assert "personality of Bo" in reply["prompt"][0]["content"] and "Al" in reply["prompt"][0]["content"]
+    assert [(m["role"], m["content"]) for m in second["prompt"][2:]] == [("assistant", "look"), ("user", "yes")]
+
+
+def test_a_condensed_profile_takes_the_place_of_the_detailed_one(own_folder):
+    for part in ("in-distribution", "out-of-distribution"):
+        write_json(own_folder / "profiles" / part / "profiles.json", {"Bo": "in short: Bo", "Ada Stone": "in short"})
+    assert "in short: Bo" in mmrole("ood", own_folder, profile="condensed")[0]["prompt"][0]["content"]
+    assert "personality of" not in mmrole("ood", own_folder, profile="condensed")[0]["prompt"][0]["content"]
+    with pytest.raises(LayoutError, match="the profile .*profiles.json is missing"):
+        mmrole("sft", own_folder, profile="condensed")
+    with pytest.raises(ValueError, match="`profile` must be one of"):
+        mmrole("ood", own_folder, profile="long")
+    with pytest.raises(ValueError, match="`split='official'` has comments alone"):
+        mmrole("official", own_folder, dialogues="human-role")
+
+
+def test_chinese_dialogues_get_chinese_instructions(own_folder):
+    def translate(dialogues):
+        dialogues[0]["conversations"][0]["value"] = "这张图让你想到了什么？"
+
+    edit(own_folder / "dialogues/out-of-distribution/comment.json", translate)
+    chinese, english = mmrole("ood", own_folder)["prompt"][:2]
+    assert "请始终扮演Bo" in chinese[0]["content"] and "Stay in character" not in chinese[0]["content"]
+    assert "Stay in character as Bo" in english[0]["content"]
+
+
 def test_cocos_pictures_may_lie_elsewhere(own_folder):
     from PIL import Image
 
@@ -137,7 +180,9 @@ def test_what_is_missing_is_named(tmp_path, own_folder):
         mmrole("sft", tmp_path / "empty")
     with pytest.raises(LayoutError, match=r"comment.json is missing"):
         mmrole("ood", tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"`split` must be one of \['sft', 'rl', 'test', 'ood'\], got 'train'"):
+    with pytest.raises(
+        ValueError, match=r"`split` must be one of \['sft', 'rl', 'test', 'official', 'ood'\], got 'train'"
+    ):
         mmrole("train", own_folder)
     with pytest.raises(ValueError, match="`dialogues` must be one of"):
         mmrole("sft", own_folder, dialogues="chat")

@@ -20,9 +20,7 @@ class ActionChoice:
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
         generator (`torch.Generator`, *optional*): Source of the sampling.
         copies (`int`, defaults to `1`): Samples a prompt; rows are the whole batch so many times.
-        arithmetic (`bool`, defaults to `False`): Draw the samples of a group together, see [`ArithmeticSampler`].
-        group_size (`int`, *optional*): Successive samples of a prompt that are a group; all by default. It divides
-            `copies`. Groups are independent of each other.
+        arithmetic (`bool`, defaults to `False`): Draw the samples of a prompt together, see [`ArithmeticSampler`].
     """
 
     law: ActionLaw = field(default_factory=ActionLaw)
@@ -32,7 +30,6 @@ class ActionChoice:
     generator: torch.Generator | None = None
     copies: int = 1
     arithmetic: bool = False
-    group_size: int | None = None
     allowed: torch.Tensor | None = field(init=False, default=None)
     sampler: ArithmeticSampler | None = field(init=False, default=None)
 
@@ -56,7 +53,7 @@ class ActionChoice:
             wanted = self.forced[:, step].to(log_probs.device)
         if not self.do_sample:
             action_ids = log_probs.argmax(dim=-1)
-        elif self.arithmetic and (self.group_size or self.copies) > 1:
+        elif self.arithmetic and self.copies > 1:
             action_ids = self._draw_together(log_probs.exp(), wanted)
         else:
             action_ids = self._draw(log_probs.exp())
@@ -73,17 +70,11 @@ class ActionChoice:
         return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
 
     def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:
-        """Codes `[B]` of an arithmetic code, as long as samples of a group can still say the same."""
-        prompts, size = len(probs) // self.copies, self.group_size or self.copies
-        groups = len(probs) // size
-
-        def by_row(of_groups: torch.Tensor) -> torch.Tensor:
-            """`[size or 1, groups, ...]` as rows, which come in tiles of all prompts: a group is `size` tiles deep."""
-            tiles = of_groups.unflatten(1, (-1, prompts)).expand(size, *[-1] * of_groups.ndim)
-            return tiles.transpose(0, 1).flatten(0, 2)
-
+        """Codes `[B]` of an arithmetic code, as long as samples of a prompt can still say the same. Rows come in tiles:
+        the whole batch of prompts for the first sample of each, then for the second."""
+        prompts = len(probs) // self.copies
         if self.sampler is None:
-            points = even_points(groups, size, self.generator, probs.device)
-            self.sampler = ArithmeticSampler(by_row(points), size)
-        order = by_row(random_orders(groups, probs.shape[-1], self.generator, probs.device)[None])
+            points = even_points(prompts, self.copies, self.generator, probs.device)
+            self.sampler = ArithmeticSampler(points.flatten(), self.copies)
+        order = random_orders(prompts, probs.shape[-1], self.generator, probs.device).repeat(self.copies, 1)
         return self.sampler.draw(probs, order, self._draw(probs), None if wanted is None else wanted < 0)

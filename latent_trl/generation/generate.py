@@ -1,6 +1,5 @@
 """`generate` over codes: the backbone's own `generate`, with what is settled before it and put in order after it."""
 
-import copy
 from contextlib import ExitStack
 from typing import Any
 
@@ -39,7 +38,6 @@ class LatentActionGenerationMixin:
         action_generator: torch.Generator | None = None,
         output_context_states: bool = False,
         cuda_graphs: bool | None = None,
-        action_group_size: int | None = None,
         **kwargs,
     ) -> torch.Tensor | LatentActionGenerateOutput:
         """
@@ -91,9 +89,8 @@ class LatentActionGenerationMixin:
             "action_top_k": action_top_k,
             "action_top_p": action_top_p,
             "action_sampling": action_sampling,
-            "action_group_size": action_group_size,
         }
-        settings = settled_choice(config, given, copies)
+        settings = settled_choice(config, given)
         return_dict, config.return_dict_in_generate = bool(config.return_dict_in_generate), True
         if inputs.get("attention_mask") is None:
             inputs["attention_mask"] = _prompt_mask(input_ids, config)
@@ -107,21 +104,12 @@ class LatentActionGenerationMixin:
             generator=action_generator,
             copies=copies,
             arithmetic=settings["action_sampling"] == "arithmetic",
-            group_size=settings["action_group_size"],
         )
-        records = self._own_records()
-        keep_states = output_context_states or bool(records)
-        _check_past(inputs.get(CACHE_NAME), keep_states or copies > 1)
+        _check_past(inputs.get(CACHE_NAME), output_context_states or copies > 1)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
+        options = {"keep_states": output_context_states, "graphed": graphed, "logits_processor": logits_processor}
         with exclusive(self.backbone):
-            result = self._roll_out(
-                input_ids, inputs, config, choice, forced, keep_states, graphed, logits_processor=logits_processor
-            )
-        for record in records:
-            record.append(result)
-        if not output_context_states and records:
-            result = copy.copy(result)
-            result.context_states = result.position_ids = None
+            result = self._roll_out(input_ids, inputs, config, choice, forced, **options)
         return result if return_dict else result.sequences
 
     def _roll_out(

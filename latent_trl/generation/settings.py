@@ -18,7 +18,6 @@ ACTION_DEFAULTS: dict[str, Any] = {
     "action_top_k": 0,
     "action_top_p": 1.0,
     "action_sampling": "independent",
-    "action_group_size": None,
 }
 
 _NO_SAMPLING = (
@@ -203,12 +202,12 @@ def check_generation_kwargs(settings: Mapping[str, Any] | None, argument: str = 
             raise ValueError(f"`{name}={value!r}` in `{argument}` is no setting of transformers' `GenerationConfig`.")
 
 
-def settled_choice(config: GenerationConfig, given: Mapping[str, Any], copies: int) -> dict[str, Any]:
+def settled_choice(config: GenerationConfig, given: Mapping[str, Any]) -> dict[str, Any]:
     """
     The settings of `ACTION_DEFAULTS`: what is given, else what `config` has, else the default.
 
     Raises:
-        ValueError: For a way of sampling that is none, or a group that is no part of a prompt's samples.
+        ValueError: For a way of sampling that is none.
     """
     settings: dict[str, Any] = {}
     for name, default in ACTION_DEFAULTS.items():
@@ -217,10 +216,5 @@ def settled_choice(config: GenerationConfig, given: Mapping[str, Any], copies: i
     if settings["action_sampling"] not in ACTION_SAMPLING:
         raise ValueError(
             f"`action_sampling` must be one of {list(ACTION_SAMPLING)}, got {settings['action_sampling']!r}."
-        )
-    size = settings["action_group_size"] = settings["action_group_size"] or copies
-    if size < 1 or copies % size:
-        raise ValueError(
-            f"`action_group_size` must divide the samples of a prompt (`num_return_sequences={copies}`), got {size}."
         )
     return settings

@@ -1,9 +1,7 @@
 """A backbone, the learned components around it, and what they do together: encode, choose, merge, read."""
 
 import copy
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +17,6 @@ from ..checkpoint.configuration import LatentActionConfig, intermediate_size
 from ..checkpoint.download import cached_commit
 from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
-from ..generation.output import LatentActionGenerateOutput
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
@@ -94,8 +91,6 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         self.tuned_backbone_tensors: list[str] = []
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}
-        # What the open `recording`s of each thread have kept.
-        self._records: dict[int, list[list[LatentActionGenerateOutput]]] = {}
         for name in self.component_classes:
             setattr(self, name, None)
         for name, component in (components or {}).items():
@@ -308,22 +303,6 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
             output.action_ids = action_logits.argmax(dim=-1) if action_ids is None else action_ids
             output.logits = self.read(context_states[:, -keep_last:], output.action_ids)
         return output
-
-    @contextmanager
-    def recording(self) -> Iterator[list[LatentActionGenerateOutput]]:
-        """Keeps the full output, context states included, of every `generate` call of this thread inside the block."""
-        records: list[LatentActionGenerateOutput] = []
-        opened = self._records.setdefault(threading.get_ident(), [])
-        opened.append(records)
-        try:
-            yield records
-        finally:
-            # By identity: lists of equal length are compared tensor by tensor.
-            opened[:] = [other for other in opened if other is not records]
-
-    def _own_records(self) -> list[list[LatentActionGenerateOutput]]:
-        """The open recordings of this thread."""
-        return list(self._records.get(threading.get_ident(), []))
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -15,7 +15,7 @@ from .candidates import Candidate, candidates_of, encoded, refuse
 # What decides itself which answers there are, and is not passed on to `generate`.
 OWN_SETTINGS = (
     *("num_return_sequences", "forced_action_ids", "action_do_sample", "action_temperature", "action_top_k"),
-    *("action_top_p", "action_sampling", "action_group_size", "action_generator"),
+    *("action_top_p", "action_sampling", "action_generator"),
 )
 # What leaves each code the token that it has without it. The tree tells the tokens of its branches beforehand, and
 # cannot know what processors of the logits or other ends of an answer make of them.

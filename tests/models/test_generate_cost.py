@@ -65,7 +65,7 @@ def test_the_host_does_not_wait_for_the_device_at_each_token(perturbed, monkeypa
     assert waits(model.generate, action_bias=torch.zeros(16)) <= allowed
     assert waits(model.generate, forced_action_ids=torch.zeros(rows, 14, dtype=torch.long)) <= allowed
     assert waits(model.generate, output_context_states=True) <= allowed
-    together = {"num_return_sequences": 4, "action_group_size": 2, "action_sampling": "arithmetic"}
+    together = {"num_return_sequences": 4, "action_sampling": "arithmetic"}
     assert waits(model.generate, **together) <= allowed
 
 

@@ -281,19 +281,6 @@ def test_a_cache_without_the_policy_is_refused(perturbed):
         run(model, {"input_ids": ours.sequences}, past_key_values=ours.past_key_values, output_context_states=True)
 
 
-def test_recordings_nest_and_keep_the_states(perturbed):
-    model, tiny = perturbed
-    with model.recording() as outer:
-        out = run(model, tiny.inputs)
-        with model.recording() as inner:
-            run(model, tiny.text_inputs)
-    run(model, tiny.inputs)
-    assert len(outer) == 2 and len(inner) == 1
-    assert out.context_states is None
-    assert outer[0].context_states.shape == (3, out.sequences.shape[1] - 1, 32)
-    assert torch.equal(outer[0].action_ids, out.action_ids)
-
-
 def test_hooks_are_gone_after_an_error(perturbed):
     model, tiny = perturbed
 

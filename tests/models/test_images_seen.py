@@ -122,13 +122,12 @@ def test_turns_one_after_the_other_from_a_cache_are_as_all_at_once(perturbed, co
     settings = {"max_new_tokens": 1, "return_dict_in_generate": True, "action_do_sample": False}
     before = model.generate(ids[:, : first - 1], **settings)
     pixels = conversation["vision"]["pixel_values"]
-    with model.recording() as records:
-        whole = model.generate(ids, pixel_values=pixels, **settings)
+    whole = model.generate(ids, pixel_values=pixels, output_context_states=True, **settings)
     after = model.generate(ids, pixel_values=pixels, past_key_values=before.past_key_values, **settings)
     assert torch.equal(after.action_ids, whole.action_ids)
     torch.testing.assert_close(after.action_log_probs, whole.action_log_probs, atol=1e-4, rtol=0)
     wanted, _ = model.encode(ids, torch.ones_like(ids), pixel_values=pixels)
-    torch.testing.assert_close(records[0].context_states, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(whole.context_states, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_states_seen_are_counted_position_by_position(perturbed):

@@ -88,31 +88,6 @@ def test_a_pass_beside_a_thread_that_generates_gets_its_own_states(perturbed):
     assert all(torch.equal(other, states) for outs in found[1::2] for other in outs)
 
 
-def test_a_recording_keeps_the_calls_of_its_thread_alone(perturbed):
-    model, tiny = perturbed
-
-    def record(i):
-        if i == 3:
-            return None, run(model, inputs_of(tiny, i), seed=i)
-        with model.recording() as records:
-            return records, run(model, inputs_of(tiny, i), seed=i)
-
-    for i, (records, out) in enumerate(in_threads(record)):
-        assert out.context_states is None
-        if i < 3:
-            assert len(records) == 1 and same(records[0], out)
-            assert records[0].context_states.shape[:2] == (len(out.sequences), out.sequences.shape[1] - 1)
-
-
-def test_an_inner_recording_of_equal_length_ends_alone(perturbed):
-    model, tiny = perturbed
-    with model.recording() as outer:
-        with model.recording() as inner:
-            run(model, tiny.text_inputs, seed=0)
-        run(model, tiny.text_inputs, seed=1)
-    assert len(outer) == 2 and len(inner) == 1
-
-
 def test_what_generate_calls_cannot_call_the_model(perturbed):
     model, tiny = perturbed
     inputs = {"input_ids": tiny.text_inputs["input_ids"][2:]}

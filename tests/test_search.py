@@ -383,3 +383,12 @@ def test_pictures_are_processed_once(tiny, search, monkeypatch):
     once = len(calls)
     search(model, processor, rows(2)[1:], length, n=1, max_new_tokens=3)
     assert len(calls) - once == once > 0
+
+
+def test_a_penalty_of_the_checkpoint_changes_nothing(tiny, monkeypatch):
+    def found():
+        return answers(tree_search(*tiny, rows(2), length, n=6, max_new_tokens=4))
+
+    plain = found()
+    monkeypatch.setattr(tiny[0].generation_config, "repetition_penalty", 3.0)
+    assert found() == plain

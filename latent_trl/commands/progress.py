@@ -97,7 +97,7 @@ class BarCallback(TrainerCallback):
 
     def __init__(self, bars: "Progress | ProgressLines", name, figures: dict[str, str]):
         self.bars, self.name, self.figures = bars, name, figures
-        self.task = None
+        self.task: Any = None
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.task = self.bars.add_task(self.name(), total=state.max_steps, figures="")

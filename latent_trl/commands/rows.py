@@ -10,7 +10,7 @@ from typing import Any
 
 DATA_FILES = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 # Data that come with the package: purpose to (module, function, what "train" is of a function with splits).
-BUILT_IN = {
+BUILT_IN: dict[str, dict[str, tuple[str, str, str | None]]] = {
     "shapes": {
         "conversations": ("shapes", "shape_pairs", "base"),
         "prompts": ("shapes", "shape_questions", "rl"),

@@ -129,9 +129,8 @@ def training_help(prog: str, arguments: type, config: str) -> str:
     of_command = set(options)
     own = {option.name: option for option in config_options(config)}
     for name, (meaning, default) in INHERITED.items():
-        if isinstance(default, str):
-            default = default.format(command=command)
-        options[name] = Option(name, meaning, own[name].default if name in own else default)
+        inherited = default.format(command=command) if isinstance(default, str) else default
+        options[name] = Option(name, meaning, own[name].default if name in own else inherited)
     for name, option in own.items():
         if name not in INHERITED:
             options[name] = Option(name, option.meaning or "as in transformers, with another default", option.default)

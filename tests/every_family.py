@@ -1,6 +1,17 @@
-"""A tiny model of every family in transformers' mappings of causal and of image-text-to-text models."""
+"""
+A tiny model of every family in transformers' mappings of causal and of image-text-to-text models, and what holds on it.
+
+`python tests/every_family.py` examines all of them, and writes the table `tests/models/every_family.json` and
+the part of `docs/backbones.md` that is made from it. Names after it (`text/opt vision/llava`) examine these alone.
+"""
 
 import inspect
+import json
+import multiprocessing
+import queue
+import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -11,6 +22,19 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from latent_trl.commands.check_backbone import check_backbone
+
+ROOT = Path(__file__).parents[1]
+TABLE = Path(__file__).parent / "models" / "every_family.json"
+PAGE = ROOT / "docs" / "backbones.md"
+RELEASE = ".".join(transformers.__version__.split(".")[:2])
+TIME_LIMIT = 90
+# Checks that may fail alone: the model then works without what they try.
+PARTS = {
+    "... with a static cache": "a static cache",
+    "... without a cache": "generating without a cache",
+    "several samples share a prompt": "several samples a prompt",
+}
 NAMES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "vision": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 DECODER = {"is_decoder": True}
 MAMBA = {"hidden_size": 32, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_expand": 2}
@@ -22,10 +46,12 @@ SPECIAL: dict[str, dict] = {
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "dots3_note": {"text_config": {"num_key_value_heads": 4}},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "fast_vlm": {},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "hy_v4_vl": {"text_config": {"qk_rope_head_dim": 8}},
-    "hrm_text": {},
+    "hunyuan_vl": {
+        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+    },
+    "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n": {"text_config": {"activation_sparsity_pattern": [0.0, 0.0]}},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
@@ -44,6 +70,7 @@ SPECIAL: dict[str, dict] = {
     "xlnet": {"d_head": 8},
     "xlstm": {"num_blocks": 2, "num_hidden_layers": 2},
     "xmod": {**DECODER, "languages": ["en_XX"], "default_language": "en_XX"},
+    "zamba2": {"hybrid_layer_ids": [1]},
     "zaya": {"num_experts_per_tok": 1},
 } | {
     name: DECODER
@@ -51,6 +78,12 @@ SPECIAL: dict[str, dict] = {
         *("bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert"),
         *("roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"),
     )
+}
+
+
+# Families that cannot be built here, where the error would not say why.
+NOT_BUILT: dict[str, str] = {
+    name: "its vision tower is timm's, which needs torchvision" for name in ("fast_vlm", "gemma3n", "perception_lm")
 }
 
 
@@ -108,6 +141,7 @@ def _pixel_layouts():
         return torch.randn(*shape, generator=generator)
 
     sizes = torch.tensor([[SIDE, SIDE]] * 2)
+    yield {"pixel_values": draw(2, 3, SIDE, SIDE)}
     yield {"pixel_values": draw(2, 3, SIDE, SIDE), "image_sizes": sizes}
     yield {"pixel_values": draw(2, 2, 3, SIDE, SIDE), "image_sizes": sizes}
     yield {"pixel_values": draw(2, 1, 3, SIDE, SIDE), "image_sizes": sizes}
@@ -116,3 +150,113 @@ def _pixel_layouts():
             grid = torch.tensor([[1, 4, 4]] * 2)
             names = ("image_grid_thw", "image_grid_hws", "grid_thw")
             yield {"pixel_values": draw(32, 3 * frames * patch * patch), **{name: grid for name in names}}
+
+
+def examine(kind: str, model_type: str) -> dict[str, Any]:
+    """
+    What holds on a tiny model of a family.
+
+    Returns:
+        `status`: `works`, `refused` or `not built`; `reason` for the latter two; else `without`, what it works without,
+        `images`, whether a batch with images was tried, and `decoder`, the kind of the components' layers.
+    """
+    if model_type in NOT_BUILT:
+        return {"status": "not built", "reason": NOT_BUILT[model_type]}
+    try:
+        model = build_family(kind, model_type)
+    except Exception as error:
+        return {"status": "not built", "reason": _one_line(error)}
+    inputs = image_inputs(model) if kind == "vision" else None
+    results = check_backbone(model, inputs)
+    failed = {check: detail for check, ok, detail in results if not ok}
+    serious = [check for check in failed if check not in PARTS]
+    if serious:
+        detail = f"{serious[0]}: {failed[serious[0]]}"
+        if serious[0] in ("its parts are found", "components are made"):
+            detail = failed[serious[0]]
+        return {"status": "refused", "reason": detail[:200]}
+    made = next(detail for check, _, detail in results if check == "components are made")
+    record: dict[str, Any] = {"status": "works", "decoder": "plain" if "plain" in made else "backbone"}
+    record["without"] = [PARTS[check] for check in failed]
+    return {**record, "images": inputs is not None} if kind == "vision" else record
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
+def _examine_apart(kind: str, model_type: str) -> dict[str, Any]:
+    """In a process of its own, which may crash or take too long."""
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+    process = context.Process(target=lambda: answers.put(examine(kind, model_type)))
+    process.start()
+    try:
+        return answers.get(timeout=TIME_LIMIT)
+    except queue.Empty:
+        return {"status": "not built", "reason": f"not done after {TIME_LIMIT} s on one core"}
+    finally:
+        process.kill()
+        process.join()
+
+
+def page_of(table: dict[str, Any]) -> str:
+    """The part of the page that is made from the table."""
+    lines = [f"Made by `python tests/every_family.py` with transformers {table['transformers']}.", ""]
+    lines += ["| | works | of these without something | with images | plain layers | refused | not built |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for kind in ("text", "vision"):
+        records = table[kind].values()
+        works = [r for r in records if r["status"] == "works"]
+        counts = [len(works), sum(bool(r["without"]) for r in works)]
+        counts.append(sum(r["images"] for r in works) if kind == "vision" else "")
+        counts.append(sum(r["decoder"] == "plain" for r in works))
+        counts += [sum(r["status"] == status for r in records) for status in ("refused", "not built")]
+        lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " |")
+    for kind in ("text", "vision"):
+        lines += ["", f"**{kind.capitalize()}: works.** " + _names(table[kind])]
+        lines += ["", f"| {kind} | | |", "|---|---|---|"]
+        for name, record in table[kind].items():
+            if record["status"] == "works" and record["without"]:
+                lines.append(f"| {name} | works without {' and '.join(record['without'])} | |")
+            elif record["status"] != "works":
+                reason = record["reason"].replace("|", "/").replace("<", "").replace(">", "")
+                lines.append(f"| {name} | {record['status']} | {reason} |")
+    return "\n".join(lines) + "\n"
+
+
+def _names(records: dict[str, Any]) -> str:
+    names = []
+    for name, record in records.items():
+        if record["status"] == "works":
+            marks = ("*" if record["decoder"] == "plain" else "") + ("†" if record.get("images") is False else "")
+            names.append(name + marks.replace("*", "\\*"))
+    return ", ".join(names) + "."
+
+
+MARKS = ("<!-- every family -->\n", "<!-- end of every family -->\n")
+
+
+def made_part() -> str:
+    """What stands in the page."""
+    return PAGE.read_text(encoding="utf-8").split(MARKS[0])[1].split(MARKS[1])[0]
+
+
+def main(wanted: list[str]) -> None:
+    table = json.loads(TABLE.read_text(encoding="utf-8")) if TABLE.exists() and wanted else {}
+    table["transformers"] = RELEASE
+    for kind, names in NAMES.items():
+        records = table.setdefault(kind, {})
+        for name in names:
+            if not wanted or f"{kind}/{name}" in wanted:
+                records[name] = _examine_apart(kind, name)
+                print(kind, name, records[name], flush=True)
+        table[kind] = dict(sorted(records.items()))
+        TABLE.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+    after = rest.partition(MARKS[1])[2]
+    PAGE.write_text(before + MARKS[0] + page_of(table) + MARKS[1] + after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

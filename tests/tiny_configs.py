@@ -7,27 +7,45 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 VOCAB_SIZE = 272
 # What a field is set to wherever it stands, in a text model or a vision tower.
-SIZES: dict[str, Any] = {
-    32: """hidden_size d_model n_embd dim embed_dim hidden_dim output_dim projection_dim out_hidden_size
-        encoder_hidden_size dim_model word_embed_proj_dim embedding_size output_hidden_size qformer_hidden_size mm_hidden_size
-        n_embed d_embed text_hidden_size lm_hidden_size attention_hidden_size decoder_hidden_size vision_hidden_size
-        intermediate_hidden_size projector_hidden_size""",
-    48: """intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_ff dim_ff d_inner ffn_hidden_size
-        intermediate_dim feed_forward_size inner_hidden_size feed_forward_hidden_size dense_intermediate_size
-        intermediate_size_mlp vision_output_dim text_intermediate_size block_ff_dim projector_intermediate_size""",
-    16: """moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size
-        moe_shared_expert_intermediate_size expert_intermediate_size shared_intermediate_size""",
-    2: """depth n_layer num_layers num_hidden_layers n_layers encoder_layers decoder_layers num_encoder_layers
-        num_decoder_layers num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k n_kv_heads
-        n_group_topk top_k_experts multi_query_group_num spatial_merge_size num_global_layers
-        temporal_patch_size num_kv_heads linear_num_key_heads num_global_key_value_heads""",
-    4: """num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads num_local_experts
-        num_experts n_routed_experts linear_num_value_heads image_seq_length mm_tokens_per_image linear_num_heads
-        moe_num_experts num_linear_heads""",
-    1: "n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts num_nextn_predict_layers",
-    8: """head_dim rotary_dim qk_nope_head_dim v_head_dim kv_channels attention_head_dim attention_head_size
+SIZES: dict[int, str] = {
+    32: """
+        hidden_size d_model n_embd dim embed_dim hidden_dim output_dim projection_dim out_hidden_size
+        encoder_hidden_size dim_model word_embed_proj_dim embedding_size output_hidden_size
+        qformer_hidden_size mm_hidden_size n_embed d_embed text_hidden_size lm_hidden_size
+        attention_hidden_size decoder_hidden_size vision_hidden_size intermediate_hidden_size
+        projector_hidden_size
+    """,
+    48: """
+        intermediate_size ffn_dim encoder_ffn_dim decoder_ffn_dim n_inner d_ff dim_ff d_inner
+        ffn_hidden_size intermediate_dim feed_forward_size inner_hidden_size feed_forward_hidden_size
+        dense_intermediate_size intermediate_size_mlp vision_output_dim text_intermediate_size block_ff_dim
+        projector_intermediate_size
+    """,
+    16: """
+        moe_intermediate_size expert_ffn_hidden_size shared_expert_intermediate_size
+        moe_shared_expert_intermediate_size expert_intermediate_size shared_intermediate_size
+    """,
+    2: """
+        depth n_layer num_layers num_hidden_layers n_layers encoder_layers decoder_layers num_encoder_layers
+        num_decoder_layers num_key_value_heads num_experts_per_tok num_experts_per_token moe_topk moe_k
+        n_kv_heads n_group_topk top_k_experts multi_query_group_num spatial_merge_size num_global_layers
+        temporal_patch_size num_kv_heads linear_num_key_heads num_global_key_value_heads
+    """,
+    4: """
+        num_attention_heads n_head num_heads n_heads encoder_attention_heads decoder_attention_heads
+        num_local_experts num_experts n_routed_experts linear_num_value_heads image_seq_length
+        mm_tokens_per_image linear_num_heads moe_num_experts num_linear_heads
+    """,
+    1: """
+        n_group topk_group first_k_dense_replace n_shared_experts num_shared_experts
+        num_nextn_predict_layers
+    """,
+    8: """
+        head_dim rotary_dim qk_nope_head_dim v_head_dim kv_channels attention_head_dim attention_head_size
         global_head_dim linear_key_head_dim linear_value_head_dim q_lora_rank kv_lora_rank sliding_window
-        attention_window_size mamba_d_head mamba_d_state ssm_state_size local_window_size swa_head_dim window_size sliding_window_size""",
+        attention_window_size mamba_d_head mamba_d_state ssm_state_size local_window_size swa_head_dim
+        window_size sliding_window_size
+    """,
 }
 FIELDS = {name: value for value, names in SIZES.items() for name in names.split()}
 FIELDS |= {
@@ -106,7 +124,7 @@ def _kept_layers(values: dict[str, Any]) -> list[int]:
         tuple(
             value[layer]
             for name, value in values.items()
-            if name.endswith("layer_types") and isinstance(value, list) and len(value) == count
+            if name.endswith(("layer_types", "block_type")) and isinstance(value, list) and len(value) == count
         )
         for layer in range(count)
     ]

@@ -232,7 +232,8 @@ class Backbone:
     def completion_type(self) -> int:
         """What the model's `generate` appends to `token_type_ids` of text."""
         prompt = {"token_type_ids": torch.zeros(1, 1, dtype=torch.long)}
-        return int(self.model._update_model_kwargs_for_generation(ModelOutput(), prompt)["token_type_ids"][0, -1])
+        later = self.model._update_model_kwargs_for_generation(ModelOutput(), prompt, is_encoder_decoder=False)
+        return int(later["token_type_ids"][0, -1])
 
     def positions(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **inputs) -> torch.Tensor:
         """Position ids of whole sequences, as the model's `generate` makes them."""

@@ -1,5 +1,5 @@
 """
-MMRole end to end: SFT on characters' replies, GRPO over codes with a judge, evaluation in and out of distribution.
+MMRole end to end: SFT on characters' replies, GRPO over codes, judged evaluation in and out of distribution, report.
 
     accelerate launch examples/scripts/mmrole.py --config examples/configs/mmrole.yaml
 
@@ -8,6 +8,9 @@ To run stages apart, as DeepSpeed and FSDP need it:
 
     python examples/scripts/mmrole.py --config examples/configs/mmrole.yaml \
         --stages evaluate --model_name_or_path outputs/mmrole/rl
+
+The reward is the judge's ratio, or any of `latent-trl grpo`: `--reward_funcs embedding_similarity --reward_kwargs
+'{"embedding_similarity": {"embedder": "sentence-transformers/all-MiniLM-L6-v2"}}'`.
 """
 
 from dataclasses import dataclass, field
@@ -25,6 +28,7 @@ from latent_trl import (
     LatentActionSFTTrainer,
 )
 from latent_trl.commands.arguments import as_dict
+from latent_trl.commands.loading import load_rewards
 from latent_trl.data.mmrole import SOURCE, mmrole
 from latent_trl.evaluation.json_files import write_json
 from latent_trl.evaluation.judge_protocol import judge_model
@@ -38,6 +42,12 @@ STAGES = ("sft", "rl", "evaluate")
 class TaskArguments:
     dataset_name: str = field(default=SOURCE, metadata={"help": "Hub id, or folder of the same layout"})
     dialogues: str = field(default="comment", metadata={"help": "comment, human-role or inter-role"})
+    profile: str = field(default="detailed", metadata={"help": "detailed or condensed"})
+    eval_splits: list[str] = field(
+        default_factory=lambda: ["test", "official", "ood"], metadata={"help": "to evaluate"}
+    )
+    reward_funcs: list[str] = field(default_factory=lambda: ["judge"], metadata={"help": "as of `latent-trl grpo`"})
+    reward_kwargs: str | None = field(default=None, metadata={"help": "as of `latent-trl grpo`, JSON"})
     coco_folder: str | None = field(default=None, metadata={"help": "COCO's train2017, if not in the data's images/"})
     skip_unusable: bool = field(default=False, metadata={"help": "leave out dialogues without picture, profile, reply"})
     limit: int | None = field(default=None, metadata={"help": "the first so many dialogues of each split"})
@@ -61,8 +71,8 @@ def load(name: str | Path, model_args: ModelConfig, task: TaskArguments, is_trai
 
 
 def rows(split: str, task: TaskArguments):
-    options = {"dialogues": task.dialogues, "coco_folder": task.coco_folder, "skip_unusable": task.skip_unusable}
-    return mmrole(split, task.dataset_name, limit=task.limit, **options)
+    options = {"coco_folder": task.coco_folder, "skip_unusable": task.skip_unusable, "limit": task.limit}
+    return mmrole(split, task.dataset_name, task.dialogues, task.profile, **options)
 
 
 def sft(start: str, output: Path, task: TaskArguments, model_args: ModelConfig) -> None:
@@ -77,8 +87,13 @@ def sft(start: str, output: Path, task: TaskArguments, model_args: ModelConfig) 
 
 def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, args, judge: JudgeReward) -> None:
     model, processor = load(start, model_args, task)
+    options = as_dict("reward_kwargs", task.reward_kwargs) or {}
+    rewards = [
+        judge if name == "judge" else load_rewards([name], {k: v for k, v in options.items() if k == name})[0]
+        for name in task.reward_funcs
+    ]
     args.output_dir = str(output)
-    trainer = LatentActionGRPOTrainer(model, judge, args, processor, train_dataset=rows("rl", task))
+    trainer = LatentActionGRPOTrainer(model, rewards, args, processor, train_dataset=rows("rl", task))
     trainer.train()
     trainer.save_model(str(output))
     trainer.accelerator.wait_for_everyone()  # the next stage reads what one process writes
@@ -87,7 +102,8 @@ def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, a
 def evaluate(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, args, judge: JudgeReward) -> None:
     model, processor = load(start, model_args, task)
     model.to(PartialState().device)
-    for split in ("test", "ood"):
+    lines = ["| split | prompts | ratio [95 %] | perplexity of references | of answers |", "|---|---|---|---|---|"]
+    for split in task.eval_splits:
         prompts = rows(split, task)
         found = judge_model(
             model,
@@ -104,6 +120,8 @@ def evaluate(start: str, output: Path, task: TaskArguments, model_args: ModelCon
         figures = {"judged": found, "reference_perplexity": references, "answer_perplexity": answers}
         write_json(figures, output / f"{split}.json")
         print(f"{split}: ratio {found.report}; perplexity of references {references}, of answers {answers}")
+        lines.append(f"| {split} | {len(prompts)} | {found.report.interval} | {references} | {answers} |")
+    (output / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def main(task: TaskArguments, args: LatentActionGRPOConfig, model_args: ModelConfig) -> None:

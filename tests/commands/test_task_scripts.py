@@ -49,7 +49,9 @@ def words_for(name: str, root: Path, checkpoint: str, server: JudgeServer) -> li
     words = ["--config", str(ROOT / "examples" / "configs" / f"{name}.yaml"), f"--dataset_name={data}", *FEWER]
     words += [f"--model_name_or_path={checkpoint}", f"--output_dir={root / 'out'}", "--processor_kwargs={}"]
     words += [f"--judge_kwargs={json.dumps(judge)}", f"--sft_kwargs={json.dumps(SFT)}"]
-    if name == "pcogalign":
+    if name == "mmrole":
+        words += ["--eval_splits", "test", "ood"]
+    else:
         words.append(f"--references={data / 'version_v4'}")
     return words
 
@@ -71,6 +73,11 @@ def test_both_distributions_are_judged_with_the_references_perplexity(task):
         assert len(report["aspects"]) == len(report["aspect_intervals"]) == ASPECTS[name]
         assert sorted(report["samples"]) == sorted(found["judged"]["keys"])
         assert [len(texts) for texts in found["judged"]["generations"]] == [count] * 2
+    if name == "mmrole":
+        lines = (out / "evaluation" / "report.md").read_text().splitlines()
+        assert [line.split(" | ")[:2] for line in lines[2:]] == [["| test", "2"], ["| ood", "4"]]
+    for split in ("test", "ood"):
+        found = json.loads((out / "evaluation" / f"{split}.json").read_text())
         for of in ("reference_perplexity", "answer_perplexity"):
             assert 1 < found[of]["low"] <= found[of]["estimate"] <= found[of]["high"]
 

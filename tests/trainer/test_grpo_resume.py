@@ -1,22 +1,29 @@
-"""A run that was interrupted goes on bit by bit as if it had not been, for both trainers."""
+"""A run that was interrupted goes on bit by bit as if it had not been, for each trainer."""
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from learning_runs import text_rows
+from peft import LoraConfig
 from rl_models import prompts
 from safetensors.torch import load_file
+from test_grpo_rollouts import build as build_with_pictures
 from tiny_models import latent, latent_config
 from transformers import TrainerCallback
 
 from latent_trl import (
     LatentActionGRPOConfig,
     LatentActionGRPOTrainer,
+    LatentActionModel,
     LatentActionPPOConfig,
     LatentActionPPOTrainer,
+    LatentActionRLOOConfig,
+    LatentActionRLOOTrainer,
 )
+from latent_trl.models.component import CheckpointError
 
 # What tells the time, not the run.
 CLOCKS = (
@@ -57,11 +64,15 @@ class SaveAt(TrainerCallback):
         return control
 
 
-def build(kind: str, folder: Path, callback: TrainerCallback | None, **options):
-    model, tiny = latent("llama", latent_config(use_projector=False))
+def build(kind: str, folder: Path, callback: TrainerCallback | None, model=None, **options):
+    fresh, tiny = latent("llama", latent_config(use_projector=False))
+    model = model or fresh
     options = {**COMMON, **options}
     if kind == "ppo":
         trainer_class, args = LatentActionPPOTrainer, LatentActionPPOConfig(str(folder), **options)
+    elif kind == "rloo":
+        trainer_class = LatentActionRLOOTrainer
+        args = LatentActionRLOOConfig(str(folder), **{"num_generations": 2, **options})
     else:
         trainer_class = LatentActionGRPOTrainer
         args = LatentActionGRPOConfig(str(folder), **{"num_generations": 2, **options})
@@ -115,8 +126,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+@pytest.mark.parametrize(
+    "kind, case",
+    [*((kind, case) for kind in ("grpo", "ppo") for case in CASES), ("rloo", "between minibatches of the second epoch")],
+)
 def test_interrupted_run_is_the_uninterrupted_one(kind, case, tmp_path):
     step, options = CASES[case]
     if kind == "ppo":
@@ -174,3 +187,64 @@ def test_checkpoint_without_a_run_state_starts_a_new_rollout_batch(tmp_path):
     resumed = build("grpo", tmp_path, None, num_iterations=2)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.state.global_step == 9
+
+
+def later_policy(folder: Path):
+    """The model that a checkpoint holds, loaded as a user would."""
+    model, _ = latent("llama", latent_config(use_projector=False))
+    return LatentActionModel.from_pretrained(folder, backbone=model.backbone)
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_divergence_goes_on_when_the_model_given_is_that_of_the_checkpoint(kind, tmp_path):
+    """The reference is the policy before RL, also where the policy that is given to the trainer is a later one."""
+    options = {"num_iterations": 2}
+    whole = build(kind, tmp_path / "whole", None, **options)
+    whole.train()
+    build(kind, tmp_path / "cut", SaveAt(4, stop=True), **options).train()
+    checkpoint = tmp_path / "cut" / "checkpoint-4"
+    model = later_policy(checkpoint)
+    resumed = build(kind, tmp_path / "cut", None, model=model, **options)
+    resumed.train(resume_from_checkpoint=str(checkpoint))
+    assert logs(resumed) == logs(whole)
+    assert_identical(states(resumed), states(whole))
+    divergences = [log["kl"] for log in logs(whole) if log["step"] == 5]
+    assert divergences and divergences[0] > 1e-4
+
+
+def test_a_reference_that_cannot_be_had_is_refused_by_name(tmp_path):
+    build("grpo", tmp_path, SaveAt(4, stop=True)).train()
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.rmtree(tmp_path / "reference")
+    model = later_policy(checkpoint)
+    with pytest.raises(CheckpointError, match=f"another policy .*{tmp_path / 'reference'}.*that the run began with"):
+        build("grpo", tmp_path, None, model=model).train(resume_from_checkpoint=str(checkpoint))
+    # With the model that the run began with, nothing is missing.
+    again = build("grpo", tmp_path, None)
+    again.train(resume_from_checkpoint=str(checkpoint))
+    assert again.state.global_step == COMMON["max_steps"]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_prompts_with_pictures_survive_a_checkpoint_in_the_middle_of_a_rollout(kind, family, tmp_path):
+    """With an adapter every pass runs the backbone, pictures included: they are part of the rollout."""
+
+    def run(folder, callback, resume=None):
+        options = {**COMMON, "num_iterations": 2, "steps_per_generation": 2, "max_steps": 5}
+        lora = LoraConfig(r=2, lora_alpha=8)
+        trainer = build_with_pictures(
+            folder, kind, family, peft_config=lora, train_backbone=True, **options
+        )
+        trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    whole = run(tmp_path / "whole", SaveAt(3))
+    run(tmp_path / "cut", SaveAt(3, stop=True))
+    checkpoint = tmp_path / "cut" / "checkpoint-3"
+    kept = load_file(checkpoint / "rollout_buffer_0.safetensors")
+    assert any(name.startswith("prompts.") and ".vision." in name for name in kept)
+    resumed = run(tmp_path / "cut", SaveAt(99), resume=str(checkpoint))
+    assert_identical(states(resumed), states(whole))
+    assert logs(resumed) == logs(whole)

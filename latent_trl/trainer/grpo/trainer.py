@@ -149,6 +149,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         ended = self._ended(samples)
         if self.mask_truncated_completions:
             rollout.completion_mask *= ended[:, None]
+        counted = len(samples) if training else self.rollout_log.counted(self.accelerator.process_index, len(samples))
+        rollout.completion_mask[counted:] = 0
         rollout.num_items_in_batch = gather(rollout.completion_mask.sum()).sum()
         self.score_rollout(rollout)
         total = weighted_rewards(rewards, self.reward_weights)
@@ -156,7 +158,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
         if training:
             self.watch_rewards(total)
-        return rollout.to_batch()
+        # TRL's figures of a batch want a row, where none counts too.
+        return rollout.rows(0, max(counted, 1)).to_batch()
 
     def draw_samples(self, inputs: list[dict[str, Any]]) -> list[Sample]:
         """Answers the rows, processing each prompt once."""
@@ -265,8 +268,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         rollout = Rollout.from_batch(inputs)
         loss = self.rollout_loss(self.score(model, rollout), rollout, inputs)
         if not self.model.training:
-            self.rollout_log.evaluation.take_appended(rollout.completion_mask.sum().item())
-            self.rollout_log.evaluation.add("loss", loss.item(), len(rollout.action_ids))
+            self.rollout_log.evaluated(self, loss, rollout.completion_mask)
         elif self.anchor is not None:
             loss = loss + self.anchor.loss(self, model, self._step)
         self._check_loss(loss, inputs)

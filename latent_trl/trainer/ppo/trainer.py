@@ -202,6 +202,8 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self._skips_step():
+            # As Trainer's step does; TRL logs by it.
+            model.train()
             return torch.zeros((), device=self.accelerator.device)
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients:

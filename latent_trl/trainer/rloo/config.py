@@ -27,6 +27,8 @@ class LatentActionRLOOConfig(LatentActionGRPOConfig):
             Samples of a prompt.
     """
 
+    # A completion of one action: TRL's mean over completions.
+    loss_type: str = "grpo"
     advantage_estimator: str = "rloo"
     normalize_advantages: bool = False
     reward_clip_range: tuple[float, float] | None = None

@@ -50,7 +50,7 @@ class LatentActionRLOOTrainer(LatentActionGRPOTrainer):
         return super().set_advantages(rollout, rewards, total)
 
     def rollout_loss(self, scores: CodeScores, rollout: Rollout, inputs: dict[str, Any]) -> torch.Tensor:
-        mask = rollout.completion_mask.float()
+        mask = rollout.completion_mask
 
         def summed(values: torch.Tensor | None) -> torch.Tensor | None:
             """One value a completion, `[B, 1]`, of one a code."""
@@ -59,19 +59,17 @@ class LatentActionRLOOTrainer(LatentActionGRPOTrainer):
         whole = replace(
             scores,
             log_probs=summed(scores.log_probs),
-            entropies=summed(scores.entropies) / mask.sum(dim=1, keepdim=True).clamp(min=1.0),
+            entropies=summed(scores.entropies) / mask.sum(dim=1, keepdim=True).clamp(min=1),
         )
-        one = torch.ones_like(mask[:, :1])
         inputs = {
             **inputs,
             "completion_ids": inputs["completion_ids"][:, :1],
-            "completion_mask": one,
+            "completion_mask": mask.any(dim=1, keepdim=True),
             "old_per_token_logps": summed(rollout.old_per_token_logps),
         }
-        beta, loss_type = self.beta, self.loss_type
-        # A completion of one action: TRL's mean over completions, with the divergence in the reward already.
-        self.beta, self.loss_type = 0.0, "grpo"
+        # The divergence is in the reward already.
+        beta, self.beta = self.beta, 0.0
         try:
             return super().rollout_loss(whole, rollout, inputs)
         finally:
-            self.beta, self.loss_type = beta, loss_type
+            self.beta = beta

@@ -10,6 +10,9 @@ from .metrics import EvaluationMeans, Figure, length_figures, reward_figures, us
 from .prompts import reward_prompts
 from .rollout import Sample
 
+# Losses that TRL divides by the codes of all processes.
+OVER_ALL_CODES = ("dapo", "cispo", "vespo")
+
 
 class RolloutLog:
     """
@@ -72,6 +75,31 @@ class RolloutLog:
         self.figures(training, usage_figures(usage) | own)
         self.metrics["train" if training else "eval"]["num_tokens"] = [trainer.state.num_input_tokens_seen]
         self.table(samples, names, rewards, advantages)
+
+    def counted(self, process: int, rows: int) -> int:
+        """How many of the `rows` of a process, the first, count: those that fill up the last batch do not."""
+        return rows if self.rows_left is None else min(max(self.rows_left - process * rows, 0), rows)
+
+    def evaluated(self, trainer: Any, loss: torch.Tensor, mask: torch.Tensor) -> None:
+        """
+        Adds the loss of a batch of an evaluation, and the figures that TRL has appended for it.
+
+        Args:
+            trainer (`GRPOTrainer`): Whose evaluation it is.
+            loss (`torch.Tensor`): Of this process: a mean over completions, or a share of one over codes.
+            mask (`torch.Tensor`): `[B, C]`, the codes that count.
+        """
+        rows = mask.any(dim=1).sum()
+        parts = torch.stack([loss.detach(), loss.detach() * rows, loss.detach() * mask.sum(), rows, mask.sum()])
+        total, of_rows, of_codes, rows, codes = trainer.accelerator.reduce(parts, "sum").tolist()
+        if trainer.loss_type == "bnpo":
+            value, count = of_codes / max(codes, 1.0), codes
+        elif trainer.loss_type in OVER_ALL_CODES:
+            value, count = total / trainer.accelerator.num_processes, codes
+        else:
+            value, count = of_rows / max(rows, 1.0), rows
+        self.evaluation.take_appended(codes)
+        self.evaluation.add("loss", value, count)
 
     def start_evaluation(self, rows: int | None) -> None:
         """Forgets the rows of the evaluation before; `rows` of it are to come, if their number is known."""

@@ -35,7 +35,7 @@ PUBLIC = latent_trl._PUBLIC
 TRAINERS = {"grpo", "ppo", "rloo", "sft", "space"}
 MAY_IMPORT_TRAINERS = {"ppo": {"grpo"}, "rloo": {"grpo"}}
 MOST_LINES = 400
-LONGER = {"trainer/grpo/trainer.py"}
+LONGER: set[str] = set()
 NO_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 
 

@@ -57,7 +57,7 @@ def check_latent_actions(name: str, backbone: str | None = None) -> None:
         FileNotFoundError: When it, or the folder of the backbone that it names, is not there.
         ValueError: When it holds something else.
     """
-    from ..models.checkpoint import CONFIG_FILE
+    from ..checkpoint.files import CONFIG_FILE
 
     check_exists(name, "model")
     folder = Path(name).expanduser()

@@ -7,6 +7,7 @@ import torch
 from transformers.utils import logging
 from trl import GRPOConfig
 
+from ...data.bad_rows import ON_BAD_ROW
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
 from ...generation.settings import check_generation_kwargs
 from ..rollout.advantages import GROUP_ADVANTAGES
@@ -72,6 +73,10 @@ class LatentActionGRPOConfig(GRPOConfig):
             what rewards do not speak of stays as it was.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What follows a row that cannot be used: `"raise"` its error, or `"skip"` it: the next row that can be used
+            takes its place, and it is listed in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the
+            first step either way.
         on_nonfinite (`str`, defaults to `"stop"`):
             What follows a reward, loss or gradient that is NaN or infinite: `"stop"` with an error before the update,
             or `"skip"`: such a reward counts as `None`, such an update is not made, `skipped_updates` is logged, and 20
@@ -100,6 +105,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     overlong_buffer: int = 0
     anchor_coef: float = 0.0
     image_root: str | None = None
+    on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
     on_collapse: str = "warn"
     learning_rate: float = 1e-5
@@ -125,6 +131,7 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"{self.overlong_buffer}."
             )
         check_choice("action_sampling", self.action_sampling, ACTION_SAMPLING)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:

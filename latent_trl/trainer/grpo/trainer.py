@@ -1,6 +1,5 @@
 """GRPO and its variants over latent actions: one rollout, on TRL's buffering, loss and logging."""
 
-import functools
 from collections.abc import Sized
 from typing import Any
 
@@ -10,8 +9,6 @@ from torch import nn
 from transformers.utils import logging
 from trl import GRPOTrainer
 
-from ...data.images import load_row_images
-from ...data.prompts import PromptEncoder
 from ...generation.action_law import ActionLaw
 from ...models.latent_action_model import LatentActionModel
 from ..rollout.adapter import attach_adapter, backbone_of_reference
@@ -21,10 +18,10 @@ from ..rollout.checks import check_anchor, check_arguments, check_train_dataset
 from ..rollout.dynamic_sampling import DynamicSampling, equal_groups
 from ..rollout.generation_config import rollout_config
 from ..rollout.log import RolloutLog
-from ..rollout.prompts import answers, groups_of
+from ..rollout.prompts import PromptReader, answers, groups_of, stored
 from ..rollout.reference import Reference
 from ..rollout.rewards import RolloutRewards
-from ..rollout.rollout import Rollout, Sample
+from ..rollout.rollout import Rollout, Sample, ended_by_itself
 from ..rollout.scoring import CodeScores, score, score_in_parts
 from ..rollout.source import GenerateSource
 from ..run.completions_table import CompletionsTable
@@ -118,16 +115,19 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.num_generations_eval = 1
         check_train_dataset(self.train_dataset, args)
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
-        self.encoder = PromptEncoder(
-            self.processing_class, args.image_root, chat_template_kwargs=args.chat_template_kwargs
-        )
-        self.prepare_row = functools.partial(load_row_images, image_root=args.image_root)
+        self.train_dataset = stored(self.train_dataset, "train_dataset")
+        self.eval_dataset = stored(self.eval_dataset)
+        self.reader = PromptReader.of(self)
+        self.encoder = self.reader.encoder
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
         self.rewards = RolloutRewards.of(self)
         self.rollout_log = RolloutLog(self._metrics, self._logs, args.log_multimodal)
         if args.log_completions:
             self.add_callback(CompletionsTable(self))
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        return super().get_eval_dataloader(stored(eval_dataset))
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
@@ -146,7 +146,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.pad_to_multiple_of or 1,
             self.args.offload_context_states,
         )
-        ended = self._ended(samples)
+        ended = ended_by_itself(samples, {*self.eos_token_ids, self._tokenizer.pad_token_id}).to(
+            self.accelerator.device
+        )
         if self.mask_truncated_completions:
             rollout.completion_mask *= ended[:, None]
         counted = len(samples) if training else self.rollout_log.counted(self.accelerator.process_index, len(samples))
@@ -158,6 +160,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
         if training:
             self.watch_rewards(total)
+            if self.args.on_bad_row == "skip":
+                self._metrics["train"]["bad_rows"] = [float(self.reader.bad_rows.count())]
         # TRL's figures of a batch want a row, where none counts too.
         return rollout.rows(0, max(counted, 1)).to_batch()
 
@@ -168,7 +172,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         rows, copies = groups_of(inputs, self.accelerator.process_index * len(inputs), size)
         self.generation_config.action_do_sample = training or self.args.eval_action_do_sample
         try:
-            samples = answers(rows, copies, self.prepare_row, self.encoder, self.rollout_source())
+            samples = answers(rows, copies, self.reader, self.rollout_source())
         except FloatingPointError as error:
             raise self._no_code(error) from error
         if training:
@@ -189,25 +193,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.args.ds3_gather_for_generation,
         )
 
-    def _ended(self, samples: list[Sample]) -> torch.Tensor:
-        """Boolean `[B]`: which completions ended by themselves."""
-        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
-        return torch.tensor([s.completion_ids[-1] in ends for s in samples], device=self.accelerator.device)
-
     def _replace_equal_groups(self, samples: list[Sample], rewards: torch.Tensor) -> dict[str, Any]:
         def draw(rows):
             fresh = self.draw_samples(rows)
             return fresh, self.rewards(fresh, self.state)
 
-        sampling = DynamicSampling(
-            self.train_dataset,
-            self.args.dynamic_sampling_rounds,
-            self.num_generations,
-            self.reward_weights,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.prepare_row,
-        )
+        sampling = DynamicSampling.of(self)
         return sampling.replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
 
     @property
@@ -302,5 +293,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         super().log(logs, start_time)
 
     def train(self, *args: Any, **kwargs: Any):
+        self.reader.preflight(self.args.seed)
         self._latent_model().config.stage = "rl"
         return super().train(*args, **kwargs)

@@ -37,6 +37,20 @@ class DynamicSampling:
     processes: int
     prepare: Callable[[dict[str, Any]], dict[str, Any]]
 
+    @classmethod
+    def of(cls, trainer: Any) -> "DynamicSampling":
+        """That of a `GRPOTrainer`."""
+        accelerator = trainer.accelerator
+        return cls(
+            trainer.train_dataset,
+            trainer.args.dynamic_sampling_rounds,
+            trainer.num_generations,
+            trainer.reward_weights,
+            accelerator.process_index,
+            accelerator.num_processes,
+            trainer.reader.load,
+        )
+
     def replace(
         self,
         samples: list[Sample],

@@ -1,17 +1,21 @@
 """From the rows of a rollout batch to encoded prompts, each processed once, and from tokens to completions."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
+from datasets import IterableDataset
 from trl.data_utils import is_conversational, prepare_multimodal_messages
 
+from ...data.bad_rows import BadRows
+from ...data.images import load_row_images
 from ...data.prompts import EncodedPrompt, PromptEncoder
+from ...data.reading import StoredRows
 from ...rewards.conversation import IMAGE_COLUMNS
 from .rollout import Sample
 from .source import RolloutSource
 
-Prepare = Callable[[dict[str, Any]], dict[str, Any]]
+# What [`StoredRows`] adds to a row.
+PLACE_KEYS = ("_row", "_index", "_source")
 
 
 def groups_of(rows: list[dict[str, Any]], first: int, size: int) -> tuple[list[dict[str, Any]], int]:
@@ -34,33 +38,91 @@ def groups_of(rows: list[dict[str, Any]], first: int, size: int) -> tuple[list[d
     return parts, copies
 
 
-def answers(
-    rows: list[dict[str, Any]], copies: int, prepare: Prepare, encoder: PromptEncoder, source: RolloutSource
-) -> list[Sample]:
+class PromptReader:
+    """
+    Turns rows into encoded prompts, each once.
+
+    Args:
+        encoder (`PromptEncoder`): Of the prompts.
+        image_root (`str`, *optional*): The only folder from which rows may name image files.
+        bad_rows (`BadRows`): Decides what becomes of rows that cannot be used.
+    """
+
+    def __init__(self, encoder: PromptEncoder, image_root: str | None, bad_rows: BadRows):
+        self.encoder = encoder
+        self.image_root = image_root
+        self.bad_rows = bad_rows
+
+    @classmethod
+    def of(cls, trainer: Any) -> "PromptReader":
+        """The reader of a trainer's data sets, which are [`stored`]."""
+        args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+        most = model.backbone_view.max_positions
+        encoder = PromptEncoder(
+            trainer.processing_class,
+            args.image_root,
+            chat_template_kwargs=args.chat_template_kwargs,
+            max_length=None if most is None else most - args.max_completion_length,
+        )
+        evaluated = trainer.eval_dataset
+        evaluated = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
+        sources = [rows for rows in (trainer.train_dataset, *evaluated) if isinstance(rows, StoredRows)]
+        return cls(encoder, args.image_root, BadRows(args.on_bad_row, args.output_dir, sources))
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], EncodedPrompt]]:
+        """
+        Each row as reward functions see it, its pictures loaded, and its prompt. Neighbours that are the same object
+        are read once.
+
+        Raises:
+            RowError: For a row that cannot be used, unless `bad_rows` puts another in its place.
+        """
+        return [read for _, read in self.bad_rows.usable(rows, self._read)]
+
+    def load(self, row: dict[str, Any]) -> dict[str, Any]:
+        """A row that can be used, its pictures loaded."""
+        return self([row])[0][0]
+
+    def preflight(self, seed: int) -> None:
+        """Looks at some rows of each data set; raises [`RowError`] as `bad_rows` decides."""
+        self.bad_rows.preflight(self._read, seed=seed)
+
+    def _read(self, row: dict[str, Any]) -> tuple[dict[str, Any], EncodedPrompt]:
+        loaded = load_row_images(row, self.image_root)
+        encoded = self.encoder(loaded)
+        return {name: value for name, value in loaded.items() if name not in PLACE_KEYS}, encoded
+
+
+def answers(rows: list[dict[str, Any]], copies: int, reader: PromptReader, source: RolloutSource) -> list[Sample]:
     """
     Answers rows, each processed once.
 
     Args:
         rows (`list[dict]`): As [`groups_of`] gives them; the same object for calls of one prompt.
         copies (`int`): Samples of each.
-        prepare (`Callable`): Loads the pictures of a row.
-        encoder (`PromptEncoder`): Of the prompts.
+        reader (`PromptReader`): Of the rows.
         source (`RolloutSource`): What generates.
 
     Returns:
         `list[Sample]`: Row by row.
     """
-    prepared: dict[int, tuple[dict[str, Any], EncodedPrompt]] = {}
-    for row in rows:
-        if id(row) not in prepared:
-            loaded = prepare(row)
-            prepared[id(row)] = loaded, encoder(loaded)
-    samples = source(*map(list, zip(*(prepared[id(row)] for row in rows), strict=True)), copies)
-    texts = encoder.processing_class.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True)
+    read = reader(rows)
+    samples = source([row for row, _ in read], [prompt for _, prompt in read], copies)
+    processing_class = reader.encoder.processing_class
+    texts = processing_class.batch_decode([s.completion_ids for s in samples], skip_special_tokens=True)
     for sample, text in zip(samples, texts, strict=True):
         conversation = is_conversational({"prompt": sample.row["prompt"]})
         sample.completion = [{"role": "assistant", "content": text}] if conversation else text
     return samples
+
+
+def stored(dataset: Any, name: str = "eval_dataset") -> Any:
+    """A data set, or a dict of several, as rows that are read one by one; streams and names of sets stay."""
+    if isinstance(dataset, dict):
+        return {key: stored(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
+    if dataset is None or isinstance(dataset, (str, StoredRows, IterableDataset)):
+        return dataset
+    return StoredRows(dataset, name)
 
 
 def reward_prompts(rows: list[dict[str, Any]]) -> list[Any]:

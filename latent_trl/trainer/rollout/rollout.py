@@ -39,6 +39,11 @@ class Sample:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def ended_by_itself(samples: list[Sample], end_token_ids: set[int]) -> torch.Tensor:
+    """Boolean `[B]`: which completions end with one of `end_token_ids`, and were not cut at the longest length."""
+    return torch.tensor([sample.completion_ids[-1] in end_token_ids for sample in samples])
+
+
 @dataclass
 class Rollout:
     """

@@ -115,8 +115,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.num_generations_eval = 1
         check_train_dataset(self.train_dataset, args)
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
-        self.train_dataset = stored(self.train_dataset, "train_dataset")
-        self.eval_dataset = stored(self.eval_dataset)
         self.reader = PromptReader.of(self)
         self.encoder = self.reader.encoder
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
@@ -126,8 +124,18 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         if args.log_completions:
             self.add_callback(CompletionsTable(self))
 
+    def get_train_dataloader(self):
+        given, self.train_dataset = self.train_dataset, stored(self.train_dataset, "train_dataset")
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = given
+
     def get_eval_dataloader(self, eval_dataset: Any = None):
-        return super().get_eval_dataloader(stored(eval_dataset))
+        name = f"eval_dataset[{eval_dataset!r}]" if isinstance(eval_dataset, str) else "eval_dataset"
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
+        return super().get_eval_dataloader(stored(eval_dataset, name))
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)

@@ -12,6 +12,7 @@ from PIL import Image
 from ...rewards.conversation import IMAGE_COLUMNS
 from .advantages import weighted_rewards
 from .metrics import Figure
+from .prompts import stored
 from .rollout import Sample
 
 
@@ -42,7 +43,7 @@ class DynamicSampling:
         """That of a `GRPOTrainer`."""
         accelerator = trainer.accelerator
         return cls(
-            trainer.train_dataset,
+            stored(trainer.train_dataset, "train_dataset"),
             trainer.args.dynamic_sampling_rounds,
             trainer.num_generations,
             trainer.reward_weights,

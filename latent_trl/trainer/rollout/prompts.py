@@ -55,7 +55,7 @@ class PromptReader:
 
     @classmethod
     def of(cls, trainer: Any) -> "PromptReader":
-        """The reader of a trainer's data sets, which are [`stored`]."""
+        """The reader of a trainer's data sets."""
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
         most = model.backbone_view.max_positions
         encoder = PromptEncoder(
@@ -64,9 +64,10 @@ class PromptReader:
             chat_template_kwargs=args.chat_template_kwargs,
             max_length=None if most is None else most - args.max_completion_length,
         )
-        evaluated = trainer.eval_dataset
+        evaluated = stored(trainer.eval_dataset)
         evaluated = evaluated.values() if isinstance(evaluated, dict) else [evaluated]
-        sources = [rows for rows in (trainer.train_dataset, *evaluated) if isinstance(rows, StoredRows)]
+        sources = [stored(trainer.train_dataset, "train_dataset"), *evaluated]
+        sources = [rows for rows in sources if isinstance(rows, StoredRows)]
         return cls(encoder, args.image_root, BadRows(args.on_bad_row, args.output_dir, sources))
 
     def __call__(self, rows: list[dict[str, Any]]) -> list[tuple[dict[str, Any], EncodedPrompt]]:

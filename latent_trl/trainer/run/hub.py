@@ -16,7 +16,6 @@ from transformers.utils import PushInProgress, logging
 
 from ...checkpoint.files import CONFIG_FILE, check_token
 from ...data.mixing import MixedRows
-from ...data.reading import StoredRows
 from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
@@ -46,7 +45,6 @@ def shown_settings(args: TrainingArguments) -> dict[str, Any]:
 def describe_data(dataset: Any) -> dict[str, Any]:
     """Numbers of rows, and columns, of a training data set."""
     paired, text = (dataset.paired, dataset.text) if isinstance(dataset, MixedRows) else (dataset, None)
-    paired, text = (rows.rows if isinstance(rows, StoredRows) else rows for rows in (paired, text))
     described: dict[str, Any] = {}
     if isinstance(paired, Sized):
         described["rows"] = len(paired)

@@ -9,7 +9,7 @@ from latent_trl.commands.main import main
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
-STAGES = {"learn": "policy", "sft": "sft", "grpo": "rl", "ppo": "rl"}
+STAGES = {"learn": "policy", "sft": "sft", "grpo": "rl", "rloo": "rl", "ppo": "rl"}
 FEWER = {
     "learn": [f"--{stage}_max_steps=1" for stage in ("inverse_dynamics", "projector", "joint", "policy")],
     **{name: ["--max-steps=1"] for name in STAGES if name != "learn"},

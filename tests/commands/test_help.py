@@ -32,6 +32,7 @@ TRAINING = {
     "learn": "LatentActionSpaceConfig",
     "sft": "LatentActionSFTConfig",
     "grpo": "LatentActionGRPOConfig",
+    "rloo": "LatentActionRLOOConfig",
     "ppo": "LatentActionPPOConfig",
 }
 
@@ -58,7 +59,7 @@ def test_help_of_training_has_every_own_option(probe, command):
     assert not [name for name in names if f"--{name}" not in probe["shown"][command].split()]
 
 
-@pytest.mark.parametrize("command", [*TRAINING, "rloo"])
+@pytest.mark.parametrize("command", TRAINING)
 def test_help_begins_with_what_everyone_sets_and_has_no_option_twice(probe, command):
     shown = probe["shown"][command]
     _, common, *_ = re.split(r"^(?:what most runs set|model and data|training, of \w+):$", shown, flags=re.MULTILINE)

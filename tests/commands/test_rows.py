@@ -198,12 +198,6 @@ def test_sft_reads_pictures_by_path(here, checkpoint):
 
 @pytest.mark.parametrize("algorithm", ["grpo", "rloo", "ppo"])
 def test_rl_reads_pictures_by_path(here, checkpoint, algorithm):
-    import latent_trl
-    from latent_trl.commands.training import RL_NAMES
-
-    config = f"{RL_NAMES[algorithm]}Config"
-    if config not in latent_trl.__all__ or "image_root" not in getattr(latent_trl, config).__dataclass_fields__:
-        pytest.skip(f"{config} has no `image_root`")
     words = ["--model_name_or_path", checkpoint, "--dataset_name", FILE, "--image_root", "pictures"]
     words += ["--reward_funcs", "exact_match", "--num_generations", "2", "--max_completion_length", "3"]
     assert main([algorithm, *words, *STEP, "--per_device_train_batch_size", "4", "--output_dir", "o"]) == 0

@@ -33,14 +33,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from transformers.utils import logging
 
+    from ..data.reading import OpenedRows
     from ..evaluation.atlas import make_atlas, write_atlas
     from .loading import load_model, load_processor
     from .progress import console, progress_bars
-    from .rows import load_rows, with_pictures
+    from .rows import load_rows
 
     logging.set_verbosity_error()
     rows = load_rows(args.dataset, args.split, limit=args.limit, purpose="prompts")
-    rows = with_pictures(rows, args.image_root)
+    rows = OpenedRows(rows, args.image_root)
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
         task = bars.add_task("Atlas", total=len(rows) + min(args.forced_prompts, len(rows)), figures="")

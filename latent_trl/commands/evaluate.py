@@ -274,16 +274,17 @@ def main(argv: list[str] | None = None) -> int:
     from rich.table import Table
     from transformers.utils import logging
 
+    from ..data.reading import OpenedRows
     from .arguments import as_dict
     from .loading import load_model, load_processor, load_rewards
     from .progress import console, progress_bars
-    from .rows import check_reward_columns, load_rows, with_pictures
+    from .rows import check_reward_columns, load_rows
 
     logging.set_verbosity_error()
     rows = load_rows(args.dataset, args.split, limit=args.limit, purpose="prompts")
     rewards = load_rewards(args.reward_funcs, as_dict("reward_kwargs", args.reward_kwargs)) if args.reward_funcs else []
     check_reward_columns(rewards, rows, args.dataset)
-    rows = with_pictures(rows, args.image_root)
+    rows = OpenedRows(rows, args.image_root)
     if args.perplexity and args.reference not in rows.column_names:
         raise ValueError(f"`--reference` must be one of {rows.column_names}, got {args.reference!r}.")
     model = load_model(args.model, args.backbone, dtype=args.dtype)

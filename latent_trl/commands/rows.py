@@ -224,25 +224,6 @@ def _with_user_turns(rows):
     return rows.map(lambda prompt: {"prompt": [{"role": "user", "content": prompt}]}, input_columns=["prompt"])
 
 
-def with_pictures(rows, image_root: str | None):
-    """Rows whose pictures are read from `image_root` when a row is, for commands that have no trainer to do so."""
-    from datasets import List, Value
-
-    from ..data.images import load_image
-
-    if "images" not in rows.column_names or rows.features["images"] != List(Value("string")):
-        return rows
-    if image_root is None:
-        raise ValueError("`images` are paths, and no `--image_root` says which folder they may be read from.")
-
-    def read(batch: dict[str, list]) -> dict[str, list]:
-        if "images" not in batch:
-            return batch
-        return {**batch, "images": [[load_image(p, image_root) for p in row or []] for row in batch["images"]]}
-
-    return rows.with_transform(read)
-
-
 def check_reward_columns(rewards: list[Callable | str], rows, name: str) -> None:
     """Raises `ValueError` when a reward function reads a column that the data set has not."""
     for reward in rewards:

@@ -1,7 +1,9 @@
 """Rows of a data set as they are stored: numbered, with pictures that nothing has opened yet."""
 
+from pathlib import Path
 from typing import Any
 
+from .images import load_row_images
 from .rows import UNREADABLE, said
 
 
@@ -47,6 +49,50 @@ class StoredRows:
 
     def _place(self, index: int) -> dict[str, Any]:
         return {"_row": f"{index} {self.label}" if self.label else index, "_index": index, "_source": self.name}
+
+
+class OpenedRows:
+    """
+    Rows to be answered, measured or searched: each with its number under `_row`, and its pictures in RGB, opened when
+    the row is read. Functions that take rows make these of others, for which no path may be opened.
+
+    Args:
+        rows: A `datasets.Dataset`, or anything with a length and items that are dicts.
+        image_root (`str` or `Path`, *optional*): The only folder from which rows may name image files.
+
+    Example:
+
+    ```python
+    answer(model, processor, OpenedRows(rows, image_root="pictures"))
+    ```
+    """
+
+    def __init__(self, rows: Any, image_root: str | Path | None = None):
+        self.stored = StoredRows(rows)
+        self.image_root = image_root
+
+    @classmethod
+    def of(cls, rows: Any) -> "OpenedRows":
+        """`rows`, if they are such, or such of them."""
+        return rows if isinstance(rows, cls) else cls(rows)
+
+    @property
+    def column_names(self) -> list[str]:
+        import datasets
+
+        rows = self.stored.rows
+        if isinstance(rows, datasets.Dataset):
+            return rows.column_names
+        return list(dict.fromkeys(name for i in range(len(rows)) for name in rows[i]))
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __getitem__(self, place: int | str) -> Any:
+        if isinstance(place, str):
+            return [row.get(place) for row in self]
+        row = load_row_images(self.stored[place], self.image_root)
+        return {name: value for name, value in row.items() if name not in ("_index", "_source")}
 
 
 def encoded(feature: Any) -> Any:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.pieces import text_pieces
 from ..data.prompts import encode_prompts
+from ..data.reading import OpenedRows
 from ..generation.answers import end_tokens, evaluation_mode, generated_answers
 from ..rewards.calling import RewardCaller
 from ..rewards.conversation import as_completion
@@ -80,6 +81,7 @@ def answer(
     ends = end_tokens(model, tokenizer, generate_kwargs)
     generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends}
     caller = None if reward is None else RewardCaller(reward)
+    rows = OpenedRows.of(rows)
     result = Answers()
     with evaluation_mode(model):
         for start in range(0, len(rows), batch_size):
@@ -115,7 +117,7 @@ def score_answers(
     Returns:
         `list[float]`: NaN where the function cannot say.
     """
-    caller = RewardCaller(reward)
+    caller, rows = RewardCaller(reward), OpenedRows.of(rows)
     rewards: list[float] = []
     for start in range(0, len(rows), batch_size):
         places = slice(start, start + batch_size)

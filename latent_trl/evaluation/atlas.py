@@ -12,6 +12,7 @@ import torch
 
 from ..data.images import load_image
 from ..data.prompts import encode_prompts
+from ..data.reading import OpenedRows
 from ..generation.answers import end_tokens, evaluation_mode, generated_answers
 from .answers import answer
 from .report import code_colour, image_url
@@ -128,6 +129,7 @@ def make_atlas(
     """
     if not len(rows):
         raise ValueError("`rows` is empty: an atlas needs prompts.")
+    rows = OpenedRows.of(rows)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     found = answer(
         model,

@@ -94,10 +94,12 @@ def judge_model(
     """
     import torch
 
+    from ..data.reading import OpenedRows
     from .answers import answer
 
     if num_generations < 1:
         raise ValueError(f"`num_generations` must be at least 1, got {num_generations}.")
+    rows = OpenedRows.of(rows)
     keys, column = sample_keys(rows, key_column), judge.reference_column
     if column not in rows.column_names:
         raise ValueError(f"The judge reads the column {column!r}; `rows` has {rows.column_names}.")

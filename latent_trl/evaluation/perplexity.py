@@ -10,6 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.collator import LatentActionDataCollator
+from ..data.reading import OpenedRows
+from ..data.rows import IMAGE_COLUMNS
 from ..models.cross_entropy import token_cross_entropy
 from ..models.spoken import chunk_size, spoken_log_probs
 from .intervals import Interval, bootstrap_interval
@@ -88,7 +90,8 @@ def text_perplexity(
     """
     if law not in LAWS:
         raise ValueError(f"`law` must be one of {list(LAWS)}, got {law!r}.")
-    texts = [row.get("reference") for row in rows] if texts is None else texts
+    rows = OpenedRows.of(rows)
+    texts = rows["reference"] if texts is None else texts
     missing = [i for i, text in enumerate(texts) if not text or not str(text).strip()]
     if missing or len(texts) != len(rows) or not len(rows):
         raise ValueError(
@@ -128,13 +131,14 @@ def answer_perplexity(
     if not said:
         return Perplexity([], [])
     kept = [texts[i] for i in said]
+    rows = OpenedRows.of(rows)
     return text_perplexity(model, processing_class, [rows[i] for i in said], kept, law="backbone", **options)
 
 
 def _conversation(row: dict[str, Any], text: Any) -> dict[str, Any]:
     if isinstance(text, str) and not isinstance(row["prompt"], str):
         text = [{"role": "assistant", "content": text}]
-    return {"prompt": row["prompt"], "completion": text, "images": row.get("images")}
+    return {"prompt": row["prompt"], "completion": text, **{name: row.get(name) for name in IMAGE_COLUMNS}}
 
 
 def _on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

@@ -156,7 +156,7 @@ class RewardCaller:
         self._error = None
         if not prompts:
             return [[] for _ in self._functions]
-        names = dict.fromkeys(name for row in rows for name in row if name not in OWN_ARGUMENTS)
+        names = dict.fromkeys(name for row in rows for name in row if name not in OWN_ARGUMENTS and name[0] != "_")
         columns = {name: [row.get(name) for row in rows] for name in names}
         for name in ("prompts", "completions"):
             if name in columns:

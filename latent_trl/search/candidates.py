@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..data.prompts import encode_prompts
+from ..data.reading import OpenedRows
 from ..generation.answers import generated_answers
 from ..generation.output import LatentActionGenerateOutput
 from ..models.latent_action_model import LatentActionModel
@@ -102,6 +103,7 @@ def encoded(model: LatentActionModel, processing_class: Any, rows: list[dict[str
 
 
 def batches(rows: Any, size: int) -> Iterator[list[dict[str, Any]]]:
+    rows = OpenedRows.of(rows)
     for start in range(0, len(rows), size):
         yield [rows[i] for i in range(start, min(start + size, len(rows)))]
 

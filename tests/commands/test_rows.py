@@ -7,7 +7,8 @@ from PIL import Image
 
 from latent_trl.commands import loading
 from latent_trl.commands.main import main
-from latent_trl.commands.rows import as_prompts, check_exists, check_reward_columns, load_rows, with_pictures
+from latent_trl.commands.rows import as_prompts, check_exists, check_reward_columns, load_rows
+from latent_trl.data.reading import OpenedRows
 
 FILE = "rows.jsonl"
 
@@ -44,10 +45,10 @@ def test_one_file_has_conversations_and_prompts(here):
 
 def test_pictures_by_path_are_read_from_one_folder_only(here):
     rows = load_rows(FILE, purpose="prompts")
-    assert with_pictures(rows, "pictures")[1]["images"][0].getpixel((0, 0)) == (0, 0, 255)
-    assert with_pictures(rows, "pictures")["images"][:][0][0].getpixel((0, 0)) == (255, 0, 0)
-    with pytest.raises(ValueError, match="no `--image_root`"):
-        with_pictures(rows, None)
+    assert OpenedRows(rows, "pictures")[1]["images"][0].getpixel((0, 0)) == (0, 0, 255)
+    assert OpenedRows(rows, "pictures")["images"][0][0].getpixel((0, 0)) == (255, 0, 0)
+    with pytest.raises(ValueError, match="no `image_root` says"):
+        OpenedRows(rows)[0]
 
 
 @pytest.mark.parametrize("column", [{"image": "red.png"}, {"images": "red.png"}, {"images": ["red.png"]}])

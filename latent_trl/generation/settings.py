@@ -170,6 +170,14 @@ def without_own_defaults(backbone: PreTrainedModel) -> Iterator[None]:
         backbone.generation_config = own
 
 
+# Settings that a trainer counts by, and its own names for them.
+TRAINER_FIELDS = {
+    "num_return_sequences": "num_generations",
+    "max_new_tokens": "max_completion_length",
+    "max_length": "max_completion_length",
+}
+
+
 def _refuse(settings: Mapping[str, Any], argument: str | None = None) -> None:
     for name, (values, why) in REFUSED_SETTINGS.items():
         value = settings.get(name)
@@ -196,8 +204,8 @@ def check_generation_kwargs(settings: Mapping[str, Any] | None, argument: str = 
     for name, value in settings.items():
         if name in ACTION_DEFAULTS or name == "cuda_graphs":
             raise ValueError(f"`{name}={value!r}` in `{argument}`: set the trainer's own field instead.")
-        if name == "num_return_sequences":
-            raise ValueError(f"`{name}={value!r}` in `{argument}`: set `num_generations` instead.")
+        if name in TRAINER_FIELDS:
+            raise ValueError(f"`{name}={value!r}` in `{argument}`: set `{TRAINER_FIELDS[name]}` instead.")
         if name not in known:
             raise ValueError(f"`{name}={value!r}` in `{argument}` is no setting of transformers' `GenerationConfig`.")
 

@@ -1,4 +1,4 @@
-"""The pages on GRPO and PPO: their code runs, and they leave out no option and no metric."""
+"""The pages on GRPO, PPO and RLOO: their code runs, and they leave out no option and no metric."""
 
 import dataclasses
 import re
@@ -8,11 +8,11 @@ import pytest
 from tiny_models import latent
 from trl import GRPOConfig
 
-from latent_trl import LatentActionGRPOConfig, LatentActionModel, LatentActionPPOConfig
+from latent_trl import LatentActionGRPOConfig, LatentActionModel, LatentActionPPOConfig, LatentActionRLOOConfig
 from latent_trl.trainer.grpo import trainer as latent_action_grpo_trainer
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = {"grpo": (DOCS / "grpo_trainer.md").read_text(), "ppo": (DOCS / "ppo_trainer.md").read_text()}
+PAGES = {name: (DOCS / f"{name}_trainer.md").read_text() for name in ("grpo", "ppo", "rloo")}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -24,7 +24,7 @@ def test_code_runs_and_every_metric_is_explained(name, tmp_path, monkeypatch):
     (block,) = re.findall(r"^```python\n(.*?)^```$", PAGES[name], re.DOTALL | re.MULTILINE)
     names: dict = {"__name__": f"{name}_page"}
     exec(compile(block, f"docs/{name}_trainer.md", "exec"), names)
-    explained = PAGES["grpo"] + (PAGES["ppo"] if name == "ppo" else "")
+    explained = PAGES["grpo"] + PAGES[name]
     for log in names["trainer"].state.log_history[:-1]:
         for metric in set(log) - {"step"}:
             metric = re.sub(r"^rewards/[^/]+/", "rewards/<function>/", metric)
@@ -39,7 +39,11 @@ def own_fields(config: type, base: type) -> set[str]:
 
 @pytest.mark.parametrize(
     "name, config, base",
-    [("grpo", LatentActionGRPOConfig, GRPOConfig), ("ppo", LatentActionPPOConfig, LatentActionGRPOConfig)],
+    [
+        ("grpo", LatentActionGRPOConfig, GRPOConfig),
+        ("ppo", LatentActionPPOConfig, LatentActionGRPOConfig),
+        ("rloo", LatentActionRLOOConfig, LatentActionGRPOConfig),
+    ],
 )
 def test_every_option_is_explained(name, config, base):
     missing = [field for field in sorted(own_fields(config, base)) if f"`{field}`" not in PAGES[name]]

@@ -23,7 +23,7 @@ from ..rollout.reference import Reference
 from ..rollout.rewards import RolloutRewards
 from ..rollout.rollout import Rollout, Sample, ended_by_itself
 from ..rollout.scoring import CodeScores, score, score_in_parts
-from ..rollout.source import GenerateSource
+from ..rollout.source import GenerateSource, RolloutSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
 from ..run.loading import load_model, load_processing_class
@@ -189,17 +189,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.state.num_input_tokens_seen += gather(tokens).sum().item()
         return samples
 
-    def rollout_source(self) -> GenerateSource:
+    def rollout_source(self) -> RolloutSource:
         """What answers prompts: the policy as it is now."""
-        return GenerateSource(
-            self.model_wrapped,
-            self.accelerator,
-            self.generation_config,
-            self.encoder,
-            self.eos_token_ids,
-            self.args.reuse_context_states,
-            self.args.ds3_gather_for_generation,
-        )
+        return GenerateSource.of(self)
 
     def _replace_equal_groups(self, samples: list[Sample], rewards: torch.Tensor) -> dict[str, Any]:
         def draw(rows):

@@ -32,7 +32,8 @@ class RolloutRewards:
     @classmethod
     def of(cls, trainer: Any) -> "RolloutRewards":
         """The reward functions of a `GRPOTrainer`, with DAPO's punishment of long answers as one more of weight 1."""
-        args, shaping = trainer.args, ()
+        args = trainer.args
+        shaping: tuple[str, ...] = ()
         if args.overlong_buffer:
             punishment = SoftOverlongPunishment(trainer.max_completion_length, args.overlong_buffer)
             trainer.reward_funcs.append(punishment)

@@ -58,6 +58,19 @@ class GenerateSource:
         self.keep_states = keep_states
         self.gather = gather
 
+    @classmethod
+    def of(cls, trainer: Any) -> "GenerateSource":
+        """That of a `GRPOTrainer`."""
+        return cls(
+            trainer.model_wrapped,
+            trainer.accelerator,
+            trainer.generation_config,
+            trainer.encoder,
+            trainer.eos_token_ids,
+            trainer.args.reuse_context_states,
+            trainer.args.ds3_gather_for_generation,
+        )
+
     def __call__(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt], copies: int) -> list[Sample]:
         inputs = self.encoder.collate(prompts)
         inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}

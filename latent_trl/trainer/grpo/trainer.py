@@ -14,7 +14,7 @@ from ...models.latent_action_model import LatentActionModel
 from ..rollout.adapter import attach_adapter, backbone_of_reference
 from ..rollout.advantages import GROUP_ADVANTAGES, normalize_then_sum, weighted_rewards
 from ..rollout.anchor import PolicyAnchor
-from ..rollout.checks import check_anchor, check_arguments, check_train_dataset
+from ..rollout.checks import check_anchor, check_arguments, check_train_dataset, evaluation_samples
 from ..rollout.dynamic_sampling import DynamicSampling, equal_groups
 from ..rollout.generation_config import rollout_config
 from ..rollout.log import RolloutLog
@@ -110,9 +110,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.reference = Reference(model, reference_adapter) if needed else None
         self.ref_model = self.reference.policy if beta != 0.0 else None
         self.anchor = PolicyAnchor.of(self, anchor_dataset) if args.anchor_coef else None
-        if not args.eval_action_do_sample:
-            # Greedy answers of a prompt are all the same.
-            self.num_generations_eval = 1
+        self.num_generations_eval = evaluation_samples(args, self.num_generations_eval)
         check_train_dataset(self.train_dataset, args)
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.reader = PromptReader.of(self)

@@ -3,7 +3,11 @@
 from collections.abc import Sized
 from typing import Any
 
+from transformers.utils import logging
+
 from ..run.loading import check_columns
+
+logger = logging.get_logger(__name__)
 
 # What TRL's trainer takes, and what to use in its place.
 REFUSED = {
@@ -38,6 +42,18 @@ def check_train_dataset(dataset: Any, args: Any) -> None:
             f"(`generation_batch_size={args.generation_batch_size}` over `num_generations={args.num_generations}`):"
             " no batch could be made. Lower the batch size, or raise `num_generations`."
         )
+
+
+def evaluation_samples(args: Any, wanted: int) -> int:
+    """Answers of a prompt in evaluation: `wanted`, or one where answers are the most likely, which are all the same."""
+    if args.eval_action_do_sample:
+        return wanted
+    if args.num_generations_eval not in (None, 1):
+        logger.warning(
+            f"`num_generations_eval={args.num_generations_eval}`: the most likely answers of a prompt are all the same, "
+            "and one is made. Set `eval_action_do_sample=True` to sample them."
+        )
+    return 1
 
 
 def check_anchor(args: Any, dataset: Any) -> None:

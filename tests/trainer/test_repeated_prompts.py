@@ -163,7 +163,9 @@ def test_evaluation_has_group_sizes_of_its_own(tmp_path, monkeypatch):
     for picks, size, rows_seen in (((0, 0, 0, 2, 2, 2), 3, 2), ((0, 0, 1, 1, 1, 1), 2, 3), ((0, 1, 2, 3), 1, 4)):
         options = {"num_generations_eval": size, "per_device_eval_batch_size": len(picks)}
         with monkeypatch.context() as patch:
-            (_, one, seen), (_, other, _) = both_ways(tmp_path, patch, False, picks, eval_action_do_sample=True, **options)
+            (_, one, seen), (_, other, _) = both_ways(
+                tmp_path, patch, False, picks, eval_action_do_sample=True, **options
+            )
         assert seen == rows_seen
         check_equal(one, other)
 

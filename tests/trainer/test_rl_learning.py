@@ -92,7 +92,9 @@ def test_other_advantages_learn(estimator, tmp_path):
 
 @pytest.mark.parametrize("method", ["ppo", "rloo", "grpo"])
 def test_mutation_wrong_sign_is_caught(method, tmp_path):
-    trainer_class = {"ppo": LatentActionPPOTrainer, "rloo": LatentActionRLOOTrainer}.get(method, LatentActionGRPOTrainer)
+    trainer_class = {"ppo": LatentActionPPOTrainer, "rloo": LatentActionRLOOTrainer}.get(
+        method, LatentActionGRPOTrainer
+    )
     assert share_of_optimum(tmp_path, method, wrong_sign(trainer_class), max_steps=60) < 0.5
 
 

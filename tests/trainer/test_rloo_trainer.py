@@ -36,7 +36,12 @@ def test_options_that_are_not_rloos_are_refused(options):
 
 def test_defaults_are_trls():
     args = config()
-    assert (args.beta, args.num_generations, args.normalize_advantages, args.reward_clip_range) == (0.05, 2, False, None)
+    assert (args.beta, args.num_generations, args.normalize_advantages, args.reward_clip_range) == (
+        0.05,
+        2,
+        False,
+        None,
+    )
     assert (args.advantage_estimator, args.scale_rewards) == ("rloo", "none")
     assert config(normalize_advantages=True).scale_rewards == "batch"
 
@@ -61,7 +66,9 @@ def test_a_completion_without_a_reward_teaches_nothing(tmp_path):
     args = LatentActionRLOOConfig(
         str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4, max_completion_length=3, beta=0.0
     )
-    trainer = LatentActionRLOOTrainer(model, one_of_four, args, train_dataset=prompts(8), processing_class=tiny.processor)
+    trainer = LatentActionRLOOTrainer(
+        model, one_of_four, args, train_dataset=prompts(8), processing_class=tiny.processor
+    )
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     batch = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in (0, 0, 1, 1)])

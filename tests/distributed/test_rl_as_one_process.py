@@ -28,6 +28,7 @@ def draw_alike(choice: ActionChoice, probs: torch.Tensor) -> torch.Tensor:
 def train(kind: str, folder: str, rows: int) -> None:
     torch.set_num_threads(1)
     ActionChoice._draw = draw_alike
+    ActionChoice._draw_together = lambda choice, probs, wanted: draw_alike(choice, probs)
     options = {"per_device_train_batch_size": rows, "steps_per_generation": 1, "save_strategy": "no"}
     # Without its large epsilon, Adam turns rounding errors of gradients near zero into whole steps.
     options |= {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1}

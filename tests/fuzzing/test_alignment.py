@@ -57,7 +57,9 @@ def test_every_value_keeps_its_place(lengths, axes, states, support, multiple, d
     for b, row in enumerate(order[start:]):
         prompt, completion = lengths[row]
         text = [*part.prompt_ids[b].tolist(), *part.completion_ids[b].tolist()]
-        whole = [0] * (width - prompt) + [mark(row, i) for i in range(prompt + completion)] + [0] * (longest - completion)
+        whole = (
+            [0] * (width - prompt) + [mark(row, i) for i in range(prompt + completion)] + [0] * (longest - completion)
+        )
         assert text == whole
         masks = torch.cat([part.prompt_mask[b], part.completion_mask[b]]).tolist()
         assert masks == [int(token > 0) for token in whole]

@@ -128,7 +128,10 @@ CASES = {
 
 @pytest.mark.parametrize(
     "kind, case",
-    [*((kind, case) for kind in ("grpo", "ppo") for case in CASES), ("rloo", "between minibatches of the second epoch")],
+    [
+        *((kind, case) for kind in ("grpo", "ppo") for case in CASES),
+        ("rloo", "between minibatches of the second epoch"),
+    ],
 )
 def test_interrupted_run_is_the_uninterrupted_one(kind, case, tmp_path):
     step, options = CASES[case]

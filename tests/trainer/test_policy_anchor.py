@@ -1,9 +1,11 @@
 """The policy is held where it was on conversations that no reward speaks of."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import debug_launcher
 from learning_runs import paired_rows, text_rows
 from rl_models import prompts
 from tiny_models import latent, latent_config
@@ -128,15 +130,11 @@ def test_the_policy_moves_less_where_it_is_held(tmp_path):
 
 def unlike_rows(count: int) -> list[dict]:
     """Conversations whose answers have very different lengths, so that means of means are not the mean."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {i}"},
-                {"role": "assistant", "content": "ab " * (1 + 7 * (i % 3))},
-            ]
-        }
-        for i in range(count)
-    ]
+
+    def turns(i: int) -> list[dict]:
+        return [{"role": "user", "content": f"say {i}"}, {"role": "assistant", "content": "ab " * (1 + 7 * (i % 3))}]
+
+    return [{"messages": turns(i)} for i in range(count)]
 
 
 def update_of(folder, rows, steps: int = 1, **options):
@@ -211,6 +209,29 @@ def test_an_incomplete_last_window_is_a_mean_too(tmp_path, monkeypatch):
     assert len(updates) == 2 and len(drawn) == 6
     assert_same_gradients(updates[0], exact_gradient(trainer, drawn[:4]))
     assert_same_gradients(updates[1], exact_gradient(trainer, drawn[4:]))
+
+
+def one_process_of_two(folder: str) -> None:
+    torch.set_num_threads(1)
+    anchor_module.BATCH_SIZE = 3
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    trainer, (update,), drawn = update_of(folder, unlike_rows(24), **options)
+    assert len(drawn) == 2
+    torch.save(update, Path(folder) / f"{trainer.accelerator.process_index}.pt")
+
+
+@pytest.mark.distributed
+def test_two_processes_are_one_with_all_their_rows(tmp_path, monkeypatch):
+    """Two micro-batches on each of two processes: the mean over the tokens of all four batches."""
+    debug_launcher(one_process_of_two, (str(tmp_path),), num_processes=2)
+    monkeypatch.setattr(anchor_module, "BATCH_SIZE", 3)
+    trainer, _, _ = update_of(tmp_path / "one", unlike_rows(24))
+    batches = [trainer.anchor.batch(step, process) for step in (0, 1) for process in (0, 1)]
+    assert len({trainer.anchor.count(batch) for batch in batches}) > 1
+    wanted = exact_gradient(trainer, batches)
+    for rank in (0, 1):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert_same_gradients({name.removeprefix("module."): g for name, g in found.items()}, wanted)
 
 
 def test_what_does_not_come_together_is_refused(tmp_path):

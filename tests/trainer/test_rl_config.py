@@ -60,7 +60,10 @@ def test_fields_that_nobody_should_set_are_none(cls, name):
     "options, words",
     [
         ({"advantage_estimator": "gae"}, "`advantage_estimator`"),
-        ({"advantage_estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"}, "about GRPO's advantages"),
+        (
+            {"advantage_estimator": "rloo", "multi_objective_aggregation": "normalize_then_sum"},
+            "about GRPO's advantages",
+        ),
         ({"cast_lm_head_to_fp32": True}, "Codes are always scored in float32"),
         ({"sync_ref_model": True}, "`sync_ref_model=True`"),
     ],

@@ -50,8 +50,8 @@ def evaluation_samples(args: Any, wanted: int) -> int:
         return wanted
     if args.num_generations_eval not in (None, 1):
         logger.warning(
-            f"`num_generations_eval={args.num_generations_eval}`: the most likely answers of a prompt are all the same, "
-            "and one is made. Set `eval_action_do_sample=True` to sample them."
+            f"`num_generations_eval={args.num_generations_eval}`: the most likely answers of a prompt are "
+            "all the same, and one is made. Set `eval_action_do_sample=True` to sample them."
         )
     return 1
 

@@ -13,6 +13,8 @@ from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
+from .adapter import plain_names
+
 VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
 
 
@@ -254,10 +256,11 @@ class Backbone:
         if getattr(self.model, "is_quantized", False):
             return None
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            if ".lora_" in name or not tensor.is_floating_point() or not tensor.numel():
+        plain = plain_names(self.model)
+        named = {plain[name]: tensor for name, tensor in self.model.state_dict().items() if name in plain}
+        for name, tensor in sorted(named.items()):
+            if not tensor.is_floating_point() or not tensor.numel():
                 continue
-            name = name.replace(".base_layer.", ".")
             step = max(1, tensor.numel() // 64)
             sample = tensor.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())

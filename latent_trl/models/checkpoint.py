@@ -33,6 +33,7 @@ from ..checkpoint.files import (
     tensor_metadata,
 )
 from ..hub.push import push_model
+from .adapter import BackboneAdapter, check_adapter_config, load_adapter, plain_names, read_adapter, tensors_of
 
 
 def package_versions() -> dict[str, str]:
@@ -70,6 +71,8 @@ class LatentActionCheckpointMixin:
         if unknown:
             raise ValueError(f"`components` must be among {present}, got {unknown}.")
         shapes: dict[str, dict[str, list[int]]] = {}
+        peft_backbone = self.peft_backbone
+        tuned = self._tuned_tensors()
         with atomic_folder(Path(save_directory), OWNED_NAMES) as folder:
             for name in wanted:
                 component = getattr(self, name)
@@ -80,17 +83,13 @@ class LatentActionCheckpointMixin:
                 component.save_pretrained(folder / name, state_dict=tensors or None)
                 written = tensor_metadata(folder / name / WEIGHTS_NAME)
                 shapes[name] = {tensor: list(shape) for tensor, (_, shape) in written.items()}
-            if self.tuned_backbone_tensors:
-                own = dict(self.backbone.named_parameters(remove_duplicate=False))
-                tensors = {k: own[k].detach().cpu().contiguous() for k in self.tuned_backbone_tensors}
+            if tuned:
                 (folder / TUNED_FOLDER).mkdir()
-                save_file(tensors, folder / TUNED_FOLDER / "model.safetensors", metadata={"format": "pt"})
-            if self.peft_backbone is not None:
-                # Not its state dict: to make that changes the outputs of a 4-bit backbone on the CPU.
-                own = dict(self.peft_backbone.named_parameters(remove_duplicate=False))
-                for adapter_config in self.peft_backbone.peft_config.values():
+                save_file(tuned, folder / TUNED_FOLDER / "model.safetensors", metadata={"format": "pt"})
+            if peft_backbone is not None:
+                for adapter_config in peft_backbone.peft_config.values():
                     adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
-                self.peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=own)
+                peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=tensors_of(peft_backbone))
                 # PEFT's card is a template that names the backbone's folder on this machine; the model has its own.
                 (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
             record = {
@@ -162,10 +161,11 @@ class LatentActionCheckpointMixin:
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
             raise CheckpointError(f"{tuned}: tensors {wrong[:5]} are not the backbone's.")
-        peft_backbone = load_adapter(backbone, *adapter, is_trainable) if adapter is not None else None
+        adapter = load_adapter(backbone, *adapter, is_trainable) if adapter is not None else None
         # The model freezes its backbone; an adapter that is loaded to be trained is not frozen with it.
         trainable = [p for p in backbone.parameters() if p.requires_grad and adapter is not None]
         model = cls(config, backbone, components)
+        model.adapter = adapter
         for parameter in trainable:
             parameter.requires_grad_(True)
         for component in components.values():
@@ -174,7 +174,6 @@ class LatentActionCheckpointMixin:
             for name, tensor in tuned_tensors.items():
                 own[name].copy_(tensor)
         model.tuned_backbone_tensors = list(tuned_tensors)
-        object.__setattr__(model, "peft_backbone", peft_backbone)
         model.name_or_path = str(repo_or_folder)
         if report is not None:
             model.training_report = report
@@ -202,48 +201,49 @@ class LatentActionCheckpointMixin:
         Args:
             peft_config (`PeftConfig`): `target_modules` left out means every linear map of the text model.
         """
-        from peft import get_peft_model
-
+        check_adapter_config(peft_config)
         if self.peft_backbone is not None:
-            raise ValueError("The backbone has an adapter already. Merge it, or train that one (`is_trainable=True`).")
-        if not peft_config.target_modules or peft_config.target_modules == "all-linear":
+            raise ValueError(
+                "The backbone has an adapter already. Train that one (`is_trainable=True` when the model is loaded), or "
+                "merge it first: `model.peft_backbone.merge_and_unload()`."
+            )
+        # Where PEFT is told of single parameters, it is not to adapt anything else.
+        if peft_config.target_modules == "all-linear" or not (
+            peft_config.target_modules or vars(peft_config).get("target_parameters")
+        ):
             peft_config.target_modules = self.backbone_view.linear_names()
-        object.__setattr__(self, "peft_backbone", get_peft_model(self.backbone, peft_config))
+        self.adapter = BackboneAdapter(self.backbone, peft_config)
 
+    @property
+    def peft_backbone(self) -> Any:
+        """The backbone as a `PeftModel`; `None` without an adapter, or when PEFT has merged it and taken it off."""
+        if self.adapter is not None and not self.adapter.is_on(self.backbone):
+            self.tuned_backbone_tensors = sorted({*self.tuned_backbone_tensors, *self.adapter.changed})
+            self.adapter = None
+        return None if self.adapter is None else self.adapter.peft_model
 
-def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The PEFT configuration and the tensors of an adapter."""
-    from peft import PeftConfig
+    def _tuned_tensors(self) -> dict[str, torch.Tensor]:
+        """
+        The tensors of `tuned_backbone_tensors`.
 
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    record = read_json(folder / "adapter_config.json")
-    try:
-        return PeftConfig.from_peft_type(**record), tensors
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'} has a value that cannot be used: {error}") from error
-
-
-def load_adapter(backbone: PreTrainedModel, config: Any, tensors: dict[str, torch.Tensor], is_trainable: bool) -> Any:
-    """Puts an adapter on `backbone`, or leaves it as it was and raises [`CheckpointError`] where tensors do not fit."""
-    from peft import get_peft_model, get_peft_model_state_dict
-
-    config.inference_mode = not is_trainable
-    trainable = [p for p in backbone.parameters() if p.requires_grad]
-    peft_backbone = get_peft_model(backbone, config)
-    own = dict(peft_backbone.named_parameters(remove_duplicate=False))
-    adapter = get_peft_model_state_dict(peft_backbone, state_dict=own)
-    own = {name: t.shape for name, t in adapter.items()}
-    given = {name: t.shape for name, t in tensors.items()}
-    if own != given:
-        peft_backbone.unload()
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-        differing = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
-        raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
-    with torch.no_grad():
-        for name, parameter in adapter.items():
-            parameter.copy_(tensors[name])
-    return peft_backbone
+        Raises:
+            ValueError: When tuned ones could not be put back into the base model.
+        """
+        own = tensors_of(self.backbone)
+        tensors = {plain: own[name] for name, plain in plain_names(self.backbone).items()}
+        tuned = set(self.tuned_backbone_tensors)
+        if not all(tensors[name].is_floating_point() for name in tuned):
+            raise ValueError(
+                "The adapter was merged into a quantised backbone, whose tensors cannot be saved. Save the model with "
+                "its adapter, load it on a backbone that is not quantised, and merge it there."
+            )
+        for name, twin in (getattr(self.backbone, "all_tied_weights_keys", None) or {}).items():
+            if tuned & {name, twin} and tensors[name].data_ptr() != tensors[twin].data_ptr():
+                raise ValueError(
+                    f"The backbone's {name!r} and {twin!r} are one tensor in the base model, and two since the adapter "
+                    "was merged, which a checkpoint cannot hold. Save the model before it is merged."
+                )
+        return {name: tensors[name].detach().cpu().contiguous() for name in self.tuned_backbone_tensors}
 
 
 def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:

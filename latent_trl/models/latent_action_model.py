@@ -17,6 +17,7 @@ from ..checkpoint.configuration import LatentActionConfig, intermediate_size
 from ..checkpoint.download import cached_commit
 from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
+from .adapter import BackboneAdapter
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
@@ -87,7 +88,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         super().__init__(config)
         self.backbone = backbone
         object.__setattr__(self, "backbone_view", Backbone(backbone))
-        object.__setattr__(self, "peft_backbone", None)
+        # What PEFT put on the backbone; see `peft_backbone`.
+        self.adapter: BackboneAdapter | None = None
         self.tuned_backbone_tensors: list[str] = []
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from transformers import set_seed
 from trl.trainer.utils import use_adapter
 
 from ...models.latent_action_model import LatentActionModel
@@ -27,15 +28,29 @@ def attach_adapter(model: LatentActionModel, args: Any, peft_config: Any) -> tup
         return [], None
     reference = None
     if peft_config is not None:
+        # Trainer seeds only later, and the adapter's start is drawn here.
+        set_seed(args.seed)
         model.add_adapter(peft_config)
     elif model.peft_backbone is None:
         raise ValueError("`train_backbone=True` needs an adapter: pass `peft_config`.")
     elif args.beta != 0.0:
         reference = REFERENCE_ADAPTER
         copy_adapter(model.peft_backbone, reference)
-    active = f".{model.peft_backbone.active_adapter}."
-    names = [name for name, _ in model.backbone.named_parameters() if "lora_" in name and active in name]
-    return names, reference
+    _check_head(model)
+    return model.adapter.trained, reference
+
+
+def _check_head(model: LatentActionModel) -> None:
+    """Raises `ValueError` for an adapter of the head, which says how a code is read, and not which one is chosen."""
+    head = {id(p) for p in model.backbone.get_output_embeddings().parameters()}
+    embedding = {id(p) for p in model.backbone.get_input_embeddings().parameters()}
+    named = dict(model.backbone.named_parameters(remove_duplicate=False))
+    trained = [name for name in model.adapter.trained if id(named[name]) in head - embedding]
+    if trained:
+        raise ValueError(
+            f"The adapter trains {trained[:3]} of the backbone's head, on which no probability of a code depends: RL "
+            "over codes would never train them. Leave the head out of `target_modules` and `modules_to_save`."
+        )
 
 
 def backbone_of_reference(

@@ -116,7 +116,7 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
             model.add_adapter(peft_config)
         elif peft_config is not None:
             raise ValueError("The model has an adapter already, which is trained further. Leave `peft_config` out.")
-        return [n for n, _ in model.backbone.named_parameters() if "lora_" in n or ".modules_to_save." in n]
+        return model.adapter.trained
 
     def whole_update(self, batches: list[dict[str, Any]]) -> torch.Tensor:
         """Positions of the loss in the whole update, averaged over the processes."""

@@ -1,0 +1,119 @@
+"""The adapter of a backbone: PEFT puts it on, says what is trained, and takes it off again."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..checkpoint.files import CheckpointError, read_json, read_tensors
+
+# What PEFT puts the layer under that it adapts, or trains a copy of.
+WRAPPED = ("base_layer", "original_module")
+
+
+def check_adapter_config(peft_config: Any) -> None:
+    """
+    Raises `TypeError` for what is no configuration of PEFT, and `ValueError` for a method that does not adapt layers:
+    virtual tokens and prefixes stand in the text model's input or cache, which prompts, codes and policy do not know.
+    """
+    from peft import PeftConfig
+
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(f"`peft_config` must be a `peft.PeftConfig`, got {type(peft_config).__name__}.")
+    if "target_modules" not in vars(peft_config) or peft_config.is_adaption_prompt:
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}, which adapts no layer of the backbone but adds to what "
+            "its text model reads. Use a method that adapts layers, such as `LoraConfig`."
+        )
+
+
+class BackboneAdapter:
+    """
+    An adapter on a backbone.
+
+    Args:
+        backbone (`PreTrainedModel`): Frozen by this, but for what PEFT trains of the adapter.
+        peft_config (`PeftConfig`): What PEFT is to put on it.
+
+    Attributes:
+        peft_model (`PeftModel`): The backbone as PEFT sees it.
+        trained (`list[str]`): Names in the backbone of the tensors that PEFT trains.
+        changed (`list[str]`): Names in the backbone without adapter of the tensors that merging would change.
+    """
+
+    def __init__(self, backbone: PreTrainedModel, peft_config: Any):
+        from peft import get_peft_model
+
+        peft_config.inference_mode = False
+        backbone.requires_grad_(False)
+        self.peft_model = get_peft_model(backbone, peft_config)
+        self.trained = [name for name, p in backbone.named_parameters() if p.requires_grad]
+        self._layers = list(wrapping_layers(backbone).values())
+        plain = plain_names(backbone)
+        self.changed = sorted({plain[name] for name in plain if name in self.trained or plain[name] != name})
+
+    def is_on(self, backbone: nn.Module) -> bool:
+        """Whether it is still there: PEFT's `merge_and_unload` and `unload` take it off."""
+        return not set(self._layers).isdisjoint(backbone.modules())
+
+
+def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers. Not the state dict: to make that changes the outputs of a 4-bit backbone on the CPU."""
+    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+
+
+def wrapping_layers(backbone: nn.Module) -> dict[str, nn.Module]:
+    """The layers that PEFT has put around others, by their names."""
+    return {name: m for name, m in backbone.named_modules() if not set(WRAPPED).isdisjoint(m._modules)}
+
+
+def plain_names(backbone: nn.Module) -> dict[str, str]:
+    """The names of tensors that are no adapter's: what each is called now, and in the backbone without an adapter."""
+    wrappers, plain = wrapping_layers(backbone), {}
+    for name in tensors_of(backbone):
+        inside = [name.removeprefix(f"{w}.").split(".")[0] for w in wrappers if name.startswith(f"{w}.")]
+        if all(child in WRAPPED for child in inside):
+            plain[name] = ".".join(part for part in name.split(".") if part not in WRAPPED)
+    return plain
+
+
+def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The PEFT configuration and the tensors of an adapter."""
+    from peft import PeftConfig
+
+    tensors = read_tensors(folder / "adapter_model.safetensors")
+    record = read_json(folder / "adapter_config.json")
+    try:
+        return PeftConfig.from_peft_type(**record), tensors
+    except Exception as error:
+        raise CheckpointError(f"{folder / 'adapter_config.json'} has a value that cannot be used: {error}") from error
+
+
+def load_adapter(
+    backbone: PreTrainedModel, config: Any, tensors: dict[str, torch.Tensor], is_trainable: bool
+) -> BackboneAdapter:
+    """
+    Puts a saved adapter on `backbone`, frozen unless `is_trainable`, or leaves the backbone as it was and raises
+    [`CheckpointError`] where the tensors do not fit.
+    """
+    from peft import get_peft_model_state_dict
+
+    trainable = [p for p in backbone.parameters() if p.requires_grad]
+    adapter = BackboneAdapter(backbone, config)
+    own = get_peft_model_state_dict(adapter.peft_model, state_dict=tensors_of(adapter.peft_model))
+    shapes = {name: t.shape for name, t in own.items()}
+    given = {name: t.shape for name, t in tensors.items()}
+    if shapes != given:
+        adapter.peft_model.unload()
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+        raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+    if not is_trainable:
+        backbone.requires_grad_(False)
+    return adapter

@@ -88,7 +88,9 @@ def used_in(folders: tuple[str, ...], known: Iterable[str]) -> dict[str, set[str
     known, used = set(known), {}
     for path in (path for folder in folders for path in sorted((PACKAGE / folder).rglob("*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            name = node.name if isinstance(node, ast.FunctionDef) else node.attr if isinstance(node, ast.Attribute) else ""
+            name = (
+                node.name if isinstance(node, ast.FunctionDef) else node.attr if isinstance(node, ast.Attribute) else ""
+            )
             if name in known:
                 used.setdefault(name, set()).add(f"{path.relative_to(PACKAGE)}:{node.lineno}")
     return used
@@ -154,7 +156,12 @@ def test_methods_that_we_extend_take_what_they_took(method):
 def test_every_method_that_is_extended_has_its_signature_here():
     """Public methods too."""
     classes = (LatentActionGRPOTrainer, LatentActionPPOTrainer, LatentActionRLOOTrainer)
-    own = {c for cls in classes for c in cls.__mro__ if c.__module__.startswith("latent_trl.trainer.") and "hub" not in c.__module__}
+    own = {
+        c
+        for cls in classes
+        for c in cls.__mro__
+        if c.__module__.startswith("latent_trl.trainer.") and "hub" not in c.__module__
+    }
     extended = {n for c in own for n, v in vars(c).items() if inspect.isfunction(v) and hasattr(GRPOTrainer, n)}
     known = SIGNATURES.keys() | {"__init__"}
     assert extended <= known, f"Add the signatures of {sorted(extended - known)} to SIGNATURES."

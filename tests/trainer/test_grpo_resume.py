@@ -128,7 +128,10 @@ CASES = {
 
 @pytest.mark.parametrize(
     "kind, case",
-    [*((kind, case) for kind in ("grpo", "ppo") for case in CASES), ("rloo", "between minibatches of the second epoch")],
+    [
+        *((kind, case) for kind in ("grpo", "ppo") for case in CASES),
+        ("rloo", "between minibatches of the second epoch"),
+    ],
 )
 def test_interrupted_run_is_the_uninterrupted_one(kind, case, tmp_path):
     step, options = CASES[case]
@@ -233,9 +236,7 @@ def test_prompts_with_pictures_survive_a_checkpoint_in_the_middle_of_a_rollout(k
     def run(folder, callback, resume=None):
         options = {**COMMON, "num_iterations": 2, "steps_per_generation": 2, "max_steps": 5}
         lora = LoraConfig(r=2, lora_alpha=8)
-        trainer = build_with_pictures(
-            folder, kind, family, peft_config=lora, train_backbone=True, **options
-        )
+        trainer = build_with_pictures(folder, kind, family, peft_config=lora, train_backbone=True, **options)
         trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=resume)
         return trainer

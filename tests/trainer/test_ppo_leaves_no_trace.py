@@ -43,7 +43,9 @@ def test_a_model_can_be_copied_and_trained_again(tmp_path, options):
 
 def test_the_coefficient_stays_positive_for_horizons_smaller_than_a_rollout(tmp_path):
     """Four completions, horizon 1, divergence 0: the plain formula would give 1 - 0.2 x 4 a rollout, and more."""
-    trainer = build(tmp_path, kl_target=5.0, kl_horizon=1, max_steps=12, num_iterations=1, per_device_train_batch_size=8)
+    trainer = build(
+        tmp_path, kl_target=5.0, kl_horizon=1, max_steps=12, num_iterations=1, per_device_train_batch_size=8
+    )
     trainer.train()
     coefficients = [log["ppo/kl_coef"] for log in trainer.state.log_history if "ppo/kl_coef" in log]
     assert len(coefficients) == 12 and all(value > 0 for value in coefficients)

@@ -93,7 +93,7 @@ def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, a
         for name in task.reward_funcs
     ]
     args.output_dir = str(output)
-    trainer = LatentActionGRPOTrainer(model, rewards, args, processor, train_dataset=rows("rl", task))
+    trainer = LatentActionGRPOTrainer(model, rewards, args, train_dataset=rows("rl", task), processing_class=processor)
     trainer.train()
     trainer.save_model(str(output))
     trainer.accelerator.wait_for_everyone()  # the next stage reads what one process writes

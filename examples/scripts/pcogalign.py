@@ -78,7 +78,7 @@ def sft(start: str, output: Path, task: TaskArguments, model_args: ModelConfig) 
 def rl(start: str, output: Path, task: TaskArguments, model_args: ModelConfig, args, judge: JudgeReward) -> None:
     model, processor = load(start, model_args, task)
     args.output_dir = str(output)
-    trainer = LatentActionGRPOTrainer(model, judge, args, processor, train_dataset=rows("rl", task))
+    trainer = LatentActionGRPOTrainer(model, judge, args, train_dataset=rows("rl", task), processing_class=processor)
     trainer.train()
     trainer.save_model(str(output))
     trainer.accelerator.wait_for_everyone()  # the next stage reads what one process writes

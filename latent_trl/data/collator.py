@@ -15,8 +15,6 @@ from .rows import RowError
 
 logger = logging.get_logger(__name__)
 
-__all__ = ["LatentActionDataCollator", "RowError"]
-
 
 @dataclass
 class LatentActionDataCollator:
@@ -34,8 +32,8 @@ class LatentActionDataCollator:
             are neither padding nor visual.
         image_root (`str` or `Path`, *optional*): Where rows may name image files.
         vision_token_ids (`list[int]`): Ids of visual tokens.
-        end_token_ids (`list[int]`): Ids that end an answer beside the tokenizer's EOS, as the model's generation
-            configuration has them.
+        end_token_ids (`int` or `list[int]`, *optional*): What ends an answer beside the tokenizer's EOS: the
+            `eos_token_id` of the model's generation configuration.
 
     Returns:
         `input_ids`, `attention_mask`, `loss_mask` (the targets that count), `token_mask` (neither padding nor visual),
@@ -50,13 +48,14 @@ class LatentActionDataCollator:
     assistant_only: bool = True
     image_root: str | Path | None = None
     vision_token_ids: tuple[int, ...] | list[int] = ()
-    end_token_ids: tuple[int, ...] | list[int] = ()
+    end_token_ids: int | list[int] | None = None
 
     def __post_init__(self):
         self.renderer = Renderer(self.processing_class, self.image_root, self.vision_token_ids)
         self.encoder = Encoder(self.processing_class)
         self.tokenizer = self.encoder.tokenizer
-        self.ends = {*self.end_token_ids, self.tokenizer.eos_token_id} - {None}
+        ends = self.end_token_ids if isinstance(self.end_token_ids, list) else [self.end_token_ids]
+        self.ends = {*ends, self.tokenizer.eos_token_id} - {None}
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = special | set(self.tokenizer.all_special_ids)
 

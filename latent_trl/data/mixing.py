@@ -17,15 +17,16 @@ class MixedRows(Dataset):
     Args:
         paired: Map-style data set of conversations with images (or of any kind, for a text model).
         text: Map-style data set of conversations without images, *optional*; repeated when it is the shorter.
+        name (`str`, defaults to `"train_dataset"`): Of the paired data.
     """
 
-    def __init__(self, paired, text=None):
+    def __init__(self, paired, text=None, name: str = "train_dataset"):
         if len(paired) == 0:
             raise ValueError("The training data set is empty.")
         if text is not None and len(text) == 0:
             raise ValueError("`text_dataset` is empty. Leave it out to learn from the paired data alone.")
         self.paired, self.text = paired, text
-        self.sources = [StoredRows(paired)]
+        self.sources = [StoredRows(paired, name)]
         if text is not None:
             self.sources.append(StoredRows(text, "text_dataset", "of the text-only data"))
 
@@ -53,6 +54,10 @@ class MixedRowsCollator:
 
     collate: Callable[[list[dict[str, Any]]], dict[str, Any]]
     bad_rows: BadRows = field(default_factory=BadRows)
+
+    def preflight(self, seed: int) -> None:
+        """Looks at some rows of each data set; raises [`~latent_trl.data.rows.RowError`] as `bad_rows` decides."""
+        self.bad_rows.preflight(lambda row: self.collate([row]), seed=seed)
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
         return self.bad_rows.collate(flatten(items), self.collate)

@@ -141,3 +141,37 @@ def test_workers_list_what_they_skip(tmp_path):
 def test_options_that_do_not_work(options, message):
     with pytest.raises(ValueError, match=message):
         BadRows(*options)
+
+
+@pytest.mark.parametrize("stage", ["sft", "space"])
+def test_a_run_with_a_broken_row_in_fifty_is_not_lost(stage, tmp_path):
+    from tiny_models import latent
+
+    from latent_trl import (
+        LatentActionSFTConfig,
+        LatentActionSFTTrainer,
+        LatentActionSpaceConfig,
+        LatentActionSpaceTrainer,
+    )
+
+    options = {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
+    options |= {"num_train_epochs": 1, "per_device_train_batch_size": 10}
+    if stage == "space":
+        options |= {"stages": ["inverse_dynamics"], "inverse_dynamics_max_steps": -1}
+
+    def trainer(on_bad_row):
+        model, own = latent("llava")
+        model.config.stage = "policy"
+        make, config = {
+            "sft": (LatentActionSFTTrainer, LatentActionSFTConfig),
+            "space": (LatentActionSpaceTrainer, LatentActionSpaceConfig),
+        }[stage]
+        args = config(str(tmp_path / on_bad_row), on_bad_row=on_bad_row, **options)
+        return make(model, args, dataset(50, {44}), processing_class=own.processor)
+
+    run = trainer("skip")
+    run.train()
+    assert run.state.global_step == 5 and [line["row"] for line in run.data_collator.bad_rows.listed()] == [44]
+    run = trainer("raise")
+    with pytest.raises(RowError, match="Row 44: "):
+        run.train()

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import EOS, IMAGE, PAD, VISION_END, VISION_START, llava, make_tokenizer, qwen2_5_vl
 
-from latent_trl.data.collator import LatentActionDataCollator, RowError
+from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.data.rows import RowError
 
 TOKENIZER = make_tokenizer()
 PROCESSORS = {"llava": (llava().processor, [IMAGE], 4)}

@@ -167,7 +167,7 @@ def test_reward_earned_by_broken_language_shows(tmp_path):
     options = {"per_device_train_batch_size": 64, "num_generations": 8, "max_completion_length": 12, "beta": 0.0}
     options |= {"action_temperature": 2.0, "learning_rate": 3e-4, "max_steps": 60, "on_collapse": "ignore"}
     args = LatentActionGRPOConfig(str(tmp_path), use_cpu=True, save_strategy="no", disable_tqdm=True, **options)
-    LatentActionGRPOTrainer(model, count, args, processor, train_dataset=shape_questions("rl")).train()
+    LatentActionGRPOTrainer(model, count, args, train_dataset=shape_questions("rl"), processing_class=processor).train()
     later, after = measured()
     assert later > reward + 0.3
     assert after.low > before.high

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny_models import IMAGE, PAD, llava, make_tokenizer
 
-from latent_trl.data.collator import LatentActionDataCollator, RowError
+from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.data.rows import RowError
 from latent_trl.data.mixing import MixedRows, flatten
 
 PROCESSOR = llava().processor

@@ -11,7 +11,8 @@ from rl_models import prompts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
-from latent_trl.data.collator import LatentActionDataCollator, RowError
+from latent_trl.data.collator import LatentActionDataCollator
+from latent_trl.data.rows import RowError
 from latent_trl.trainer.rollout import anchor as anchor_module
 from latent_trl.trainer.rollout.anchor import PolicyAnchor
 

@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import nn
 
-from ...data.collator import LatentActionDataCollator, RowError
+from ...data.collator import LatentActionDataCollator
+from ...data.reading import StoredRows
+from ...data.rows import RowError
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
 
@@ -40,7 +42,7 @@ class PolicyAnchor:
         seed: int,
     ):
         self.reference = reference
-        self.dataset = dataset
+        self.dataset = StoredRows(dataset, "anchor_dataset")
         self.collate = collate
         self.rows = min(rows, len(dataset))
         self.seed = seed
@@ -51,12 +53,13 @@ class PolicyAnchor:
     @classmethod
     def of(cls, trainer: Any, dataset: Any) -> "PolicyAnchor":
         """The anchor of a trainer over `dataset`."""
-        args = trainer.args
+        args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
         collate = LatentActionDataCollator(
             trainer.processing_class,
             max_length=MAX_LENGTH,
             image_root=args.image_root,
-            vision_token_ids=trainer.accelerator.unwrap_model(trainer.model).config.vision_token_ids,
+            end_token_ids=model.generation_config.eos_token_id,
+            vision_token_ids=model.config.vision_token_ids,
         )
         return cls(trainer.reference.policy, dataset, collate, BATCH_SIZE, args.seed)
 
@@ -65,7 +68,7 @@ class PolicyAnchor:
         generator = np.random.default_rng([self.seed, step, process_index])
         drawn = generator.choice(len(self.dataset), self.rows, replace=False).tolist()
         try:
-            return self.collate([{**self.dataset[i], "_row": i} for i in drawn])
+            return self.collate([self.dataset[i] for i in drawn])
         except RowError as error:
             # The rows are counted in a data set of their own.
             raise RowError(f"`anchor_dataset`: {error}") from error

@@ -10,6 +10,7 @@ import torch
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from ...data.bad_rows import BadRows
 from ...data.mixing import MixedRows
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
@@ -34,7 +35,14 @@ def evaluation_rows(dataset: Any, name: str = "eval_dataset") -> Any:
     check_columns(dataset, name)
     if len(dataset) == 0:
         raise ValueError(f"`{name}` is empty. Leave it out to learn without an evaluation.")
-    return MixedRows(dataset)
+    return MixedRows(dataset, name=name)
+
+
+def bad_rows_of(args: Any, *datasets: Any) -> BadRows:
+    """What becomes of rows that cannot be used, of data sets as [`evaluation_rows`] gives them."""
+    sets = [rows for one in datasets for rows in (one.values() if isinstance(one, dict) else [one])]
+    sources = [source for rows in sets if isinstance(rows, MixedRows) for source in rows.sources]
+    return BadRows(args.on_bad_row, args.output_dir, sources)
 
 
 def row_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from ...data.bad_rows import ON_BAD_ROW
 from ..run.health import ON_NONFINITE, check_choice
 
 GUIDANCE = ("inferred", "policy")
@@ -28,6 +29,10 @@ class LatentActionSFTConfig(TrainingArguments):
             Longest row in tokens; longer conversations lose whole turns from their end.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What follows a row that cannot be used: `"raise"` its error, or `"skip"` it: the next row that can be used
+            takes its place, and it is listed in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the
+            first step either way.
         on_nonfinite (`str`, defaults to `"stop"`):
             What follows a loss or gradient that is NaN or infinite: `"stop"` with an error before the update, or
             `"skip"` the update, log `skipped_updates`, and stop after 20 in a row.
@@ -38,6 +43,7 @@ class LatentActionSFTConfig(TrainingArguments):
     assistant_only_loss: bool = True
     max_length: int | None = 2048
     image_root: str | None = None
+    on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
     learning_rate: float = 5e-5
     lr_scheduler_type: str = "cosine"
@@ -52,4 +58,5 @@ class LatentActionSFTConfig(TrainingArguments):
     def __post_init__(self):
         super().__post_init__()
         check_choice("guidance", self.guidance, GUIDANCE)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

@@ -14,7 +14,7 @@ from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import train_only
-from ..run.learning import LearningMixin, evaluation_rows, position_means, row_sums
+from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means, row_sums
 from ..run.loading import check_columns, load_model, load_processing_class
 from ..run.output_folder import check_writable
 from .config import LatentActionSFTConfig
@@ -68,19 +68,21 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
                 "`LatentActionSpaceTrainer` up to its stage 'policy' first."
             )
         line = train_only(model, (), self._backbone_parameters(model, args, peft_config))
+        train_dataset, eval_dataset = MixedRows(train_dataset), evaluation_rows(eval_dataset)
         collate = LatentActionDataCollator(
             processing_class,
             max_length=args.max_length,
             assistant_only=args.assistant_only_loss,
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
+            end_token_ids=model.generation_config.eos_token_id,
         )
         super().__init__(
             model=model,
             args=args,
-            data_collator=MixedRowsCollator(collate),
-            train_dataset=MixedRows(train_dataset),
-            eval_dataset=evaluation_rows(eval_dataset),
+            data_collator=MixedRowsCollator(collate, bad_rows_of(args, train_dataset, eval_dataset)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
             processing_class=processing_class,
             callbacks=callbacks,
         )
@@ -137,6 +139,7 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
         return position_means(prediction, ("loss",))
 
     def train(self, *args, **kwargs):
+        self.data_collator.preflight(self.args.seed)
         output = super().train(*args, **kwargs)
         self.model.config.stage = STAGES[max(STAGES.index("sft"), STAGES.index(self.model.config.stage))]
         return output

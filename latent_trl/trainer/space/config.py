@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from ...data.bad_rows import ON_BAD_ROW
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 from .evaluation import HIGHER_IS_BETTER
 from .objective import CLONING_TARGETS
@@ -52,6 +53,10 @@ class LatentActionSpaceConfig(TrainingArguments):
             Longest row in tokens; longer conversations lose whole turns from their end. Lower it to save memory.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files. Set it when the rows hold paths.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What follows a row that cannot be used: `"raise"` its error, or `"skip"` it: the next row that can be used
+            takes its place, and it is listed in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the
+            first step either way.
         on_nonfinite (`str`, defaults to `"stop"`):
             What follows a loss or gradient that is NaN or infinite: `"stop"` with an error before the update, or
             `"skip"` the update, log `skipped_updates`, and stop after 20 in a row. Skip where half precision overflows
@@ -78,6 +83,7 @@ class LatentActionSpaceConfig(TrainingArguments):
     assistant_only_loss: bool = True
     max_length: int | None = 2048
     image_root: str | None = None
+    on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
     on_collapse: str = "warn"
     num_train_epochs: float = 1.0
@@ -92,6 +98,7 @@ class LatentActionSpaceConfig(TrainingArguments):
             # transformers takes every metric for a score whose name does not end in "loss".
             self.greater_is_better = self.metric_for_best_model.endswith(HIGHER_IS_BETTER)
         super().__post_init__()
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         check_choice("cloning_target", self.cloning_target, CLONING_TARGETS)

@@ -22,7 +22,7 @@ from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import load_components, train_only
-from ..run.learning import LearningMixin, evaluation_rows, position_means
+from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means
 from ..run.loading import check_columns, load_model, load_processing_class
 from ..run.manifest import newest_whole_checkpoint, write_json
 from ..run.output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
@@ -100,12 +100,15 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
             assistant_only=args.assistant_only_loss,
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
+            end_token_ids=model.generation_config.eos_token_id,
         )
         train_only(model, stage_components(model, args.stages[0]))
         super().__init__(
             model=model,
             args=args,
-            data_collator=MixedRowsCollator(self.collate),
+            data_collator=MixedRowsCollator(
+                self.collate, bad_rows_of(args, MixedRows(train_dataset, text_dataset), eval_dataset)
+            ),
             train_dataset=MixedRows(train_dataset),
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -135,6 +138,7 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
                 f"`resume_from_checkpoint` must be a bool, got {str(resume_from_checkpoint)!r}: the place in the chain "
                 "of stages is found in `output_dir`."
             )
+        self.data_collator.preflight(self.args.seed)
         with only_run(self.accelerator, self.root):
             return self._train_stages(bool(resume_from_checkpoint), **kwargs)
 

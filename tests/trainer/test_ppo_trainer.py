@@ -8,6 +8,7 @@ from rl_models import prompts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionModel, LatentActionPPOConfig, LatentActionPPOTrainer
+from latent_trl.trainer.run.defaults import rate_by_width
 from latent_trl.trainer.rollout.rollout import Rollout
 
 COMMON = {
@@ -278,5 +279,6 @@ def test_wrong_options_are_refused_in_one_sentence(tmp_path, options, words):
 
 def test_defaults_are_colas():
     args = LatentActionPPOConfig("unused", use_cpu=True, bf16=False)
-    assert (args.learning_rate, args.value_learning_rate, args.beta) == (5e-6, 9e-6, 0.01)
+    assert (args.learning_rate, args.value_learning_rate, args.beta) == (None, None, 0.01)
+    assert rate_by_width(LatentActionPPOTrainer.large_rate, 2048, 1.65) == 5e-6
     assert (args.gamma, args.gae_lambda, args.value_coef, args.whiten_advantages) == (1.0, 0.95, 0.5, True)

@@ -11,6 +11,7 @@ from ...data.bad_rows import ON_BAD_ROW
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
 from ...generation.settings import check_generation_kwargs
 from ..rollout.advantages import GROUP_ADVANTAGES
+from ..run.defaults import settle_arguments
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 
 logger = logging.get_logger(__name__)
@@ -84,8 +85,9 @@ class LatentActionGRPOConfig(GRPOConfig):
         on_collapse (`str`, defaults to `"warn"`):
             What follows an alarm, of a constant reward too: `"warn"` once for each, `"stop"` with an error, or
             `"ignore"`.
-        learning_rate (`float`, defaults to `1e-5`):
-            Of the policy. The paper's 1e-6 moves a freshly cloned policy of small width too little.
+        learning_rate (`float`, *optional*):
+            Of the policy. By default 1e-5 where its decoder is 2048 wide or wider, and larger for a narrower one
+            (5e-4 at 192). The paper's 1e-6 moves a freshly cloned policy too little.
         beta (`float`, defaults to `0.01`):
             Weight of the KL to the policy before RL.
     """
@@ -108,7 +110,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
     on_collapse: str = "warn"
-    learning_rate: float = 1e-5
+    learning_rate: float | None = None
     beta: float = 0.01
     lr_scheduler_type: str = "constant"
     gradient_checkpointing: bool = False
@@ -121,6 +123,7 @@ class LatentActionGRPOConfig(GRPOConfig):
         if self.bf16 is None and not torch.cuda.is_available():
             # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.
             self.bf16 = False
+        settle_arguments(self)
         super().__post_init__()
         self._check_estimator()
         if self.overlong_buffer == -1:

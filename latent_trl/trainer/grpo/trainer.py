@@ -26,12 +26,16 @@ from ..rollout.scoring import CodeScores, score, score_in_parts
 from ..rollout.source import GenerateSource, RolloutSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
+from ..run.defaults import settle_rate
 from ..run.loading import load_model, load_processing_class
 from ..run.output_folder import check_writable
 from ..run.state import ExactResumeMixin
 from .config import LatentActionGRPOConfig
 
 logger = logging.get_logger(__name__)
+
+# How the rate grows for narrower policies.
+RATE_EXPONENT = 1.65
 
 
 class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrainer):
@@ -60,6 +64,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     _name = "Latent-action GRPO"
     trained_components: tuple[str, ...] = ("policy",)
     config_class = LatentActionGRPOConfig
+    large_rate = 1e-5
 
     def __init__(
         self,
@@ -84,6 +89,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         model.require("codebook", "world_model", *self.trained_components)
         adapter, reference_adapter = attach_adapter(model, args, peft_config)
         line = train_only(model, self.trained_components, adapter)
+        settle_rate(args, "learning_rate", self.large_rate, model.policy.decoder_stack.hidden_size, RATE_EXPONENT)
         # The reference is the policy before RL, never a second model.
         beta, args.beta = args.beta, 0.0
         try:
@@ -152,9 +158,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.pad_to_multiple_of or 1,
             self.args.offload_context_states,
         )
-        ended = ended_by_itself(samples, {*self.eos_token_ids, self._tokenizer.pad_token_id}).to(
-            self.accelerator.device
-        )
+        ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
+        ended = ended_by_itself(samples, ends).to(rollout.completion_mask.device)
         if self.mask_truncated_completions:
             rollout.completion_mask *= ended[:, None]
         counted = len(samples) if training else self.rollout_log.counted(self.accelerator.process_index, len(samples))
@@ -196,8 +201,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             fresh = self.draw_samples(rows)
             return fresh, self.rewards(fresh, self.state)
 
-        sampling = DynamicSampling.of(self)
-        return sampling.replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
+        seed = self.args.seed + 1_000_003 * (self._step + 1)
+        return DynamicSampling.of(self).replace(samples, rewards, draw, seed)
 
     @property
     def needs_old_scores(self) -> bool:

@@ -30,8 +30,8 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
             Weight of the value loss, a squared error.
         value_clip_range (`float`, *optional*, defaults to `0.2`):
             How far the value may move in one rollout batch; `None` does not clip.
-        value_learning_rate (`float`, *optional*, defaults to `9e-6`):
-            Of the value head; `None` means `learning_rate`.
+        value_learning_rate (`float`, *optional*):
+            Of the value head. By default 1.8 times `learning_rate`, CoLA's ratio.
         value_warmup_steps (`int`, defaults to `0`):
             First updates that train the value head only.
         value_trains_policy_trunk (`bool`, defaults to `True`):
@@ -42,8 +42,11 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
             Adapt `beta` so that the KL of a completion comes near to this, in nats; `None` keeps `beta`.
         kl_horizon (`int`, defaults to `10000`):
             Completions over which an adapted `beta` may move by a fifth.
-        learning_rate (`float`, defaults to `5e-6`), beta (`float`, defaults to `0.01`):
-            Of the policy, and the KL coefficient.
+        learning_rate (`float`, *optional*):
+            Of the policy. By default CoLA's 5e-6 where its decoder is 2048 wide or wider, and larger for a narrower
+            one.
+        beta (`float`, defaults to `0.01`):
+            The KL coefficient.
         loss_type (`str`, defaults to `"dapo"`):
             How TRL averages the clipped objective: `"dapo"` is the mean over all codes of an update; also `"grpo"`
             (of completions), `"bnpo"` (of a micro-batch's codes), `"dr_grpo"` (constant).
@@ -58,13 +61,13 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
     target_kl: float | None = None
     value_coef: float = 0.5
     value_clip_range: float | None = 0.2
-    value_learning_rate: float | None = 9e-6
+    value_learning_rate: float | None = None
     value_warmup_steps: int = 0
     value_trains_policy_trunk: bool = True
     kl_in: str = "reward"
     kl_target: float | None = None
     kl_horizon: int = 10_000
-    learning_rate: float = 5e-6
+    learning_rate: float | None = None
     beta: float = 0.01
     loss_type: str = "dapo"
 

@@ -25,6 +25,9 @@ from ..rollout.scoring import CodeScores, score
 from ..run.loading import load_model
 from .config import LatentActionPPOConfig
 
+# The value head's rate beside the policy's: CoLA's ratio.
+VALUE_RATE = 1.8
+
 
 class LatentActionPPOTrainer(LatentActionGRPOTrainer):
     """
@@ -53,6 +56,7 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
     }
     trained_components = ("policy", "value_head")
     config_class = LatentActionPPOConfig
+    large_rate = 5e-6
 
     def __init__(self, model: LatentActionModel | str, *positional: Any, **named: Any):
         model = load_model(model)
@@ -81,9 +85,10 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
         """The optimizer of Trainer, with the value head's tensors in groups of their own."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(*args, **kwargs)
-        rate = self.args.value_learning_rate
-        if given or rate is None:
+        if given:
             return optimizer
+        rate = self.args.value_learning_rate
+        rate = VALUE_RATE * self.args.learning_rate if rate is None else rate
         own = {id(p) for p in self._latent_model().value_head.parameters()}
         for group in list(optimizer.param_groups):
             value_head = [p for p in group["params"] if id(p) in own]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from transformers import TrainingArguments
 
 from ...data.bad_rows import ON_BAD_ROW
+from ..run.defaults import settle_arguments
 from ..run.health import ON_NONFINITE, check_choice
 
 GUIDANCE = ("inferred", "policy")
@@ -56,6 +57,7 @@ class LatentActionSFTConfig(TrainingArguments):
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
+        settle_arguments(self)
         super().__post_init__()
         check_choice("guidance", self.guidance, GUIDANCE)
         check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)

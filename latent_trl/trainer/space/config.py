@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from ...data.bad_rows import ON_BAD_ROW
+from ..run.defaults import settle_arguments
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 from .evaluation import HIGHER_IS_BETTER
 from .objective import CLONING_TARGETS
@@ -21,10 +22,12 @@ class LatentActionSpaceConfig(TrainingArguments):
         stages (`list[str]`, defaults to all four):
             Stages to run, in this order: `inverse_dynamics`, `projector`, `joint`, `policy`. Leave `projector` out for
             a model without one, and those that a loaded model has been through.
-        inverse_dynamics_learning_rate (`float`, defaults to `1e-4`), projector_learning_rate (`float`, defaults to
-        `1e-3`), joint_learning_rate (`float`, defaults to `1e-4`), policy_learning_rate (`float`, defaults to `1e-4`):
-            The paper's, for a backbone of 3 billion parameters. Raise them for small ones: the pocket VLM takes
-            `3e-3`, `1e-3`, `1e-3` and `1e-3`.
+        inverse_dynamics_learning_rate (`float`, *optional*), joint_learning_rate (`float`, *optional*),
+        policy_learning_rate (`float`, *optional*):
+            By default the paper's 1e-4 where the stage's decoder is 2048 wide or wider, and larger for a narrower one:
+            at 192, 3.5e-3 for the first stage and 1.1e-3 for the others.
+        projector_learning_rate (`float`, defaults to `1e-3`):
+            The paper's.
         inverse_dynamics_max_steps (`int`, defaults to `-1`), projector_max_steps, joint_max_steps, policy_max_steps:
             Optimizer steps of a stage; -1 for `num_train_epochs` epochs. Set them where a held-out figure is flat
             before an epoch ends.
@@ -67,10 +70,10 @@ class LatentActionSpaceConfig(TrainingArguments):
     """
 
     stages: list[str] = field(default_factory=lambda: list(STAGE_COMPONENTS))
-    inverse_dynamics_learning_rate: float = 1e-4
+    inverse_dynamics_learning_rate: float | None = None
     projector_learning_rate: float = 1e-3
-    joint_learning_rate: float = 1e-4
-    policy_learning_rate: float = 1e-4
+    joint_learning_rate: float | None = None
+    policy_learning_rate: float | None = None
     inverse_dynamics_max_steps: int = -1
     projector_max_steps: int = -1
     joint_max_steps: int = -1
@@ -97,6 +100,7 @@ class LatentActionSpaceConfig(TrainingArguments):
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             # transformers takes every metric for a score whose name does not end in "loss".
             self.greater_is_better = self.metric_for_best_model.endswith(HIGHER_IS_BETTER)
+        settle_arguments(self)
         super().__post_init__()
         check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)

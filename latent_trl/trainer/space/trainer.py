@@ -22,6 +22,7 @@ from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import load_components, train_only
+from ..run.defaults import settle_rate
 from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means
 from ..run.loading import check_columns, load_model, load_processing_class
 from ..run.manifest import newest_whole_checkpoint, write_json
@@ -34,6 +35,9 @@ from .update import WholeUpdate
 
 logger = logging.get_logger(__name__)
 
+# The paper's rate, and how it grows for narrower decoders; measured at 192, and right at 256.
+LARGE_RATE = 1e-4
+RATE_EXPONENTS = {"inverse_dynamics": 1.5, "joint": 1.0, "policy": 1.0}
 DONE_FILE = "stages.json"
 HISTORY_FILE = "history.json"
 # Alarms: nats between random and inferred codes, below which codes are blind; perplexity of the usage of codes, below
@@ -182,6 +186,10 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
         self.stage = stage
         logger.warning(f"Stage {stage}. {train_only(self.model, stage_components(self.model, stage))}")
         args.output_dir = self.health.output_dir = str(self._folder(stage))
+        if stage in RATE_EXPONENTS:
+            part = self.model.policy if stage == "policy" else self.model.inverse_dynamics
+            width = part.decoder_stack.hidden_size
+            settle_rate(args, f"{stage}_learning_rate", LARGE_RATE, width, RATE_EXPONENTS[stage])
         args.learning_rate = getattr(args, f"{stage}_learning_rate")
         args.max_steps = getattr(args, f"{stage}_max_steps")
         args.lr_scheduler_type, args.lr_scheduler_kwargs, warmup = SCHEDULES[stage]

@@ -38,6 +38,7 @@ PARTS = {
 NAMES = {"text": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "vision": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 DECODER = {"is_decoder": True}
 MAMBA = {"hidden_size": 32, "mamba_d_head": 8, "mamba_n_heads": 8, "mamba_expand": 2}
+MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "partial_rotary_factor": 1.0}
 # What the general rule of `tiny_configs` cannot know: fields that must fit each other.
 SPECIAL: dict[str, dict] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -48,9 +49,6 @@ SPECIAL: dict[str, dict] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "glm5_next": {"text_config": {"qk_rope_head_dim": 0}},
     "hy_v4_vl": {"text_config": {"qk_rope_head_dim": 8}},
-    "hunyuan_vl": {
-        "text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
-    },
     "hrm_text": {"num_layers_per_stack": 1, "num_hidden_layers": 8},
     "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
     "gemma3n": {"text_config": {"activation_sparsity_pattern": [0.0, 0.0]}},
@@ -80,6 +78,13 @@ SPECIAL: dict[str, dict] = {
     )
 }
 
+SPECIAL |= {
+    name: {"text_config": {"rope_parameters": MROPE}}
+    for name in (
+        *("hunyuan_vl", "qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "paddleocr_vl"),
+        *("glm46v", "glmga", "glm4v", "glm_ocr", "glm4v_moe"),
+    )
+}
 
 # Families that cannot be built here, where the error would not say why.
 NOT_BUILT: dict[str, str] = {
@@ -166,6 +171,12 @@ def examine(kind: str, model_type: str) -> dict[str, Any]:
         model = build_family(kind, model_type)
     except Exception as error:
         return {"status": "not built", "reason": _one_line(error)}
+    try:
+        with torch.no_grad():
+            model(input_ids=torch.full((1, 4), 40))
+    except Exception as error:
+        if not model.config.is_encoder_decoder:
+            return {"status": "refused", "reason": f"its own forward of text fails: {_one_line(error)}"[:200]}
     inputs = image_inputs(model) if kind == "vision" else None
     results = check_backbone(model, inputs)
     failed = {check: detail for check, ok, detail in results if not ok}

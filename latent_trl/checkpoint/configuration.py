@@ -183,9 +183,8 @@ class LatentActionConfig(PreTrainedConfig):
         values |= {
             "_name_or_path": "",
             "vocab_size": 1,
-            "pad_token_id": None,
-            "bos_token_id": None,
-            "eos_token_id": None,
+            # Some text models must have one.
+            "pad_token_id": 0,
         }
         values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
         # A backbone may read its prompt both ways; a code is chosen before what follows it is known.

@@ -26,7 +26,7 @@ from ..rollout.scoring import CodeScores, score, score_in_parts
 from ..rollout.source import GenerateSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
-from ..run.loading import load_model, load_processing_class
+from ..run.loading import load_named_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from ..run.state import ExactResumeMixin
 from .config import LatentActionGRPOConfig
@@ -47,13 +47,14 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     Args:
         model (`LatentActionModel` or `str`): The model, a folder or a Hub id. Its policy must have been trained.
         reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
+        optimizers, quantization_config: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
         peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
         anchor_dataset (`Dataset`, *optional*): Conversations on which the policy is held in place, with `anchor_coef`:
             `messages`, or `prompt` and `completion`, with `images` or without.
 
     Raises:
-        ValueError: For what cannot give back codes (tools, environments, own rollout functions).
+        ValueError: For `tools`, `rollout_func` and `environment_factory`, which cannot give back codes.
+        TypeError: For another trainer's configuration.
     """
 
     _tag_names = ["trl", "latent-trl", "grpo"]
@@ -72,18 +73,23 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         reward_processing_classes: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         anchor_dataset: Any = None,
-        **refused: Any,
     ):
-        check_arguments(refused)
-        args = args or self.config_class(f"latent-action-{self._tag_names[-1]}")
+        check_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        args = own_config(args, self.config_class, f"latent-action-{self._tag_names[-1]}")
         check_anchor(args, anchor_dataset)
         check_writable(args)
-        model = load_model(model)
-        model.require("codebook", "world_model", *self.trained_components)
+        model = load_named_model(model, args, quantization_config)
+        model.require("codebook", "world_model", "policy")
+        if "value_head" in self.trained_components and model.value_head is None:
+            model.new_component("value_head")
         adapter, reference_adapter = attach_adapter(model, args, peft_config)
-        line = train_only(model, self.trained_components, adapter)
+        logger.warning(train_only(model, self.trained_components, adapter))
         # The reference is the policy before RL, never a second model.
         beta, args.beta = args.beta, 0.0
         try:
@@ -93,7 +99,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class or load_processing_class(model),
+                processing_class=processing_class or load_processing_class(model, args.trust_remote_code),
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -102,7 +108,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             args.beta = beta
         # TRL's forward for the scores of tokens.
         vars(model).pop("forward", None)
-        logger.warning(line)
         self.beta = beta
         # A frozen backbone's experts are not balanced.
         self.aux_loss_enabled = self.aux_loss_enabled and args.train_backbone
@@ -146,9 +151,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.pad_to_multiple_of or 1,
             self.args.offload_context_states,
         )
-        ended = ended_by_itself(samples, {*self.eos_token_ids, self._tokenizer.pad_token_id}).to(
-            self.accelerator.device
-        )
+        ended = ended_by_itself(samples, {*self.eos_token_ids, self._tokenizer.pad_token_id})
+        ended = ended.to(self.accelerator.device)
         if self.mask_truncated_completions:
             rollout.completion_mask *= ended[:, None]
         counted = len(samples) if training else self.rollout_log.counted(self.accelerator.process_index, len(samples))
@@ -198,14 +202,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             fresh = self.draw_samples(rows)
             return fresh, self.rewards(fresh, self.state)
 
-        sampling = DynamicSampling.of(self)
-        return sampling.replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
+        return DynamicSampling.of(self).replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
 
     @property
     def needs_old_scores(self) -> bool:
         """Whether an update may read a rollout that an earlier policy made."""
-        every = self.args.steps_per_generation * self.num_iterations
-        return self.args.gradient_accumulation_steps % every != 0
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def score_rollout(self, rollout: Rollout) -> None:
         """Scores the rollout under the policy that made it, and under the reference, where they are needed."""
@@ -238,8 +240,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         if self.multi_objective_aggregation == "normalize_then_sum":
             advantages = normalize_then_sum(rewards, self.reward_weights, size)
         else:
-            estimate = GROUP_ADVANTAGES[self.args.advantage_estimator]
-            advantages = estimate(total, size, self.scale_rewards)
+            advantages = GROUP_ADVANTAGES[self.args.advantage_estimator](total, size, self.scale_rewards)
         # A completion that no function could score teaches nothing.
         advantages = advantages.nan_to_num(0.0)
         rollout.advantages = self.local(advantages, len(rollout.action_ids))

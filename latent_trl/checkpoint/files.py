@@ -19,12 +19,19 @@ COMPONENTS = ("codebook", "world_model", "inverse_dynamics", "policy", "projecto
 OWNED_NAMES = {CONFIG_FILE, REPORT_FILE, TUNED_FOLDER, ADAPTER_FOLDER, *COMPONENTS}
 # Facts of the record that are read by people and by the Hub, and follow from the rest.
 FACTS = ("package_versions", "code_width", "hidden_size", "layer_shapes")
+# By these transformers tells that a processor or tokenizer is there.
+PROCESSOR_RECORDS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+PROCESSOR_PATTERNS = (
+    *(*PROCESSOR_RECORDS, "video_preprocessor_config.json", "tokenizer.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("chat_template.json", "chat_template.jinja", "additional_chat_templates/*.jinja"),
+)
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_JSON_BYTES = 32 * 2**20
-# What is downloaded of a repository: the top folder's record, report and card, and the folders of the parts.
+# What is downloaded of a repository: the top folder's record, report, card and processor, and the parts' folders.
 CHECKPOINT_PATTERNS = (
-    *(CONFIG_FILE, REPORT_FILE, "README.md"),
+    *(CONFIG_FILE, REPORT_FILE, "README.md", *PROCESSOR_PATTERNS),
     *(f"{part}/*.{kind}" for part in (*COMPONENTS, TUNED_FOLDER, ADAPTER_FOLDER) for kind in ("json", "safetensors")),
 )
 
@@ -74,6 +81,11 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
     """The configuration of a checkpoint, and the names of the components that it holds."""
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder} holds no latent actions: {CONFIG_FILE} is missing. On a backbone they are made with "
+            "`LatentActionModel.from_backbone` and `LatentActionSpaceTrainer`, or with `latent-trl learn`."
+        )
     record = read_json(folder / CONFIG_FILE)
     version = record.get("schema_version")
     if type(version) is not int or not 1 <= version <= SCHEMA_VERSION:

@@ -22,6 +22,7 @@ from ..checkpoint.files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
     OWNED_NAMES,
+    PROCESSOR_RECORDS,
     REPORT_FILE,
     TUNED_FOLDER,
     WEIGHTS_NAME,
@@ -175,6 +176,8 @@ class LatentActionCheckpointMixin:
                 own[name].copy_(tensor)
         model.tuned_backbone_tensors = list(tuned_tensors)
         model.name_or_path = str(repo_or_folder)
+        if any((folder / name).is_file() for name in PROCESSOR_RECORDS):
+            model.processor_folder = folder
         if report is not None:
             model.training_report = report
         return model.eval()
@@ -204,8 +207,8 @@ class LatentActionCheckpointMixin:
         check_adapter_config(peft_config)
         if self.peft_backbone is not None:
             raise ValueError(
-                "The backbone has an adapter already. Train that one (`is_trainable=True` when the model is loaded), or "
-                "merge it first: `model.peft_backbone.merge_and_unload()`."
+                "The backbone has an adapter already. Train that one (loaded with `is_trainable=True`), or merge it "
+                "first: `model.peft_backbone.merge_and_unload()`."
             )
         # Where PEFT is told of single parameters, it is not to adapt anything else.
         if peft_config.target_modules == "all-linear" or not (

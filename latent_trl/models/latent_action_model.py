@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,6 +92,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         # What PEFT put on the backbone; see `peft_backbone`.
         self.adapter: BackboneAdapter | None = None
         self.tuned_backbone_tensors: list[str] = []
+        # Where the checkpoint is that it was loaded from, if a processor lies there.
+        self.processor_folder: Path | None = None
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}
         for name in self.component_classes:
@@ -200,6 +203,22 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
 
     def get_output_embeddings(self) -> nn.Module:
         return self.backbone.get_output_embeddings()
+
+    def resize_token_embeddings(self, new_num_tokens: int | None = None, *args: Any, **kwargs: Any) -> nn.Module:
+        """
+        The backbone's input embeddings, as they are.
+
+        Raises:
+            ValueError: For another size: the base model that a checkpoint names would not have it.
+        """
+        embeddings = self.get_input_embeddings()
+        if new_num_tokens not in (None, embeddings.num_embeddings):
+            raise ValueError(
+                f"`resize_token_embeddings({new_num_tokens})`: the backbone has {embeddings.num_embeddings}, and a "
+                "checkpoint of latent actions cannot hold more. Resize and save the backbone itself, and make latent "
+                "actions on it with `LatentActionModel.from_backbone`."
+            )
+        return embeddings
 
     def get_decoder(self) -> nn.Module:
         return self.backbone_view.decoder

@@ -8,8 +8,8 @@ from PIL import Image
 from tiny_models import IMAGE, PAD, llava, make_tokenizer
 
 from latent_trl.data.collator import LatentActionDataCollator
-from latent_trl.data.rows import RowError
 from latent_trl.data.mixing import MixedRows, flatten
+from latent_trl.data.rows import RowError
 
 PROCESSOR = llava().processor
 ANYTHING = st.recursive(

@@ -8,8 +8,8 @@ from rl_models import prompts
 from tiny_models import latent, latent_config
 
 from latent_trl import LatentActionModel, LatentActionPPOConfig, LatentActionPPOTrainer
-from latent_trl.trainer.run.defaults import rate_by_width
 from latent_trl.trainer.rollout.rollout import Rollout
+from latent_trl.trainer.run.defaults import rate_by_width
 
 COMMON = {
     "use_cpu": True,

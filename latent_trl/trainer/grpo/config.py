@@ -9,10 +9,11 @@ from trl import GRPOConfig
 
 from ...data.bad_rows import ON_BAD_ROW
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
-from ...generation.settings import check_generation_kwargs
+from ...generation.settings import REFUSED_SETTINGS, check_generation_kwargs
 from ..rollout.advantages import GROUP_ADVANTAGES
 from ..run.defaults import settle_arguments
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
+from ..run.old_names import OLD_NAMES
 
 logger = logging.get_logger(__name__)
 
@@ -117,9 +118,20 @@ class LatentActionGRPOConfig(GRPOConfig):
     remove_unused_columns: bool | None = False
     report_to: None | str | list[str] = "none"
 
+    def __new__(cls, *args: Any, **kwargs: Any):
+        # A dataclass would only say that it does not know them.
+        for name in OLD_NAMES.keys() & kwargs.keys():
+            raise TypeError(f"`{name}` is no field of `{cls.__name__}`: {OLD_NAMES[name]}.")
+        return super().__new__(cls)
+
     def __post_init__(self):
         if self.preset is not None:
             self._apply_preset()
+        if self.max_completion_length is None or self.max_completion_length < 1:
+            raise ValueError(
+                f"`max_completion_length` must be a number of tokens, got {self.max_completion_length}: a code may never "
+                "lead to the end of a text. Give the longest answer that your task has."
+            )
         if self.bf16 is None and not torch.cuda.is_available():
             # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.
             self.bf16 = False
@@ -185,8 +197,8 @@ class LatentActionGRPOConfig(GRPOConfig):
         for name, text in instead.items():
             if getattr(self, name):
                 raise ValueError(f"`{name}=True` cannot work over latent actions; leave it off. {text}")
-        for name, default in (("temperature", 1.0), ("top_p", 1.0), ("top_k", 0), ("min_p", None)):
-            if getattr(self, name) not in (default, None):
+        for name in ("temperature", "top_p", "top_k", "min_p"):
+            if getattr(self, name) not in REFUSED_SETTINGS[name][0]:
                 raise ValueError(
                     f"`{name}={getattr(self, name)}` is about sampling tokens, which are always the most likely given "
                     "their code. Use `action_temperature`, `action_top_k` and `action_top_p`."

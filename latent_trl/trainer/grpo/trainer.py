@@ -27,7 +27,7 @@ from ..rollout.source import GenerateSource, RolloutSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
 from ..run.defaults import settle_rate
-from ..run.loading import load_model, load_processing_class
+from ..run.loading import load_named_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from ..run.state import ExactResumeMixin
 from .config import LatentActionGRPOConfig
@@ -51,13 +51,14 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     Args:
         model (`LatentActionModel` or `str`): The model, a folder or a Hub id. Its policy must have been trained.
         reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
+        optimizers, quantization_config: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
         peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
         anchor_dataset (`Dataset`, *optional*): Conversations on which the policy is held in place, with `anchor_coef`:
             `messages`, or `prompt` and `completion`, with `images` or without.
 
     Raises:
-        ValueError: For what cannot give back codes (tools, environments, own rollout functions).
+        ValueError: For `tools`, `rollout_func` and `environment_factory`, which cannot give back codes.
+        TypeError: For another trainer's configuration.
     """
 
     _tag_names = ["trl", "latent-trl", "grpo"]
@@ -77,18 +78,23 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         reward_processing_classes: Any = None,
         callbacks: list[Any] | None = None,
         optimizers: tuple[Any, Any] = (None, None),
+        quantization_config: Any = None,
         peft_config: Any = None,
+        tools: Any = None,
+        rollout_func: Any = None,
+        environment_factory: Any = None,
         anchor_dataset: Any = None,
-        **refused: Any,
     ):
-        check_arguments(refused)
-        args = args or self.config_class(f"latent-action-{self._tag_names[-1]}")
+        check_arguments(tools=tools, rollout_func=rollout_func, environment_factory=environment_factory)
+        args = own_config(args, self.config_class, f"latent-action-{self._tag_names[-1]}")
         check_anchor(args, anchor_dataset)
         check_writable(args)
-        model = load_model(model)
-        model.require("codebook", "world_model", *self.trained_components)
+        model = load_named_model(model, args, quantization_config)
+        model.require("codebook", "world_model", "policy")
+        if "value_head" in self.trained_components and model.value_head is None:
+            model.new_component("value_head")
         adapter, reference_adapter = attach_adapter(model, args, peft_config)
-        line = train_only(model, self.trained_components, adapter)
+        logger.warning(train_only(model, self.trained_components, adapter))
         settle_rate(args, "learning_rate", self.large_rate, model.policy.decoder_stack.hidden_size, RATE_EXPONENT)
         # The reference is the policy before RL, never a second model.
         beta, args.beta = args.beta, 0.0
@@ -99,7 +105,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                 args=args,
                 train_dataset=train_dataset,
                 eval_dataset=eval_dataset,
-                processing_class=processing_class or load_processing_class(model),
+                processing_class=processing_class or load_processing_class(model, args.trust_remote_code),
                 reward_processing_classes=reward_processing_classes,
                 callbacks=callbacks,
                 optimizers=optimizers,
@@ -108,7 +114,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             args.beta = beta
         # TRL's forward for the scores of tokens.
         vars(model).pop("forward", None)
-        logger.warning(line)
         self.beta = beta
         # A frozen backbone's experts are not balanced.
         self.aux_loss_enabled = self.aux_loss_enabled and args.train_backbone
@@ -201,14 +206,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             fresh = self.draw_samples(rows)
             return fresh, self.rewards(fresh, self.state)
 
-        seed = self.args.seed + 1_000_003 * (self._step + 1)
-        return DynamicSampling.of(self).replace(samples, rewards, draw, seed)
+        return DynamicSampling.of(self).replace(samples, rewards, draw, self.args.seed + 1_000_003 * (self._step + 1))
 
     @property
     def needs_old_scores(self) -> bool:
         """Whether an update may read a rollout that an earlier policy made."""
-        every = self.args.steps_per_generation * self.num_iterations
-        return self.args.gradient_accumulation_steps % every != 0
+        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
 
     def score_rollout(self, rollout: Rollout) -> None:
         """Scores the rollout under the policy that made it, and under the reference, where they are needed."""
@@ -241,8 +244,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         if self.multi_objective_aggregation == "normalize_then_sum":
             advantages = normalize_then_sum(rewards, self.reward_weights, size)
         else:
-            estimate = GROUP_ADVANTAGES[self.args.advantage_estimator]
-            advantages = estimate(total, size, self.scale_rewards)
+            advantages = GROUP_ADVANTAGES[self.args.advantage_estimator](total, size, self.scale_rewards)
         # A completion that no function could score teaches nothing.
         advantages = advantages.nan_to_num(0.0)
         rollout.advantages = self.local(advantages, len(rollout.action_ids))

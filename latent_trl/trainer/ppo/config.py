@@ -50,6 +50,10 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
         loss_type (`str`, defaults to `"dapo"`):
             How TRL averages the clipped objective: `"dapo"` is the mean over all codes of an update; also `"grpo"`
             (of completions), `"bnpo"` (of a micro-batch's codes), `"dr_grpo"` (constant).
+        scale_rewards (`str`, defaults to `"none"`):
+            Of group advantages, which PPO has not: no other value is taken.
+        use_bias_correction_kl (`bool`, *optional*):
+            TRL's, of a divergence in the loss: `True` with `kl_in="loss"` unless given, and refused without it.
     """
 
     num_generations: int | None = 1
@@ -70,6 +74,8 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
     learning_rate: float | None = None
     beta: float = 0.01
     loss_type: str = "dapo"
+    scale_rewards: str | bool = "none"
+    use_bias_correction_kl: bool | None = None
 
     def __post_init__(self):
         self._check_ppo()
@@ -120,6 +126,18 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
         if self.dynamic_sampling_rounds:
             raise ValueError(
                 "`dynamic_sampling_rounds` replaces groups of equal rewards, which PPO learns from. Leave it 0."
+            )
+        if self.scale_rewards not in ("none", False):
+            raise ValueError(
+                f"`scale_rewards={self.scale_rewards!r}` is about group advantages; PPO's are whitened, with "
+                "`whiten_advantages`. Leave it 'none'."
+            )
+        if self.kl_in == "loss" and self.beta != 0.0:
+            self.use_bias_correction_kl = self.use_bias_correction_kl is not False
+        elif self.use_bias_correction_kl is not None:
+            raise ValueError(
+                f"`use_bias_correction_kl={self.use_bias_correction_kl}` is about a divergence in the loss, and here "
+                "there is none. Set `kl_in='loss'` and `beta`, or leave it out."
             )
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(

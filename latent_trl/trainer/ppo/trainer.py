@@ -22,7 +22,6 @@ from ..rollout.advantages import (
 from ..rollout.dynamic_sampling import equal_groups
 from ..rollout.rollout import Rollout
 from ..rollout.scoring import CodeScores, score
-from ..run.loading import load_model
 from .config import LatentActionPPOConfig
 
 # The value head's rate beside the policy's: CoLA's ratio.
@@ -59,10 +58,6 @@ class LatentActionPPOTrainer(LatentActionGRPOTrainer):
     large_rate = 5e-6
 
     def __init__(self, model: LatentActionModel | str, *positional: Any, **named: Any):
-        model = load_model(model)
-        if model.value_head is None:
-            model.require("policy")
-            model.new_component("value_head")
         super().__init__(model, *positional, **named)
         self.kl_controller = None
         if self.args.kl_target is not None:

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import set_seed
 from trl.trainer.utils import use_adapter
 
+from ...models.adapter import plain_names
 from ...models.latent_action_model import LatentActionModel
 from .reference import copy_adapter
 
@@ -36,6 +37,12 @@ def attach_adapter(model: LatentActionModel, args: Any, peft_config: Any) -> tup
     elif args.beta != 0.0:
         reference = REFERENCE_ADAPTER
         copy_adapter(model.peft_backbone, reference)
+    own = plain_names(model.backbone)
+    if args.beta != 0.0 and any(name in own for name in model.adapter.trained):
+        raise ValueError(
+            f"`beta={args.beta}` measures from the backbone as it was before RL, and the adapter's `bias` trains tensors "
+            "of the backbone itself. Set `bias='none'` in its configuration, or `beta=0`."
+        )
     _check_head(model)
     return model.adapter.trained, reference
 

@@ -9,22 +9,14 @@ from ..run.loading import check_columns
 
 logger = logging.get_logger(__name__)
 
-# What TRL's trainer takes, and what to use in its place.
-REFUSED = {
-    "tools": "Use reward functions, which see every column of the data set.",
-    "rollout_func": "Use reward functions, which see every column of the data set.",
-    "environment_factory": "Use reward functions, which see every column of the data set.",
-    "quantization_config": "Load the model with `LatentActionModel.from_pretrained(..., quantization_config=...)`.",
-}
+INSTEAD = "Use reward functions, which see every column of the data set."
 
 
-def check_arguments(refused: dict[str, Any]) -> None:
-    """Raises `ValueError` for what TRL's trainer takes and codes cannot have, `TypeError` for an unknown argument."""
+def check_arguments(**refused: Any) -> None:
+    """Raises `ValueError` for what TRL's trainer takes and codes cannot have."""
     for name, value in refused.items():
-        if name not in REFUSED:
-            raise TypeError(f"{name!r} is no argument of this trainer.")
         if value:
-            raise ValueError(f"`{name}` cannot be used over latent actions. {REFUSED[name]}")
+            raise ValueError(f"`{name}` cannot be used over latent actions. {INSTEAD}")
 
 
 def check_train_dataset(dataset: Any, args: Any) -> None:

@@ -58,6 +58,11 @@ class PromptReader:
         """The reader of a trainer's data sets."""
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
         most = model.backbone_view.max_positions
+        if most is not None and args.max_completion_length >= most:
+            raise ValueError(
+                f"`max_completion_length={args.max_completion_length}` leaves no room for a prompt: the backbone has "
+                f"positions for {most} tokens. Lower it."
+            )
         encoder = PromptEncoder(
             trainer.processing_class,
             args.image_root,

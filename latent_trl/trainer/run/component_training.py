@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 from transformers.utils import logging
+from trl import BEMACallback, SyncRefModelCallback
 
 from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_tensors
 from ...models.component import check_state, load_state
@@ -115,6 +116,28 @@ def _as_sharded(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
     return distribute_tensor(tensor.to(own.device), own.device_mesh, own.placements)
 
 
+def check_kernels(args: Any) -> None:
+    """Raises `ValueError` for `use_liger_kernel`, which knows models by their family, and not what is wrapped."""
+    if args.use_liger_kernel:
+        raise ValueError(
+            "`use_liger_kernel=True` does not reach the backbone inside a latent action model. Leave it out, and load "
+            "the backbone with Liger's kernels (`liger_kernel.transformers.AutoLigerKernelForCausalLM`) as `backbone=` "
+            "of `LatentActionModel.from_pretrained`."
+        )
+
+
+def check_callbacks(callbacks: list[Any]) -> None:
+    """Raises `ValueError` for TRL's callbacks that make a second model of the first one's configuration."""
+    for callback in callbacks:
+        kind = callback if isinstance(callback, type) else type(callback)
+        for refused, why in (
+            (BEMACallback, "makes a second model from the configuration alone, which holds no backbone"),
+            (SyncRefModelCallback, "moves a second model, and the reference is a copy of the policy before RL"),
+        ):
+            if issubclass(kind, refused):
+                raise ValueError(f"`callbacks` has a {kind.__name__}, which {why}. Leave it out.")
+
+
 class RestoreRun(TrainerCallback):
     """Restores a resumed run once Trainer has set up its counters, before the first step."""
 
@@ -132,6 +155,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
     resumed_from: str | None = None
 
     def __init__(self, *args, **kwargs):
+        check_kernels(kwargs["args"])
+        check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
         self.add_callback(RestoreRun(self))
         self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
@@ -140,6 +165,11 @@ class ComponentTrainingMixin(HubTrainingMixin):
                 "`on_nonfinite='skip'` cannot work under DeepSpeed, which updates before the gradient can be looked "
                 "at. Use 'stop'."
             )
+
+    def add_callback(self, callback: Any) -> None:
+        """As `Trainer.add_callback`; raises `ValueError` for those that copy or follow the whole model."""
+        check_callbacks([callback])
+        super().add_callback(callback)
 
     def _on_collapse(self) -> str:
         return self.args.on_collapse

@@ -15,7 +15,7 @@ from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import train_only
 from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means, row_sums
-from ..run.loading import check_columns, load_model, load_processing_class
+from ..run.loading import check_columns, load_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from .config import LatentActionSFTConfig
 
@@ -51,7 +51,7 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
         peft_config: Any = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = args or LatentActionSFTConfig("latent-action-sft")
+        args = own_config(args, LatentActionSFTConfig, "latent-action-sft")
         check_writable(args)
         model = load_model(model, is_trainable=True)
         processing_class = processing_class or load_processing_class(model)

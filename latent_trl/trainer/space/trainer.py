@@ -24,7 +24,7 @@ from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import load_components, train_only
 from ..run.defaults import settle_rate
 from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means
-from ..run.loading import check_columns, load_model, load_processing_class
+from ..run.loading import check_columns, load_model, load_processing_class, own_config
 from ..run.manifest import newest_whole_checkpoint, write_json
 from ..run.output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
 from .config import LatentActionSpaceConfig
@@ -80,7 +80,7 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = args or LatentActionSpaceConfig("latent-action-space")
+        args = own_config(args, LatentActionSpaceConfig, "latent-action-space")
         check_writable(args)
         model = load_model(model)
         if processing_class is None:

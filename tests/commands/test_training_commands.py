@@ -47,7 +47,7 @@ def test_rl_holds_the_policy_on_an_anchor_data_set(checkpoint, tmp_path):
     words = ["grpo", "--model_name_or_path", checkpoint, "--dataset_name", f"{SHAPES}:shape_questions"]
     words += ["--dataset_train_split", "rl", "--reward_funcs", "exact_match", "--max_steps", "1"]
     words += ["--per_device_train_batch_size", "4", "--num_generations", "4", "--max_completion_length", "4"]
-    words += ["--anchor_dataset_name", f"{SHAPES}:chitchat", "--anchor_batch_size", "2"]
+    words += ["--anchor_dataset_name", f"{SHAPES}:chitchat"]
     assert main([*words, *COMMON, "--anchor_coef", "0.1", "--output_dir", str(tmp_path / "o")]) == 0
     assert main([*words, *COMMON, "--output_dir", str(tmp_path / "other")]) == 1
 

@@ -117,8 +117,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.beta = beta
         # A frozen backbone's experts are not balanced.
         self.aux_loss_enabled = self.aux_loss_enabled and args.train_backbone
-        needed = beta != 0.0 or args.anchor_coef
-        self.reference = Reference(model, reference_adapter) if needed else None
+        self.reference = Reference(model, reference_adapter) if beta != 0.0 or args.anchor_coef else None
         self.ref_model = self.reference.policy if beta != 0.0 else None
         self.anchor = PolicyAnchor.of(self, anchor_dataset) if args.anchor_coef else None
         self.num_generations_eval = evaluation_samples(args, self.num_generations_eval)
@@ -145,9 +144,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         if eval_dataset is None or isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
         return super().get_eval_dataloader(stored(eval_dataset, name))
-
-    def _latent_model(self) -> LatentActionModel:
-        return self.accelerator.unwrap_model(self.model)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """From the rows of a batch, each as often as it is to be answered, to the scored batch that TRL buffers."""

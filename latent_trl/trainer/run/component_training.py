@@ -171,6 +171,9 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_callbacks([callback])
         super().add_callback(callback)
 
+    def _latent_model(self) -> LatentActionModel:
+        return self.accelerator.unwrap_model(self.model)
+
     def _on_collapse(self) -> str:
         return self.args.on_collapse
 
@@ -234,7 +237,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
         # All processes take part in gathering what is sharded.
         state_dict = self.accelerator.get_state_dict(self.model_wrapped) if sharded else None
         if self.args.should_save:
-            self.accelerator.unwrap_model(self.model).save_pretrained(output_dir, state_dict=state_dict)
+            self._latent_model().save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
             self._save_arguments(output_dir)
@@ -281,7 +284,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
         load_components(self.accelerator.unwrap_model(model or self.model), resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_components(self.accelerator.unwrap_model(self.model), self.state.best_model_checkpoint)
+        load_components(self._latent_model(), self.state.best_model_checkpoint)
 
     def _where(self) -> str:
         return f"at step {self.state.global_step}"
@@ -290,16 +293,16 @@ class ComponentTrainingMixin(HubTrainingMixin):
         """Names the cause when codes cannot be drawn, because their probabilities are not finite."""
         return FloatingPointError(
             f"No code could be drawn {self._where()}: the policy's probabilities are not finite. "
-            f"{origin(self.accelerator.unwrap_model(self.model), {})} {what_is_kept(self.args.output_dir)} "
+            f"{origin(self._latent_model(), {})} {what_is_kept(self.args.output_dir)} "
             f"{self._remedy()}"
         )
 
     def _remedy(self) -> str:
-        return remedy(self.accelerator.unwrap_model(self.model), self.args.fp16)
+        return remedy(self._latent_model(), self.args.fp16)
 
     def _check_loss(self, loss: torch.Tensor, inputs: dict[str, Any]) -> None:
         """Acts on a loss that is not finite on some process, as `on_nonfinite` says."""
-        trouble = loss_trouble(loss, self.accelerator.unwrap_model(self.model), inputs, self._where())
+        trouble = loss_trouble(loss, self._latent_model(), inputs, self._where())
         if trouble is not None:
             self.health.nonfinite(trouble, self._remedy())
 

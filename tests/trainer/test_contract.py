@@ -54,7 +54,9 @@ SIGNATURES = {
     "log": "self logs start_time",
     "save_model": "self output_dir _internal_call",
     "create_optimizer": "self model",
+    "add_callback": "self callback",
     "get_train_dataloader": "self",
+    "get_eval_dataloader": "self eval_dataset",
 }
 ATTRIBUTES = [
     *("beta", "ref_model", "generation_config", "generation_kwargs", "reward_funcs", "reward_func_names"),

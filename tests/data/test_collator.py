@@ -251,3 +251,116 @@ def test_templates_that_refuse_or_rewrite():
     rewriting.chat_template = "{{ messages | length }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(RowError, match="Row 3: .*Use a prefix-preserving template"):
         LatentActionDataCollator(rewriting)([{"messages": GOOD, "_row": 3}])
+
+
+SAID = [says("user", "a"), says("assistant", "<think>why</think>b")]
+
+
+@pytest.mark.parametrize(
+    "template, role",
+    [
+        ("{% for m in messages %}{{ m['content'].split('</think>')[-1] }}{% endfor %}", "assistant"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", "user"),
+        ("{% for m in messages %}{% if m['role'] == 'assistant' %}{{ m['content'] }}{% endif %}{% endfor %}", "user"),
+    ],
+)
+def test_templates_that_leave_out_text(template, role):
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(RowError, match=f"Row 5: the chat template leaves out text of the role '{role}'.*training"):
+        LatentActionDataCollator(tokenizer)([{"messages": SAID, "_row": 5}])
+
+
+def test_templates_that_trim_are_right():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ m['content'] }}", "{{ m['content'] | trim }}")
+    batch = LatentActionDataCollator(tokenizer)([{"messages": [says("user", " a \n"), says("assistant", " b\n\nc ")]}])
+    assert tokenizer.decode(batch["input_ids"][0]) == "user: a\nassistant: b\n\nc<eos>"
+
+
+def test_templates_take_content_in_their_own_form():
+    """A text model's template that wants parts, and a processor's that wants text."""
+    parts = "{% for m in messages %}{% for p in m['content'] %}{{ p['text'] }}{% endfor %}{{ eos_token }}{% endfor %}"
+    texts = "{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}"
+    tokenizer, processor = make_tokenizer(), llava().processor
+    tokenizer.chat_template, processor.chat_template = parts, texts
+    for processing in (tokenizer, processor):
+        batch = LatentActionDataCollator(processing)([{"messages": GOOD}])
+        assert TOKENIZER.decode(batch["input_ids"][0]) == "a<eos>b<eos>"
+        assert TOKENIZER.decode(batch["input_ids"][0][batch["loss_mask"][0]]) == "b<eos>"
+
+
+def endless():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'].upper() + ': ' + m['content'] + ' ' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    )
+    return tokenizer
+
+
+def test_an_end_that_the_template_does_not_write(caplog):
+    tokenizer = endless()
+    tokenizer.chat_template += "{# once #}"
+    collate = LatentActionDataCollator(tokenizer)
+    with caplog.at_level("WARNING", "latent_trl"):
+        batch = collate([{"messages": [*GOOD, *GOOD]}])
+    learned = TOKENIZER.decode(batch["input_ids"][0][batch["loss_mask"][0]])
+    assert learned == " b  b <eos>" and batch["input_ids"][0].tolist().count(EOS) == 1
+    length = batch["input_ids"].shape[1]
+    assert collate([{"messages": [*GOOD, *GOOD]}])["input_ids"].shape[1] == length
+    # The end counts, and a conversation that loses turns ends too.
+    shorter = LatentActionDataCollator(tokenizer, max_length=length - 1)([{"messages": [*GOOD, *GOOD]}])
+    assert TOKENIZER.decode(shorter["input_ids"][0]) == "USER: a ASSISTANT: b <eos>"
+    tokenizer.eos_token = None
+    with pytest.raises(RowError, match="has no end, and the tokenizer no EOS token"):
+        LatentActionDataCollator(tokenizer)([{"messages": GOOD}])
+
+
+def test_an_end_that_generation_does_not_know_is_named(monkeypatch):
+    from latent_trl.data import collator as module
+
+    said = []
+    monkeypatch.setattr(module.logger, "warning_once", said.append)
+    tokenizer = endless()
+    tokenizer.chat_template = tokenizer.chat_template.replace("+ ' '", "+ '<end_of_utterance>'")
+    end = tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    batch = LatentActionDataCollator(tokenizer)([{"messages": GOOD}])
+    assert batch["input_ids"][0, -1] == end and "generation does not stop" in said.pop()
+    LatentActionDataCollator(tokenizer, end_token_ids=[7, end])([{"messages": GOOD}])
+    LatentActionDataCollator(tokenizer, end_token_ids=end)([{"messages": GOOD}])
+    assert not said
+
+
+def merging(pieces: list[str], scheme: str | None):
+    """A tokenizer of whole words: of a space before them (`scheme` of Metaspace), or of bytes that merge."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = [("<pad>", 0.0), ("<eos>", 0.0), ("<unk>", 0.0), *((p, -1.0 / len(p)) for p in pieces)]
+    backend = Tokenizer(models.Unigram(vocab, unk_id=2))
+    if scheme:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+        backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.sampled_from(["first", "always", "never", None]),
+    st.text("ab c", min_size=1, max_size=6),
+    st.text("ab c", min_size=1, max_size=6).filter(lambda t: t.strip()),
+)
+def test_tokens_are_those_of_the_whole_text(scheme, prompt, completion):
+    space = "▁" if scheme else " "
+    tokenizer = merging(["a", "b", "c", space, "ab", f"{space}a", f"b{space}", "ca", f"{space}b"], scheme)
+    batch = LatentActionDataCollator(tokenizer)([{"prompt": prompt, "completion": completion}])
+    whole = tokenizer(prompt + completion, return_offsets_mapping=True)
+    assert batch["input_ids"][0].tolist() == [*whole.input_ids, tokenizer.eos_token_id]
+    learned = batch["loss_mask"][0].tolist()
+    first = learned.index(True)
+    assert all(learned[first:]) and not any(learned[:first])
+    for (start, end), mine in zip(whole.offset_mapping, learned):
+        if start < end:
+            # A token is the answer's when a character of the answer is in it.
+            assert mine == (end > len(prompt))

@@ -1,5 +1,6 @@
 """Pictures of every kind that a data set of others may hold: read rightly, or refused with what was found."""
 
+import base64
 import io
 import os
 import struct
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latent_trl.data.images import FORMATS, ImageError, load_image
+from latent_trl.data.images import FORMATS, ImageError, load_image, load_row_images
+from latent_trl.data.rows import RowError
 
 
 def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -168,3 +170,67 @@ def test_paths_that_are_no_pictures(tmp_path):
 def test_values_that_are_no_pictures(value):
     with pytest.raises(ImageError, match="must be a PIL image, a path, or bytes, got"):
         load_image(value)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_is_transparent_becomes_white(mode):
+    image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
+    image.putpixel((1, 1), (0, 0, 0, 255))
+    if mode == "P":
+        image = Image.new("P", (4, 4), 0)
+        image.putpalette([0, 0, 0, 0, 0, 0] + [0] * 762)
+        image.putpixel((1, 1), 1)
+        image.info["transparency"] = 0
+    loaded = load_image(encoded(image if mode == "P" else image.convert(mode)))
+    assert loaded.getpixel((0, 0)) == (255, 255, 255) and loaded.getpixel((1, 1)) == (0, 0, 0)
+
+
+def test_data_urls():
+    url = "data:image/png;base64," + base64.b64encode(encoded(gradient())).decode()
+    assert np.array_equal(load_image(url), gradient())
+    for broken, message in (
+        (url[:-5] + "?", "no base64"),
+        (url.replace(";base64", ""), "not in base64"),
+        ("data:", "base64"),
+    ):
+        with pytest.raises(ImageError, match=f"a data URL of {len(broken)} characters is .*{message}"):
+            load_image(broken)
+
+
+def test_pictures_of_a_row_wherever_they_are(tmp_path):
+    gradient().save(tmp_path / "x.png")
+    part = {"type": "image", "image": "x.png"}
+    row = {
+        "images": [encoded(gradient()), "x.png"],
+        "image": {"path": "x.png", "bytes": None},
+        "prompt": [{"role": "user", "content": [part, {"type": "text", "text": "x.png"}, {"type": "image"}]}],
+        "completion": "x.png",
+        "other": "x.png",
+    }
+    loaded = load_row_images(row, tmp_path)
+    content = loaded["prompt"][0]["content"]
+    for picture in (*loaded["images"], loaded["image"], content[0]["image"]):
+        assert np.array_equal(picture, gradient())
+    assert content[1:] == row["prompt"][0]["content"][1:] and loaded["other"] == loaded["completion"] == "x.png"
+    assert row["images"][1] == "x.png" and part["image"] == "x.png"
+    for column, where in (
+        ("images", r"`images`\[0\]"),
+        ("image", "`image`"),
+        ("prompt", "the image of message 0 of `prompt`"),
+    ):
+        with pytest.raises(RowError, match=f"^Row 4: {where}: .*no `image_root`"):
+            load_row_images({column: ["x.png"] if column == "images" else row[column], "_row": 4})
+    assert load_row_images({"images": None, "prompt": 3, "messages": [1]}) == {
+        "images": None,
+        "prompt": 3,
+        "messages": [1],
+    }
+    with pytest.raises(RowError, match=r"`images`\[1\]: An image must be .* got NoneType"):
+        load_row_images({"images": [gradient(), None]})
+
+
+def test_a_name_that_is_a_pictures_content_is_not_printed():
+    for value in (base64.b64encode(encoded(Image.effect_noise((64, 64), 90))).decode(), "x" * 5000):
+        with pytest.raises(ImageError) as caught:
+            load_image(value, "/tmp")
+        assert len(str(caught.value)) < 200

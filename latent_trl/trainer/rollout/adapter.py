@@ -40,8 +40,8 @@ def attach_adapter(model: LatentActionModel, args: Any, peft_config: Any) -> tup
     own = plain_names(model.backbone)
     if args.beta != 0.0 and any(name in own for name in model.adapter.trained):
         raise ValueError(
-            f"`beta={args.beta}` measures from the backbone as it was before RL, and the adapter's `bias` trains tensors "
-            "of the backbone itself. Set `bias='none'` in its configuration, or `beta=0`."
+            f"`beta={args.beta}` measures from the backbone as it was before RL, and the adapter's `bias` trains "
+            "tensors of the backbone itself. Set `bias='none'` in its configuration, or `beta=0`."
         )
     _check_head(model)
     return model.adapter.trained, reference

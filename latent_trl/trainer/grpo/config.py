@@ -129,8 +129,8 @@ class LatentActionGRPOConfig(GRPOConfig):
             self._apply_preset()
         if self.max_completion_length is None or self.max_completion_length < 1:
             raise ValueError(
-                f"`max_completion_length` must be a number of tokens, got {self.max_completion_length}: a code may "
-                "never lead to the end of a text. Give the longest answer that your task has."
+                f"`max_completion_length` must be a number of tokens, got {self.max_completion_length}: "
+                "no code may ever lead to the end of a text. Give the longest answer that your task has."
             )
         if self.bf16 is None and not torch.cuda.is_available():
             # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.

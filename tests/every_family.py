@@ -66,6 +66,7 @@ SPECIAL: dict[str, dict] = {
     "rembert": {**DECODER, "input_embedding_size": 32, "output_embedding_size": 32},
     "reformer": {**DECODER, "axial_pos_embds": False},
     "rwkv": {"num_hidden_layers": 2, "attention_hidden_size": 32},
+    "step3p7": {"text_config": {"sliding_window": 8}},
     "xlnet": {"d_head": 8},
     "xlstm": {"num_blocks": 2, "num_hidden_layers": 2},
     "xmod": {**DECODER, "languages": ["en_XX"], "default_language": "en_XX"},

@@ -11,6 +11,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from ..trainer.run.old_names import RENAMED
+
 DATASET = (
     "`shapes` or `chitchat`, which come with the package; a .json, .jsonl, .csv or .parquet file; a folder; a Hub id; "
     "or `module:function`, called with the split"
@@ -32,6 +34,7 @@ MEANT = {
     "batch_size": "per_device_train_batch_size",
     "max_new_tokens": "max_completion_length",
     "temperature": "action_temperature",
+    **RENAMED,
 }
 
 

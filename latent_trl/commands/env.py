@@ -53,12 +53,12 @@ def devices() -> str:
 
 def main(argv: list[str] | None = None) -> int:
     parse(argv)
-    from .loading import REWARDS
+    from .loading import REWARDS, TRL_REWARD_MAKERS, TRL_REWARDS
 
     rows = {name: package_version(name) for name in PACKAGES}
     rows |= {"Python": platform.python_version(), "platform": platform.platform(), "devices": devices()}
     rows |= {name: os.environ[name] for name in SETTINGS if name in os.environ}
-    rows["rewards by name"] = ", ".join(sorted(REWARDS))
+    rows["rewards by name"] = ", ".join(sorted([*REWARDS, *TRL_REWARDS, *TRL_REWARD_MAKERS]))
     width = max(map(len, rows))
     for name, value in rows.items():
         print(f"- {name + ':':<{width + 1}} {value}")

@@ -19,6 +19,10 @@ REWARDS = {
     "soft_overlong_punishment": ("shaping", "SoftOverlongPunishment"),
 }
 
+# Those of TRL by their names in it: a function, or what makes one from `reward_kwargs`.
+TRL_REWARDS = ("accuracy_reward", "reasoning_accuracy_reward", "think_format_reward")
+TRL_REWARD_MAKERS = ("get_cosine_scaled_reward", "get_repetition_penalty_reward", "get_soft_overlong_punishment")
+
 
 def load_model(name: str, backbone: str | None = None, is_trainable: bool = False, **backbone_kwargs: Any):
     """A latent action model from a folder or the Hub; on a GPU where there is one."""
@@ -105,6 +109,7 @@ def backbone_kwargs(model_args) -> dict[str, Any]:
     from trl import get_quantization_config
 
     return {
+        "revision": None if model_args.model_revision == "main" else model_args.model_revision,
         "dtype": model_args.dtype,
         "attn_implementation": model_args.attn_implementation,
         "quantization_config": get_quantization_config(model_args),
@@ -127,8 +132,9 @@ def load_rewards(names: list[str], options: dict[str, Any] | None = None) -> lis
     Reward functions by their names.
 
     Args:
-        names (`list[str]`): A name in [`REWARDS`], `module:attribute`, or a reward model's folder or Hub id.
-        options (`dict`, *optional*): Keyword arguments of those that are classes, by name.
+        names (`list[str]`): A name in [`REWARDS`] or of TRL's rewards, `module:attribute` or, as in TRL,
+            `module.attribute`, or a reward model's folder or Hub id.
+        options (`dict`, *optional*): Keyword arguments of those that are classes or make a function, by name.
     """
     options = dict(options or {})
     if not names:
@@ -138,12 +144,17 @@ def load_rewards(names: list[str], options: dict[str, Any] | None = None) -> lis
         if name in REWARDS:
             module, attribute = REWARDS[name]
             reward = getattr(import_module(f"latent_trl.rewards.{module}"), attribute)
+        elif name in TRL_REWARDS or name in TRL_REWARD_MAKERS:
+            reward = getattr(import_module("trl.rewards"), name)
         elif ":" in name and not Path(name).exists():
             reward = load_attribute(name)
         elif "/" in name or Path(name).is_dir():
             reward = name
+        elif "." in name:
+            reward = load_attribute(":".join(name.rsplit(".", 1)))
         else:
-            raise ValueError(f"No reward {name!r}: give `module:attribute`, or one of {sorted(REWARDS)}.")
+            known = sorted([*REWARDS, *TRL_REWARDS, *TRL_REWARD_MAKERS])
+            raise ValueError(f"No reward {name!r}: give `module:attribute`, or one of {known}.")
         found.append(_made(name, reward, options.pop(name, {})))
     if options:
         raise ValueError(f"`reward_kwargs` names {sorted(options)}, which are not among `reward_funcs` {names}.")
@@ -151,7 +162,7 @@ def load_rewards(names: list[str], options: dict[str, Any] | None = None) -> lis
 
 
 def _made(name: str, reward: Any, options: dict[str, Any]) -> Any:
-    if not inspect.isclass(reward):
+    if not inspect.isclass(reward) and name not in TRL_REWARD_MAKERS:
         if options:
             raise ValueError(f"`reward_kwargs` has options for {name!r}, which is not a class.")
         return reward

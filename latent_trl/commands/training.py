@@ -69,7 +69,8 @@ def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
     check_reward_columns(rewards, rows, given.dataset_name)
     test = given.rows("prompts", "test") if args.eval_strategy != "no" else None
     anchor = given.anchor_rows()
-    model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **backbone_kwargs(model_args))
+    loading = backbone_kwargs(model_args) | {"trust_remote_code": args.trust_remote_code or None}
+    model = load_model(model_args.model_name_or_path, is_trainable=args.train_backbone, **loading)
     trainer = getattr(latent_trl, f"{names}Trainer")(
         model,
         rewards,

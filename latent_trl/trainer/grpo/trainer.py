@@ -283,9 +283,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.rollout_log.start_evaluation(rows)
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         # Trainer's is a mean over batches.
-        loss = self._metrics["eval"].pop("loss", None)
-        if loss is not None:
-            output.metrics[f"{metric_key_prefix}_loss"] = loss[0]
+        output.metrics.update(self.rollout_log.end_evaluation(metric_key_prefix))
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -74,7 +74,7 @@ class LatentActionPPOConfig(LatentActionGRPOConfig):
     learning_rate: float | None = None
     beta: float = 0.01
     loss_type: str = "dapo"
-    scale_rewards: str | bool = "none"
+    scale_rewards: str = "none"
     use_bias_correction_kl: bool | None = None
 
     def __post_init__(self):

@@ -107,6 +107,21 @@ class RolloutLog:
         self.metrics["eval"].clear()
         self.evaluation = EvaluationMeans(self.metrics["eval"])
 
+    def end_evaluation(self, prefix: str) -> dict[str, float]:
+        """
+        Puts the name of the data set before the figures of an evaluation of several, each of which has a `prefix` of
+        its own.
+
+        Returns:
+            The loss by its name, where there is one.
+        """
+        figures = self.metrics["eval"]
+        loss = figures.pop("loss", None)
+        if prefix.startswith("eval_"):
+            for name in list(figures):
+                figures[f"{prefix.removeprefix('eval_')}_{name}"] = figures.pop(name)
+        return {} if loss is None else {f"{prefix}_loss": loss[0]}
+
     def table(self, samples: list[Sample], names: list[str], rewards: torch.Tensor, advantages: torch.Tensor) -> None:
         """
         Adds the completions of all processes.

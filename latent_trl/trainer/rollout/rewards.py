@@ -8,7 +8,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather, gather_object
 
 from ...rewards.calling import RewardCaller, RewardError
+from ...rewards.conversation import IMAGE_COLUMNS
 from ...rewards.shaping import SoftOverlongPunishment
+from ..run.hub import describe_data
 from .prompts import reward_prompts
 from .rollout import Sample
 
@@ -21,12 +23,20 @@ class RolloutRewards:
         caller (`RewardCaller`): The functions.
         accelerator (`Accelerator`): Of the trainer.
         shaping (`tuple[str]`): Names of functions that shape a reward, and alone do not make one.
+        removed (`list[str]`): Columns of the data set that `remove_unused_columns` keeps from the functions.
     """
 
-    def __init__(self, caller: RewardCaller, accelerator: Accelerator, shaping: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        caller: RewardCaller,
+        accelerator: Accelerator,
+        shaping: tuple[str, ...] = (),
+        removed: list[str] | tuple[str, ...] = (),
+    ):
         self.caller = caller
         self.accelerator = accelerator
         self.shaping = shaping
+        self.removed = removed
         self._metrics: dict[str, list[float]] = defaultdict(list)
 
     @classmethod
@@ -49,7 +59,8 @@ class RolloutRewards:
             args.on_nonfinite,
             trainer.accelerator.device,
         )
-        return cls(caller, trainer.accelerator, shaping)
+        removed = set(describe_data(trainer.train_dataset).get("columns", ())) - {"prompt", *IMAGE_COLUMNS}
+        return cls(caller, trainer.accelerator, shaping, sorted(removed) if args.remove_unused_columns else ())
 
     def __call__(self, samples: list[Sample], trainer_state: Any) -> torch.Tensor:
         """
@@ -69,7 +80,15 @@ class RolloutRewards:
             log_metric=lambda name, value: self._metrics[name].append(value),
         )
         rewards = gather(local)
-        self.caller.raise_any(rewards)
+        try:
+            self.caller.raise_any(rewards)
+        except RewardError as error:
+            if not self.removed:
+                raise
+            raise RewardError(
+                f"{error} It could not see the columns {self.removed}: `remove_unused_columns=True` takes them away. "
+                "Set it to `False`."
+            ) from error
         for column, values in extra.items():
             if len(values) != len(samples):
                 raise RewardError(

@@ -30,6 +30,7 @@ from .output_folder import (
     no_room,
     only_run,
     raise_together,
+    set_aside,
     written_whole,
 )
 
@@ -153,6 +154,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
 
     # The checkpoint that the run goes on from.
     resumed_from: str | None = None
+    # The folder of the run that this trainer has made, if any.
+    _trained_in: str | None = None
 
     def __init__(self, *args, **kwargs):
         check_kernels(kwargs["args"])
@@ -179,7 +182,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        As `Trainer.train`; `True` goes on from the newest checkpoint that is whole.
+        As `Trainer.train`; `True` goes on from the newest checkpoint that is whole. Called again, it trains the model
+        further in a run of its own, and no run goes on from the checkpoints of the one before.
 
         Raises:
             ValueError: When `output_dir` is in use by another run, holds checkpoints of an earlier one that is not to
@@ -191,6 +195,10 @@ class ComponentTrainingMixin(HubTrainingMixin):
         """
         folder = self.args.output_dir
         with only_run(self.accelerator, folder):
+            if self._trained_in == folder and not resume_from_checkpoint and self.args.should_save:
+                set_aside(folder)
+            self._trained_in = folder
+            self.accelerator.wait_for_everyone()
             fault = None if resume_from_checkpoint else earlier_run(folder)
             if fault is None and self.args.save_strategy != SaveStrategy.NO:
                 fault = no_room(folder, self._checkpoint_bytes())
@@ -260,10 +268,12 @@ class ComponentTrainingMixin(HubTrainingMixin):
             # Older checkpoints go, and this one is pushed, when it is known to be whole, and not before.
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             push, self.args.push_to_hub = self.args.push_to_hub, False
+            self.writing_checkpoint = True
             try:
                 super()._save_checkpoint(model, trial)
             finally:
                 self.args.save_total_limit, self.args.push_to_hub = limit, push
+                self.writing_checkpoint = False
             self.save_run(folder)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

@@ -69,6 +69,8 @@ class HubTrainingMixin:
     _earlier_runs: int | None = None
     _data: dict[str, Any] = {}
     _trained: tuple[str, ...] = ()
+    # TRL makes a card before each checkpoint.
+    writing_checkpoint = False
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
@@ -124,7 +126,8 @@ class HubTrainingMixin:
         codebook: CodebookReport | None = None,
     ) -> None:
         """
-        Writes the card of the checkpoint in `output_dir`, if there is one, with plots.
+        Writes the card of the model in `output_dir`, with plots; the model is saved there first, if none is there. All
+        processes call it.
 
         Args:
             model_name (`str`, *optional*): Title.
@@ -134,6 +137,9 @@ class HubTrainingMixin:
             evaluation (`list[Evaluation]`, *optional*): Measured figures.
             codebook (`CodebookReport`, *optional*): Usage of codes; that of the last rollouts by default.
         """
+        missing = not (Path(self.args.output_dir) / CONFIG_FILE).is_file()
+        if missing and not self.writing_checkpoint:
+            self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return
         if dataset_name is not None:

@@ -11,10 +11,11 @@ from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ...checkpoint.files import REPORT_FILE, CheckpointError, read_json
 from .health import what_is_kept
-from .manifest import newest_whole_checkpoint
+from .manifest import MANIFEST_FILE, newest_whole_checkpoint
 
 LOCK_FILE = ".run.lock"
 
@@ -79,6 +80,12 @@ def earlier_run(folder: str | Path) -> str | None:
         f"`output_dir` {str(folder)!r} holds checkpoints of an earlier run, {Path(last).name!r} the last. Pass "
         "`resume_from_checkpoint=True` to go on with it, or choose another folder."
     )
+
+
+def set_aside(folder: str | Path) -> None:
+    """Makes the checkpoints of a run none to go on from. Their models stay, and can be loaded."""
+    for checkpoint in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        (checkpoint / MANIFEST_FILE).unlink(missing_ok=True)
 
 
 def check_same_method(checkpoint: str | Path, method: str) -> None:

@@ -50,7 +50,9 @@ def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
     if is_latent_action_model(name):
         return load_model(name, **backbone_kwargs)
     backbone = load_backbone(name, **{key: value for key, value in backbone_kwargs.items() if value is not None})
-    return LatentActionModel.from_backbone(backbone, LatentActionConfig(**config))
+    # Without one, the commit is looked up in the cache.
+    revision = backbone_kwargs.get("revision")
+    return LatentActionModel.from_backbone(backbone, LatentActionConfig(**config, base_model_revision=revision))
 
 
 def check_latent_actions(name: str, backbone: str | None = None) -> None:

@@ -204,12 +204,12 @@ class LatentActionCheckpointMixin:
         Args:
             peft_config (`PeftConfig`): `target_modules` left out means every linear map of the text model.
         """
-        check_adapter_config(peft_config)
         if self.peft_backbone is not None:
             raise ValueError(
                 "The backbone has an adapter already. Train that one (loaded with `is_trainable=True`), or merge it "
                 "first: `model.peft_backbone.merge_and_unload()`."
             )
+        check_adapter_config(peft_config)
         # Where PEFT is told of single parameters, it is not to adapt anything else.
         if peft_config.target_modules == "all-linear" or not (
             peft_config.target_modules or vars(peft_config).get("target_parameters")

@@ -32,6 +32,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+_NO_VLLM = "Rollouts run in transformers' own generation: vLLM cannot return codes."
+_NO_BATCHING = "Rollouts run in transformers' `generate`, which returns codes."
+_ONE_REFERENCE = "The reference is the policy before RL; start a new run to move it."
+# Why a field of TRL's must keep its default.
+NOT_OVER_CODES = {
+    **{f.name: _NO_VLLM for f in fields(GRPOConfig) if f.name.startswith("vllm_") or f.name == "use_vllm"},
+    "use_transformers_continuous_batching": _NO_BATCHING,
+    "transformers_continuous_batching_config": _NO_BATCHING,
+    "use_transformers_paged": _NO_BATCHING,
+    "sync_ref_model": _ONE_REFERENCE,
+    "ref_model_mixup_alpha": _ONE_REFERENCE,
+    "ref_model_sync_steps": _ONE_REFERENCE,
+    "cast_lm_head_to_fp32": "Codes are always scored in float32.",
+    "max_tool_calling_iterations": "There are no tools over codes. Use reward functions.",
+}
+
 
 @dataclass
 class LatentActionGRPOConfig(GRPOConfig):
@@ -132,6 +148,7 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"`max_completion_length` must be a number of tokens, got {self.max_completion_length}: "
                 "no code may ever lead to the end of a text. Give the longest answer that your task has."
             )
+        self._refuse()
         if self.bf16 is None and not torch.cuda.is_available():
             # TRL turns bfloat16 on by default, on the CPU too, where it is slower and less exact.
             self.bf16 = False
@@ -160,7 +177,6 @@ class LatentActionGRPOConfig(GRPOConfig):
             )
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False
-        self._refuse()
 
     def _apply_preset(self) -> None:
         if self.preset not in PRESETS:
@@ -188,15 +204,15 @@ class LatentActionGRPOConfig(GRPOConfig):
 
     def _refuse(self) -> None:
         """What cannot give back one code per token."""
-        instead = {
-            "use_vllm": "Rollouts run in transformers' own generation: vLLM cannot return codes.",
-            "use_transformers_continuous_batching": "Rollouts run in transformers' `generate`, which returns codes.",
-            "sync_ref_model": "The reference is the policy before RL; start a new run to move it.",
-            "cast_lm_head_to_fp32": "Codes are always scored in float32.",
-        }
-        for name, text in instead.items():
-            if getattr(self, name):
-                raise ValueError(f"`{name}=True` cannot work over latent actions; leave it off. {text}")
+        for f in fields(GRPOConfig):
+            value, why = getattr(self, f.name), NOT_OVER_CODES.get(f.name)
+            if why is not None and value != f.default:
+                raise ValueError(f"`{f.name}={value!r}` cannot work over latent actions; leave it out. {why}")
+        if self.neftune_noise_alpha is not None and not self.train_backbone:
+            raise ValueError(
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` is noise on the embeddings of a backbone in training,"
+                " and here it is frozen. Leave it out, or set `train_backbone=True`."
+            )
         for name in ("temperature", "top_p", "top_k", "min_p"):
             if getattr(self, name) not in REFUSED_SETTINGS[name][0]:
                 raise ValueError(

@@ -231,18 +231,21 @@ class CompletionsTable(TrainerCallback):
         trainer.num_completions_to_print = 0
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not {"reward", "eval_reward"} & set(logs):
+        # Of evaluation it has the set's name before it, where there are several.
+        rewards = [name for name in logs if name == "reward" or (name.startswith("eval_") and name.endswith("reward"))]
+        if not state.is_world_process_zero or not rewards:
             return
+        prefix = rewards[0].removesuffix("reward")
         processor = self.trainer.processing_class
         rows = completion_rows(self.trainer._logs, getattr(processor, "tokenizer", processor))
-        evaluated = "eval_reward" in logs
+        evaluated = bool(prefix)
         title = f"{'Evaluation, step' if evaluated else 'Step'} {state.global_step}"
         console = Console()
         if self.printed != 0:
             console.print(terminal_table(rows[: self.printed], title, thumbnails=console.is_terminal))
         folder = Path(args.output_dir) / "completions"
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"{'eval_' if evaluated else ''}completions_{state.global_step:05d}.html"
+        name = f"{prefix}completions_{state.global_step:05d}.html"
         (folder / name).write_text(html_page(rows, title), encoding="utf-8")
         self._report(args, state, rows[:MOST_ROWS], title, "eval/completions" if evaluated else "completions")
 

@@ -6,11 +6,12 @@ import textwrap
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 TRAINER_FOLDER = Path(__file__).resolve().parents[1] / "trainer"
 WIDTH, INDENT = 90, 34
 # Options that the configurations inherit, and that most runs set: meaning and default.
-INHERITED = {
+INHERITED: dict[str, tuple[str, Any]] = {
     "output_dir": ("folder of the model and of its checkpoints", "outputs/{command}"),
     "max_steps": ("optimizer steps; -1: what num_train_epochs makes", -1),
     "num_train_epochs": ("passes over the data", None),

@@ -148,7 +148,7 @@ class BadRows:
         if self.on_bad_row == "raise":
             raise error
         self._list(row, error)
-        source = self.sources.get(row.get("_source"))
+        source = self.sources.get(row.get("_source", ""))
         if source is None:
             return None
         tries = min(TRIES, len(source)) - 1
@@ -164,10 +164,11 @@ class BadRows:
 
     def _list(self, row: dict[str, Any], error: RowError) -> None:
         entry = {"data": row.get("_source"), "row": row.get("_index"), "reason": str(error)}
-        key = (entry["data"], entry["reason"] if entry["row"] is None else entry["row"])
+        key = (str(entry["data"]), entry["reason"] if entry["row"] is None else entry["row"])
         if key in self._listed:
             return
         self._listed.add(key)
+        assert self.path is not None, "rows are skipped with a folder alone"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")

@@ -56,7 +56,8 @@ class Encoder:
         supply = iter(heads)
         encodings = []
         for rendering in renderings:
-            ids, fields = texts[rendering.text], {}
+            ids = texts[rendering.text]
+            fields: dict[str, list[int]] = {}
             if rendering.images:
                 ids, fields = self._with_images(rendering, *next(supply), texts)
             answers = [self._answer_tokens(rendering, answer, ids, texts) for answer in rendering.answers]

@@ -1,4 +1,4 @@
-"""Rows of other projects' formats, as TRL's: OpenAI's, LLaVA's, ShareGPT's, ms-swift's and Alpaca's."""
+"""Rows of other projects' formats, as TRL's: OpenAI's, ShareGPT's with and without images, ms-swift's and Alpaca's."""
 
 import json
 import re
@@ -11,7 +11,9 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 # Under which transformers and others put the picture of a part.
 PICTURES = ("image", "url", "path", "base64", "image_url", "source")
-FOUND = "Formats that are read: TRL's, OpenAI's, LLaVA's and ShareGPT's `conversations`, ms-swift's, Alpaca's."
+FOUND = (
+    "Formats that are read: TRL's, OpenAI's, ShareGPT's `conversations` with and without images, ms-swift's, Alpaca's."
+)
 
 
 def convert_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -23,7 +25,7 @@ def convert_row(row: dict[str, Any]) -> dict[str, Any]:
     |---|---|---|
     | OpenAI | parts `{"type": "image_url", "image_url": {"url": ...}}` | parts `{"type": "image", "image": ...}` |
     | transformers | image parts with `url`, `path` or `base64` | the same |
-    | LLaVA, ShareGPT | `conversations` of `from` and `value`, `<image>` in texts, `image` | `messages`, image parts |
+    | ShareGPT | `conversations` of `from` and `value`, `<image>` in texts, `image` | `messages`, image parts |
     | ms-swift | `messages` with `<image>` in the text, `images` | image parts in their places |
     | Alpaca | `instruction`, `input`, `output` | `prompt` and `completion`, conversational |
 
@@ -173,7 +175,7 @@ def _split(text: str) -> list[dict[str, Any]]:
 
 
 def _images(row: dict[str, Any]) -> list[Any]:
-    held = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), [])
+    held: Any = next((row[c] for c in IMAGE_COLUMNS if row.get(c) is not None), [])
     return list(held) if isinstance(held, (list, tuple)) else [held]
 
 

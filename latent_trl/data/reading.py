@@ -90,7 +90,7 @@ class OpenedRows:
 
     def __getitem__(self, place: int | str) -> Any:
         if isinstance(place, str):
-            return [row.get(place) for row in self]
+            return [self[i].get(place) for i in range(len(self))]
         row = load_row_images(self.stored[place], self.image_root)
         return {name: value for name, value in row.items() if name not in ("_index", "_source")}
 

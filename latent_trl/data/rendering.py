@@ -264,5 +264,5 @@ def _column_images(row: dict[str, Any]) -> list[Image.Image]:
     held = {c: row[c] for c in IMAGE_COLUMNS if row.get(c) is not None and row.get(c) != []}
     if len(held) > 1:
         raise RowError(f"{row_name(row)}: has pictures under `images` and under `image`. Keep one of the columns.")
-    cell = next(iter(held.values()), [])
+    cell: Any = next(iter(held.values()), [])
     return list(cell) if isinstance(cell, (list, tuple)) else [cell]

@@ -47,6 +47,9 @@ def package_versions() -> dict[str, str]:
 class LatentActionCheckpointMixin:
     """`save_pretrained`, `from_pretrained` and `push_to_hub` of a latent action model (`docs/checkpoint_format.md`)."""
 
+    # What PEFT put on the backbone; see `peft_backbone`.
+    adapter: BackboneAdapter | None
+
     def save_pretrained(
         self,
         save_directory: str | Path,

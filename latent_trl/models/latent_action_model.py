@@ -18,7 +18,6 @@ from ..checkpoint.configuration import LatentActionConfig, intermediate_size
 from ..checkpoint.download import cached_commit
 from ..generation.exclusive import exclusive
 from ..generation.generate import LatentActionGenerationMixin
-from .adapter import BackboneAdapter
 from .backbone import Backbone
 from .checkpoint import LatentActionCheckpointMixin
 from .codebook import Codebook
@@ -89,8 +88,7 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         super().__init__(config)
         self.backbone = backbone
         object.__setattr__(self, "backbone_view", Backbone(backbone))
-        # What PEFT put on the backbone; see `peft_backbone`.
-        self.adapter: BackboneAdapter | None = None
+        self.adapter = None
         self.tuned_backbone_tensors: list[str] = []
         # Where the checkpoint is that it was loaded from, if a processor lies there.
         self.processor_folder: Path | None = None

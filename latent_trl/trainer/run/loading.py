@@ -28,7 +28,7 @@ def load_model(model: LatentActionModel | str | os.PathLike, **kwargs: Any) -> L
         CheckpointError: For a folder or repository without latent actions.
     """
     if isinstance(model, (str, os.PathLike)):
-        return LatentActionModel.from_pretrained(model, **kwargs)
+        return LatentActionModel.from_pretrained(os.fspath(model), **kwargs)
     if isinstance(model, PeftModel):
         inner = model.get_base_model()
         advice = INSTEAD
@@ -131,6 +131,6 @@ def check_columns(dataset: Any, name: str) -> None:
     if "messages" not in columns and not {"prompt", "completion"} <= set(columns):
         raise ValueError(
             f"`{name}` has the columns {sorted(columns)}; it needs `messages`, or `prompt` and `completion`, in TRL's "
-            "conversational format. LLaVA's, Alpaca's and other formats are converted by "
+            "conversational format. ShareGPT's, Alpaca's and other formats are converted by "
             "`latent_trl.data.formats.convert_row`."
         )

@@ -48,6 +48,7 @@ class StageFigures:
 
     def add(self, name: str, values: torch.Tensor) -> None:
         """Counts `values` `[M]` into a figure's mean."""
+        assert self.sums is not None, "`start` makes the counters"
         row = self.sums[self.names.index(name)]
         row += torch.stack([values.detach().float().sum(), row.new_tensor(float(len(values)))])
 

@@ -61,7 +61,8 @@ class BackboneAdapter:
 
 def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and buffers. Not the state dict: to make that changes the outputs of a 4-bit backbone on the CPU."""
-    return {**dict(module.named_parameters(remove_duplicate=False)), **dict(module.named_buffers())}
+    parameters = module.named_parameters(remove_duplicate=False)
+    return {**dict(parameters), **dict(module.named_buffers(remove_duplicate=False))}
 
 
 def wrapping_layers(backbone: nn.Module) -> dict[str, nn.Module]:

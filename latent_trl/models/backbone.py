@@ -114,7 +114,7 @@ class Backbone:
         """Runs the text model once: which module makes its output, at what scale, and is the head a bare linear map?"""
         embedding = self.model.get_input_embeddings()
         device = embedding.weight.device
-        high = min(self.text_config.vocab_size, embedding.num_embeddings, *self.vision_token_ids or [10**9])
+        high = min(self.text_config.vocab_size, len(embedding.weight), *self.vision_token_ids or [10**9])
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(0, max(high, 2), (1, 16), generator=generator).to(device)
         outputs: dict[nn.Module, torch.Tensor] = {}

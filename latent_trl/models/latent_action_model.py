@@ -210,9 +210,9 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
             ValueError: For another size: the base model that a checkpoint names would not have it.
         """
         embeddings = self.get_input_embeddings()
-        if new_num_tokens not in (None, embeddings.num_embeddings):
+        if new_num_tokens not in (None, len(embeddings.weight)):
             raise ValueError(
-                f"`resize_token_embeddings({new_num_tokens})`: the backbone has {embeddings.num_embeddings}, and a "
+                f"`resize_token_embeddings({new_num_tokens})`: the backbone has {len(embeddings.weight)}, and a "
                 "checkpoint of latent actions cannot hold more. Resize and save the backbone itself, and make latent "
                 "actions on it with `LatentActionModel.from_backbone`."
             )
@@ -269,7 +269,7 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         if self.config.inverse_reads_tokens:
             embedding = self.backbone.get_input_embeddings()
             # A placeholder's id may lie outside of the embedding.
-            known = input_ids.masked_fill(input_ids >= embedding.num_embeddings, 0)
+            known = input_ids.masked_fill(input_ids >= len(embedding.weight), 0)
             embeddings = embedding(known).detach()
         return self.inverse_dynamics(states, attention_mask, position_ids, embeddings)
 

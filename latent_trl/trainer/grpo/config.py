@@ -210,8 +210,8 @@ class LatentActionGRPOConfig(GRPOConfig):
                 raise ValueError(f"`{f.name}={value!r}` cannot work over latent actions; leave it out. {why}")
         if self.neftune_noise_alpha is not None and not self.train_backbone:
             raise ValueError(
-                f"`neftune_noise_alpha={self.neftune_noise_alpha}` is noise on the embeddings of a backbone in training,"
-                " and here it is frozen. Leave it out, or set `train_backbone=True`."
+                f"`neftune_noise_alpha={self.neftune_noise_alpha}` is noise on the embeddings of a backbone that is "
+                "trained, and here it is frozen. Leave it out, or set `train_backbone=True`."
             )
         for name in ("temperature", "top_p", "top_k", "min_p"):
             if getattr(self, name) not in REFUSED_SETTINGS[name][0]:

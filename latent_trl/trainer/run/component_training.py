@@ -121,9 +121,9 @@ def check_kernels(args: Any) -> None:
     """Raises `ValueError` for `use_liger_kernel`, which knows models by their family, and not what is wrapped."""
     if args.use_liger_kernel or args.liger_kernel_config:
         raise ValueError(
-            "`use_liger_kernel` and `liger_kernel_config` do not reach the backbone of a latent action model. Leave them "
-            "out, and load the backbone with Liger's kernels (`liger_kernel.transformers.AutoLigerKernelForCausalLM`), as "
-            "`backbone=` of `LatentActionModel.from_pretrained`."
+            "`use_liger_kernel` and `liger_kernel_config` do not reach the backbone of a latent action model. Leave "
+            "them out, load the backbone with Liger's kernels (`liger_kernel.transformers.AutoLigerKernelForCausalLM`),"
+            " and pass it as `backbone=` to `LatentActionModel.from_pretrained`."
         )
 
 

@@ -32,6 +32,7 @@ class LatentActionDataCollator:
             are neither padding nor visual.
         image_root (`str` or `Path`, *optional*): Where rows may name image files.
         vision_token_ids (`list[int]`): Ids of visual tokens.
+        max_positions (`int`, *optional*): Tokens that the backbone has positions for; a longer row is an error.
         end_token_ids (`int` or `list[int]`, *optional*): What ends an answer beside the tokenizer's EOS: the
             `eos_token_id` of the model's generation configuration.
 
@@ -49,6 +50,7 @@ class LatentActionDataCollator:
     image_root: str | Path | None = None
     vision_token_ids: tuple[int, ...] | list[int] = ()
     end_token_ids: int | list[int] | None = None
+    max_positions: int | None = None
 
     def __post_init__(self):
         self.renderer = Renderer(self.processing_class, self.image_root, self.vision_token_ids)
@@ -70,6 +72,11 @@ class LatentActionDataCollator:
                 encodings = [_first_answers(e, count) for e, count in zip(encodings, counts, strict=True)]
         for encoding in encodings:
             self._end(encoding)
+            if self.max_positions is not None and len(encoding.ids) > self.max_positions:
+                raise RowError(
+                    f"{encoding.rendering.row}: it has {len(encoding.ids)} tokens, and the backbone has positions for "
+                    f"{self.max_positions}. Set `max_length` to that, or shorten it."
+                )
         return self._batch(encodings, vision)
 
     def _fitting(self, encoding: Encoding) -> int:

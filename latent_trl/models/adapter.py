@@ -11,6 +11,8 @@ from ..checkpoint.files import CheckpointError, read_json, read_tensors
 
 # What PEFT puts the layer under that it adapts, or trains a copy of.
 WRAPPED = ("base_layer", "original_module")
+# And what may stand between.
+BETWEEN = "token_adapter"
 
 
 def check_adapter_config(peft_config: Any) -> None:
@@ -76,7 +78,7 @@ def plain_names(backbone: nn.Module) -> dict[str, str]:
     for name in tensors_of(backbone):
         inside = [name.removeprefix(f"{w}.").split(".")[0] for w in wrappers if name.startswith(f"{w}.")]
         if all(child in WRAPPED for child in inside):
-            plain[name] = ".".join(part for part in name.split(".") if part not in WRAPPED)
+            plain[name] = ".".join(part for part in name.split(".") if part not in (*WRAPPED, BETWEEN))
     return plain
 
 

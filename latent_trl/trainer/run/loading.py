@@ -105,7 +105,7 @@ def own_config(args: Any, config_class: type, output_dir: str) -> Any:
     own = next((kind for kind in type(args).__mro__ if kind.__module__.startswith("latent_trl.")), None)
     if own is config_class:
         return args
-    advice = "which has all fields of it and those over codes"
+    advice = "whose fields have TRL's names"
     if own is not None:
         advice = f"or give these arguments to `{own.__name__.replace('Config', 'Trainer')}`"
     raise TypeError(
@@ -116,11 +116,11 @@ def own_config(args: Any, config_class: type, output_dir: str) -> Any:
 def check_columns(dataset: Any, name: str) -> None:
     """Raises `ValueError` unless `dataset` has `messages`, or `prompt` and `completion`."""
     if dataset is None:
-        raise ValueError(f"`{name}` must be given.")
+        raise ValueError(f"`{name}` must be given. (There is no `data_collator` before it here, as TRL has one.)")
     if callable(dataset):
         raise ValueError(
-            f"`{name}` is a {type(dataset).__name__}: rows are encoded here by the trainer's own collator, and this "
-            f"trainer has no `data_collator` argument. Pass `{name}=` by name."
+            f"`{name}` is a {type(dataset).__name__}, and no data set. There is no `data_collator` before it here, as "
+            f"TRL has one: pass `{name}=` by name."
         )
     if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
         raise ValueError(

@@ -11,6 +11,7 @@ from transformers.utils import logging
 from ...checkpoint.configuration import STAGES
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
+from ...models.adapter import plain_names
 from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import train_only
@@ -76,6 +77,7 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
             end_token_ids=model.generation_config.eos_token_id,
+            max_positions=model.backbone_view.max_positions,
         )
         super().__init__(
             model=model,
@@ -106,7 +108,9 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
                 raise ValueError(
                     f"`trained_layers={args.trained_layers}` names no tensor of the backbone. Names begin with {known}."
                 )
-            model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *names})
+            plain = plain_names(model.backbone)
+            tuned = {plain[name] for name in names if name in plain}
+            model.tuned_backbone_tensors = sorted({*model.tuned_backbone_tensors, *tuned})
             return names
         if model.peft_backbone is None:
             if peft_config is None:

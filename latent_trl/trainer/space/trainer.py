@@ -105,6 +105,7 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
             image_root=args.image_root,
             vision_token_ids=model.config.vision_token_ids,
             end_token_ids=model.generation_config.eos_token_id,
+            max_positions=model.backbone_view.max_positions,
         )
         train_only(model, stage_components(model, args.stages[0]))
         super().__init__(

@@ -51,7 +51,7 @@ class PlanModel(nn.Module):
         targets = plan_targets(self.view, config.depth, config.target_modules)
         config.base_model_name_or_path = config.base_model_name_or_path or backbone.config._name_or_path or None
         config.backbone_fingerprint = config.backbone_fingerprint or self.view.fingerprint()
-        self.config = config
+        self.plan_config = config
         self.plans = PlanAdapters(self.view, targets, config.num_plans, config.rank, config.init_std, config.seed)
         self.chooser_layers = chosen_layers(self.view, config.chooser_layers)
         with torch.random.fork_rng(devices=[]):
@@ -115,7 +115,7 @@ class PlanModel(nn.Module):
         Returns:
             `list[torch.Tensor]`: `[M, K]` of each prompt, in nats, float32, on the CPU.
         """
-        plans, found = self.config.num_plans, []
+        plans, found = self.plan_config.num_plans, []
         at_once = max(1, batch_size // plans)
         for start in range(0, len(prompts), at_once):
             some, own = prompts[start : start + at_once], answers[start : start + at_once]
@@ -240,10 +240,10 @@ class PlanModel(nn.Module):
             return self.plan_logits(**inputs).argmax(dim=-1)
         plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
         plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
-        if plan_ids.shape != (rows,) or plan_ids.min() < 0 or plan_ids.max() >= self.config.num_plans:
+        if plan_ids.shape != (rows,) or plan_ids.min() < 0 or plan_ids.max() >= self.plan_config.num_plans:
             raise ValueError(
-                f"`plan_ids` must be in 0 ... {self.config.num_plans - 1}, one number or one for each of {rows} rows; "
-                f"got {plan_ids.tolist()}."
+                f"`plan_ids` must be in 0 ... {self.plan_config.num_plans - 1}, one number or one for each of {rows} "
+                f"rows; got {plan_ids.tolist()}."
             )
         return plan_ids
 
@@ -253,9 +253,9 @@ class PlanModel(nn.Module):
         backbone is named, not copied.
         """
         with atomic_folder(Path(folder), {CHOOSER_FILE}) as staging:
-            self.config.save(staging)
-            for plan in range(self.config.num_plans):
-                self.plans.save_plan(plan, staging / plan_folder(plan), self.config.base_model_name_or_path)
+            self.plan_config.save(staging)
+            for plan in range(self.plan_config.num_plans):
+                self.plans.save_plan(plan, staging / plan_folder(plan), self.plan_config.base_model_name_or_path)
             if self.chooser_is_trained:
                 tensors = {name: tensor.cpu().contiguous() for name, tensor in self.chooser.state_dict().items()}
                 save_file(tensors, staging / CHOOSER_FILE, metadata={"format": "pt"})
@@ -274,9 +274,9 @@ class PlanModel(nn.Module):
                 f"The plans in {folder} were learned on another backbone ({record.base_model_name_or_path}): its "
                 "tensors differ from this one's. Load that backbone, or learn plans on this one."
             )
-        if record.num_plans != self.config.num_plans:
-            raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.config.num_plans}.")
-        for plan in range(self.config.num_plans):
+        if record.num_plans != self.plan_config.num_plans:
+            raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.plan_config.num_plans}.")
+        for plan in range(self.plan_config.num_plans):
             self.plans.load_plan(plan, folder / plan_folder(plan))
         if (folder / CHOOSER_FILE).is_file():
             try:

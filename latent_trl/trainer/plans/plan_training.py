@@ -81,7 +81,6 @@ class PlanTrainer(Trainer):
             data_collator=lambda rows: {"rows": rows},
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=processing_class,
             callbacks=callbacks,
         )
 
@@ -136,7 +135,7 @@ class PlanTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder)
-        self.processing_class.save_pretrained(folder)
+        self.encoder.processing_class.save_pretrained(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_folder(resume_from_checkpoint)
@@ -168,7 +167,7 @@ def stored_rows(dataset: Any, name: str, image_root: str | None) -> list[dict[st
 def _load_processing_class(model: PlanModel) -> Any:
     from transformers import AutoProcessor
 
-    name = model.config.base_model_name_or_path
+    name = model.plan_config.base_model_name_or_path
     if not name:
         raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
     return AutoProcessor.from_pretrained(name, padding_side="left")

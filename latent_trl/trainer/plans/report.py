@@ -104,7 +104,7 @@ def report_plans(
         reward (`RewardCaller`, *optional*): Rewards are the sum of its functions.
         alternatives (`list[list[str]]`, *optional*), is_fluent (`Callable`, *optional*): As [`PlanReport`] has them.
     """
-    tokenizer, plans = encoder.encoder.tokenizer, model.config.num_plans
+    tokenizer, plans = encoder.encoder.tokenizer, model.plan_config.num_plans
     prompts = [encoder(row) for row in rows]
 
     def answers(of: list[Any], plan_ids: list[int] | None) -> tuple[list[list[int]], list[str]]:

@@ -80,10 +80,10 @@ class PlanSpaceTrainer(PlanTrainer):
         if args.early_stopping_patience is not None and args.eval_strategy != "no":
             callbacks.append(EarlyStoppingCallback(args.early_stopping_patience, args.early_stopping_threshold))
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="plans")
-        if args.answers_per_prompt > self.model.config.num_plans:
+        if args.answers_per_prompt > self.model.plan_config.num_plans:
             raise ValueError(
-                f"`answers_per_prompt` is {args.answers_per_prompt}, and there are {self.model.config.num_plans} plans "
-                "to say them. Lower it, or take more plans."
+                f"`answers_per_prompt` is {args.answers_per_prompt}, and there are {self.model.plan_config.num_plans} "
+                "plans to say them. Lower it, or take more plans."
             )
         self._held_out_alternatives: list[list[str]] | None = None
 
@@ -106,7 +106,7 @@ class PlanSpaceTrainer(PlanTrainer):
         found = self._branch(OpenedRows(self.train_dataset, self.args.image_root))
         self.alternatives = dict(enumerate(found))
         kept = [i for i, answers in enumerate(found) if len(answers) > 1]
-        check_alternatives(found, len(kept), self.model.config.num_plans, self.args)
+        check_alternatives(found, len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):

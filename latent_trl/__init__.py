@@ -27,6 +27,12 @@ _PUBLIC = {
     "LatentActionSFTTrainer": "trainer.sft.trainer",
     "LatentActionSpaceConfig": "trainer.space.config",
     "LatentActionSpaceTrainer": "trainer.space.trainer",
+    "PlanBanditConfig": "trainer.plans.bandit_config",
+    "PlanBanditTrainer": "trainer.plans.bandit_trainer",
+    "PlanConfig": "plans.configuration",
+    "PlanModel": "plans.model",
+    "PlanSpaceConfig": "trainer.plans.space_config",
+    "PlanSpaceTrainer": "trainer.plans.space_trainer",
     "ValueHead": "models.policy",
 }
 

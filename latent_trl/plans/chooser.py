@@ -1,0 +1,83 @@
+"""The chooser: from the states of a prompt to what each plan is worth there."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..models.backbone import Backbone
+from ..models.decoder_stack import decoder_layers
+
+HEADS = 4
+
+
+class PlanChooser(nn.Module):
+    """
+    K sigmoids on the states of a prompt: attention with learned queries over all its positions, pictures' among them,
+    beside its last position. Float32.
+
+    Args:
+        input_size (`int`): Width of the states that [`prompt_states`] gives.
+        num_plans (`int`): K.
+        size (`int`): Width of the hidden layer.
+    """
+
+    def __init__(self, input_size: int, num_plans: int, size: int):
+        super().__init__()
+        self.input = nn.Linear(input_size, size)
+        self.queries = nn.Linear(size, HEADS, bias=False)
+        self.hidden = nn.Linear((HEADS + 1) * size, size)
+        self.output = nn.Linear(size, num_plans)
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            states (`torch.Tensor`): `[B, P, input_size]`, of prompts that are padded on the left.
+            mask (`torch.Tensor`): `[B, P]`, 1 where there is a token.
+
+        Returns:
+            Logits `[B, K]` of the plans' rewards.
+        """
+        features = nn.functional.gelu(self.input(states.float()))
+        scores = self.queries(features).masked_fill(~mask.bool()[..., None], -torch.inf)
+        pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), features).flatten(1)
+        return self.output(nn.functional.gelu(self.hidden(torch.cat([pooled, features[:, -1]], dim=1))))
+
+
+def chosen_layers(view: Backbone, count: int) -> list[int]:
+    """Numbers of at most `count` decoder layers, evenly spaced, the last among them."""
+    total = len(decoder_layers(view.decoder))
+    count = min(count, total)
+    return [round((i + 1) * total / count) - 1 for i in range(count)]
+
+
+@torch.no_grad()
+def prompt_states(view: Backbone, layers: list[int], inputs: dict[str, Any]) -> torch.Tensor:
+    """
+    States of prompts behind some decoder layers without a plan, each divided by its root mean square.
+
+    Args:
+        view (`Backbone`): The backbone.
+        layers (`list[int]`): Numbers of the layers.
+        inputs (`dict`): `input_ids`, `attention_mask` `[B, P]`, and what else the backbone takes, on its device.
+
+    Returns:
+        `[B, P, len(layers) * d]` in float32.
+    """
+    found: dict[int, torch.Tensor] = {}
+    stack = decoder_layers(view.decoder)
+
+    def keep(number: int):
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            states = (output[0] if isinstance(output, tuple) else output).float()
+            found[number] = states * states.pow(2).mean(dim=-1, keepdim=True).clamp(min=1e-12).rsqrt()
+
+        return hook
+
+    handles = [stack[number].register_forward_hook(keep(number)) for number in layers]
+    try:
+        view.encode(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return torch.cat([found[number] for number in layers], dim=-1)

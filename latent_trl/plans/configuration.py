@@ -1,0 +1,71 @@
+"""Configuration of a [`PlanModel`]: what its folder says of it."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from ..checkpoint.files import CheckpointError, read_json
+
+PLAN_CONFIG = "plan_config.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass
+class PlanConfig:
+    """
+    Configuration of a [`PlanModel`].
+
+    Args:
+        num_plans (`int`, defaults to `16`): K, the size of the codebook of plans.
+        depth (`int`, *optional*): Decoder layers that carry no plan. Half of them by default.
+        rank (`int`, defaults to `4`): Of a plan's low-rank products.
+        init_std (`float`, defaults to `0.2`): Standard deviation of the up-projections at the start. Plans must differ
+            from the start; much more, and they no longer speak whole sentences.
+        target_modules (`list[str]`, *optional*): Ends of names of the linear maps that plans change, as in PEFT. By
+            default those that write to the residual stream.
+        chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
+        chooser_size (`int`, defaults to `128`): Width of the chooser.
+        seed (`int`, defaults to `0`): Of the start of plans and chooser.
+        base_model_name_or_path (`str`, *optional*): The backbone. Filled in by [`PlanModel`].
+        backbone_fingerprint (`str`, *optional*): Of the backbone's tensors. Filled in by [`PlanModel`].
+    """
+
+    num_plans: int = 16
+    depth: int | None = None
+    rank: int = 4
+    init_std: float = 0.2
+    target_modules: list[str] | None = None
+    chooser_layers: int = 4
+    chooser_size: int = 128
+    seed: int = 0
+    base_model_name_or_path: str | None = None
+    backbone_fingerprint: str | None = None
+
+    def __post_init__(self):
+        for name, least in (("num_plans", 2), ("rank", 1), ("chooser_layers", 1), ("chooser_size", 1)):
+            value = getattr(self, name)
+            if type(value) is not int or value < least:
+                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if not self.init_std > 0:
+            raise ValueError(f"`init_std` must be above 0, or all plans are the same; got {self.init_std!r}.")
+
+    def save(self, folder: str | Path) -> None:
+        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        (Path(folder) / PLAN_CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PlanConfig":
+        """
+        Raises:
+            CheckpointError: When the folder has no such record, or one of a later version.
+        """
+        record = read_json(Path(folder) / PLAN_CONFIG)
+        if record.pop("schema_version", None) != SCHEMA_VERSION:
+            raise CheckpointError(f"{folder} was not written as version {SCHEMA_VERSION} of the format of plans.")
+        unknown = record.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise CheckpointError(f"{Path(folder) / PLAN_CONFIG} has unknown fields: {sorted(unknown)}.")
+        try:
+            return cls(**record)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{Path(folder) / PLAN_CONFIG}: {error}") from error

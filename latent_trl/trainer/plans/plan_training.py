@@ -1,0 +1,173 @@
+"""What the trainers of plans share: prompts as rows, checkpoints of plans, and logged figures."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from ...data.prompts import PromptEncoder
+from ...data.reading import OpenedRows
+from ...generation.answers import end_tokens
+from ...plans.model import PlanModel
+from ..run.output_folder import check_writable, only_run
+
+
+class PromptRows(Dataset):
+    """
+    Rows of a data set, some of them, with their pictures opened and their numbers under `_row` and `_index`.
+
+    Args:
+        rows (`Dataset`): With `prompt`.
+        image_root (`str`, *optional*): The only folder from which rows may name image files.
+        places (`list[int]`, *optional*): Numbers of the rows in use; all by default.
+    """
+
+    def __init__(self, rows: Any, image_root: str | None, places: list[int] | None = None):
+        self.rows = OpenedRows(rows, image_root)
+        self.places = list(range(len(self.rows))) if places is None else places
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {**self.rows[self.places[index]], "_index": self.places[index]}
+
+
+class PlanTrainer(Trainer):
+    """
+    A Trainer whose model is a [`PlanModel`] and whose data set are prompts. One process.
+
+    Args:
+        model (`PlanModel` or `str`), args, train_dataset, eval_dataset, processing_class, callbacks: Of the trainer.
+        trained (`str`): What of the model is trained, `"plans"` or `"chooser"`.
+    """
+
+    def __init__(
+        self,
+        model: PlanModel | str,
+        args: Any,
+        train_dataset: Any,
+        eval_dataset: Any,
+        processing_class: ProcessorMixin | PreTrainedTokenizerBase | None,
+        callbacks: list[TrainerCallback] | None,
+        trained: str,
+    ):
+        check_writable(args)
+        if isinstance(model, str):
+            model = PlanModel.from_pretrained(model)
+        if not isinstance(model, PlanModel):
+            raise TypeError(
+                f"`model` must be a PlanModel, a folder or a Hub id, got {type(model).__name__}. Make one of a "
+                "backbone with `PlanModel(backbone)`."
+            )
+        if args.world_size > 1:
+            raise ValueError(f"Plans are trained in one process, and this run has {args.world_size}.")
+        check_prompts(train_dataset, "train_dataset")
+        if eval_dataset is not None:
+            check_prompts(eval_dataset, "eval_dataset")
+        if processing_class is None:
+            processing_class = _load_processing_class(model)
+        self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
+        self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
+        self.figures: dict[str, list[float]] = defaultdict(list)
+        self.rows_in_use: list[int] | None = None
+        model.requires_grad_(False)
+        getattr(model, trained).requires_grad_(True)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=lambda rows: {"rows": rows},
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            callbacks=callbacks,
+        )
+
+    def before_training(self) -> None:
+        """Called before the first step: what a trainer needs to know of its prompts."""
+
+    def after_training(self) -> None:
+        """Called when the best model has been loaded."""
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """
+        As `Trainer.train`.
+
+        Raises:
+            ValueError: When `output_dir` is in use by another run, or holds checkpoints of an earlier one that is not
+                to be resumed.
+        """
+        folder = self.args.output_dir
+        with only_run(self.accelerator, folder):
+            last = get_last_checkpoint(folder)
+            if last is not None and not resume_from_checkpoint:
+                raise ValueError(
+                    f"`output_dir` {folder!r} holds checkpoints of an earlier run, {last!r} the last. Pass "
+                    "`resume_from_checkpoint=True` to go on with it, or choose another folder."
+                )
+            self.before_training()
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            self.after_training()
+        return output
+
+    def get_train_dataloader(self):
+        whole = self.train_dataset
+        self.train_dataset = PromptRows(whole, self.args.image_root, self.rows_in_use)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset = whole
+
+    def finish_evaluation(self, figures: dict[str, float], prefix: str) -> dict[str, float]:
+        """Logs the figures of an evaluation and tells the callbacks of them."""
+        metrics = {f"{prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
+            self.figures.clear()
+        super().log(logs, start_time)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = output_dir or self.args.output_dir
+        self.model.save_pretrained(folder)
+        self.encoder.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        self.model.load_folder(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self.model.load_folder(self.state.best_model_checkpoint)
+
+
+def check_prompts(dataset: Any, name: str) -> None:
+    """Raises `ValueError` unless `dataset` has rows with `prompt`."""
+    if dataset is None:
+        raise ValueError(f"`{name}` must be given.")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"`{name}` is a {type(dataset).__name__}, which has no length. Give a `datasets.Dataset`.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")
+
+
+def stored_rows(dataset: Any, name: str, image_root: str | None) -> list[dict[str, Any]]:
+    """All rows of `dataset` with their pictures opened."""
+    check_prompts(dataset, name)
+    opened = OpenedRows(dataset, image_root)
+    return [opened[i] for i in range(len(opened))]
+
+
+def _load_processing_class(model: PlanModel) -> Any:
+    from transformers import AutoProcessor
+
+    name = model.plan_config.base_model_name_or_path
+    if not name:
+        raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
+    return AutoProcessor.from_pretrained(name, padding_side="left")

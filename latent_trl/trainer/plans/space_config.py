@@ -1,0 +1,77 @@
+"""Configuration of [`PlanSpaceTrainer`]."""
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class PlanSpaceConfig(TrainingArguments):
+    r"""
+    Configuration of [`PlanSpaceTrainer`]. Inherits all of transformers' `TrainingArguments`.
+
+    Args:
+        max_completion_length (`int`, defaults to `32`):
+            Longest answer in tokens. Longer ones are not learned.
+        max_prompt_length (`int`, *optional*):
+            Most tokens of a prompt, visual ones included; a longer one is an error.
+        image_root (`str`, *optional*):
+            The only folder from which rows may name image files.
+        branch_top_k (`int`, defaults to `6`), branch_min_prob (`float`, defaults to `0.02`), max_branches (`int`,
+        defaults to `16`):
+            Of the alternatives of the backbone ([`~latent_trl.plans.branching.branch_answers`]). Lower the probability
+            where right words are rare.
+        answers_per_prompt (`int`, defaults to `5`):
+            Answers of a prompt that are assigned in one step, drawn anew each time. At most K.
+        assignment_temperature (`float`, defaults to `0.3`):
+            Of the assignment of answers to plans, in nats.
+        scoring_batch_size (`int`, defaults to `512`):
+            Rows of a pass without gradient. Lower it to save memory.
+        early_stopping_patience (`int`, *optional*, defaults to `3`), early_stopping_threshold (`float`, defaults to
+        `0.002`):
+            Learning stops when so many evaluations in a row have not raised `metric_for_best_model` by more. `None`
+            goes on to `max_steps`.
+        metric_for_best_model (`str`, *optional*):
+            `"ceiling"` where the trainer has reward functions, `"coverage"` where it has none.
+    """
+
+    max_completion_length: int = 32
+    max_prompt_length: int | None = None
+    image_root: str | None = None
+    branch_top_k: int = 6
+    branch_min_prob: float = 0.02
+    max_branches: int = 16
+    answers_per_prompt: int = 5
+    assignment_temperature: float = 0.3
+    scoring_batch_size: int = 512
+    early_stopping_patience: int | None = 3
+    early_stopping_threshold: float = 0.002
+    learning_rate: float = 3e-3
+    lr_scheduler_type: str = "constant"
+    max_steps: int = 200
+    per_device_train_batch_size: int = 10
+    logging_steps: float = 10
+    eval_strategy: str = "steps"
+    eval_steps: float | None = 20
+    save_strategy: str = "steps"
+    save_steps: float = 20
+    save_total_limit: int | None = 1
+    load_best_model_at_end: bool = True
+    remove_unused_columns: bool | None = False
+    report_to: None | str | list[str] = "none"
+
+    def __post_init__(self):
+        if self.eval_strategy == "no":
+            self.load_best_model_at_end = False
+        given = self.metric_for_best_model
+        super().__post_init__()
+        # transformers fills in a loss, which an evaluation of plans has not.
+        self.metric_for_best_model = given
+        self.greater_is_better = True
+        if self.answers_per_prompt < 2:
+            raise ValueError(
+                f"`answers_per_prompt` must be at least 2, or plans have nothing to differ in; got "
+                f"{self.answers_per_prompt}."
+            )
+        if not self.assignment_temperature > 0:
+            raise ValueError(f"`assignment_temperature` must be above 0, got {self.assignment_temperature}.")

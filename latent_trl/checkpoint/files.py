@@ -8,6 +8,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from .atomic_folder import finish_saving
 from .configuration import SCHEMA_VERSION, LatentActionConfig
 from .download import fetch_snapshot
 
@@ -145,6 +146,8 @@ def resolve_folder(
             local_files_only=local_files_only,
             allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
         )
+    else:
+        finish_saving(folder)
     if subfolder is None:
         return folder
     if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
@@ -21,17 +21,20 @@ from .manifest import (
     MANIFEST_FILE,
     checkpoint_fault,
     newest_whole_checkpoint,
+    rotate,
     write_json,
     write_manifest,
 )
 from .output_folder import (
     check_same_method,
+    clear_run_folder,
     earlier_run,
     no_room,
     only_run,
     raise_together,
     written_whole,
 )
+from .signals import StopOnSignal
 
 logger = logging.get_logger(__name__)
 
@@ -159,6 +162,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
         self.add_callback(RestoreRun(self))
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
         self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
         if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
             raise ValueError(
@@ -188,6 +193,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
             CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
             FloatingPointError: When the loss or a gradient is not finite (`on_nonfinite`).
             CollapseError: With `on_collapse="stop"`.
+            SystemExit, KeyboardInterrupt: After SIGTERM (code 143) and SIGINT, when the step's checkpoint is written.
         """
         folder = self.args.output_dir
         with only_run(self.accelerator, folder):
@@ -208,6 +214,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         return sum(p.numel() * p.element_size() for p in kept.values()) + moments
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
+        if self.args.should_save:
+            clear_run_folder(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -220,7 +228,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         if resume_from_checkpoint:
             check_same_method(resume_from_checkpoint, self._name)
         self.resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self.stop_on_signal.watched():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -272,7 +281,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
         if push:
             self.push_checkpoint(folder)
         if self.args.should_save:
-            rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate(run_folder, limit, folder, self.state.best_model_checkpoint)
 
     def save_run(self, folder: str | Path) -> None:
         """Called by every process while a checkpoint is written: what a trainer needs to go on exactly."""

@@ -20,6 +20,7 @@ from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
 from ...models.latent_action_model import LatentActionModel
+from .output_folder import PUSH_PREFIX
 
 logger = logging.get_logger(__name__)
 
@@ -251,6 +252,6 @@ def _linked_copy(folder: str, beside: str) -> str:
         except OSError:
             shutil.copy2(source, target)
 
-    copy = tempfile.mkdtemp(prefix="_push-", dir=beside)
+    copy = tempfile.mkdtemp(prefix=PUSH_PREFIX, dir=beside)
     shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=link)
     return copy

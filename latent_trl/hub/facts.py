@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from safetensors import SafetensorError
-
 from ..checkpoint.files import (
     CONFIG_FILE,
     CONFIG_NAME,
     REPORT_FILE,
     WEIGHTS_NAME,
     CheckpointError,
-    check_inside,
+    has_folder,
     read_json,
     tensor_metadata,
 )
@@ -250,14 +248,18 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
     """
     folder = Path(folder)
     given = headers or {}
-    files = {n: folder / file for n, file in TENSOR_FILES.items() if file in given or (folder / file).exists()}
+    files = {
+        name: folder / file
+        for name, file in TENSOR_FILES.items()
+        if file in given or (has_folder(folder, name) and (folder / file).exists())
+    }
     if not files and (folder / WEIGHTS_NAME).exists():
         kind = read_json(folder / CONFIG_NAME).get("component")
         files = {str(kind): folder / WEIGHTS_NAME}
     found = {}
     for name, path in files.items():
         file = path.relative_to(folder).as_posix()
-        metadata = given[file] if file in given else read_header(path)
+        metadata = given[file] if file in given else tensor_metadata(path)
         config_file = path.with_name("adapter_config.json" if name == "adapter" else CONFIG_NAME)
         found[name] = ComponentFacts(
             {tensor: shape for tensor, (_, shape) in metadata.items()},
@@ -265,15 +267,6 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
             read_json(config_file) if config_file.is_file() else {},
         )
     return found
-
-
-def read_header(path: Path) -> Header:
-    """Names, dtypes and shapes of a safetensors file. Raises [`CheckpointError`] for anything else, or a link out."""
-    check_inside(path, path.parent)
-    try:
-        return tensor_metadata(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

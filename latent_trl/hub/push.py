@@ -9,9 +9,17 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..checkpoint.download import retried
-from ..checkpoint.files import CONFIG_FILE, OWNED_NAMES, REPORT_FILE, CheckpointError, check_token, read_config
+from ..checkpoint.files import (
+    CONFIG_FILE,
+    OWNED_NAMES,
+    REPORT_FILE,
+    CheckpointError,
+    check_token,
+    read_config,
+    tensor_metadata,
+)
 from .card import CARD_FILE, PLOT_FILES, write_card
-from .facts import TENSOR_FILES, component_facts, read_header
+from .facts import TENSOR_FILES, component_facts
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +58,7 @@ def published_files(folder: str | Path) -> dict[str, Path]:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link. Put the file itself there: links are not published.")
         if name.endswith(".safetensors"):
-            read_header(path)
+            tensor_metadata(path)
         elif name.endswith(TEXT_SUFFIXES) and SECRET.search(path.read_bytes()):
             raise CheckpointError(f"{path} holds what looks like a Hugging Face token. Take it out before publishing.")
         files[name] = path

@@ -1,10 +1,13 @@
 """Saving and loading a latent action model: one folder, a subfolder for each component, safetensors only."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -27,9 +30,10 @@ from ..checkpoint.files import (
     TUNED_FOLDER,
     WEIGHTS_NAME,
     CheckpointError,
+    has_folder,
     read_config,
     read_json,
-    read_tensors,
+    read_weights,
     resolve_folder,
     tensor_metadata,
 )
@@ -139,7 +143,7 @@ class LatentActionCheckpointMixin:
         components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
         report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         tuned = folder / TUNED_FOLDER / "model.safetensors"
-        tuned_tensors = read_tensors(tuned) if tuned.is_file() else {}
+        tuned_tensors = read_weights(tuned) if has_folder(folder, TUNED_FOLDER) else {}
         if backbone is None:
             if not config.base_model_name_or_path:
                 raise CheckpointError(f"{folder} names no base model. Pass `backbone=`.")
@@ -157,7 +161,7 @@ class LatentActionCheckpointMixin:
             raise ValueError(f"`backbone` is given, so {sorted(backbone_kwargs)} have nothing to apply to.")
         _check_components(config, components)
         _check_backbone(config, backbone)
-        adapter = read_adapter(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
+        adapter = read_adapter(folder / ADAPTER_FOLDER) if has_folder(folder, ADAPTER_FOLDER) else None
         own = dict(backbone.named_parameters(remove_duplicate=False))
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
@@ -256,6 +260,13 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     hub = {k: kwargs.get(k) for k in shared if kwargs.get(k) is not None}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if not os.path.isdir(name_or_path):
+        try:
+            validate_repo_id(name_or_path)
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"The base model {name_or_path!r:.300} is no folder, and no id of the Hub. Pass `backbone=`."
+            ) from error
     _check_known(name_or_path, hub)
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     is_vlm = type(config) in AutoModelForImageTextToText._model_mapping

@@ -1,5 +1,6 @@
 """What learned components share: a folder of their own, the arguments in JSON and the tensors in safetensors."""
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -9,28 +10,48 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..checkpoint.atomic_folder import atomic_folder
-from ..checkpoint.files import CONFIG_NAME, WEIGHTS_NAME, CheckpointError, read_json, read_tensors, resolve_folder
+from ..checkpoint.files import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    CheckpointError,
+    check_weights,
+    read_json,
+    read_weights,
+    resolve_folder,
+)
 from ..hub.push import push_component
+
+MAX_BUFFER_ELEMENTS = 2**30
+
+
+def check_shapes(module: nn.Module, shapes: dict[str, tuple[int, ...]], source: str) -> None:
+    """Raises [`CheckpointError`] unless `shapes` are those of the tensors of `module`, by their names."""
+    own = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    missing, extra = sorted(own.keys() - shapes.keys()), sorted(shapes.keys() - own.keys())
+    if missing or extra:
+        raise CheckpointError(f"The tensors of {source} do not fit: missing {missing[:5]}, unexpected {extra[:5]}.")
+    wrong = {name: (shape, own[name]) for name, shape in shapes.items() if shape != own[name]}
+    if wrong:
+        name, (got, want) = next(iter(wrong.items()))
+        raise CheckpointError(f"{source}: tensor {name!r} has shape {got}, expected {want} ({len(wrong)} differ).")
 
 
 def check_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Raises [`CheckpointError`] unless `tensors` are those of `module` by name and shape."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
-    if missing or extra:
-        raise CheckpointError(f"The tensors of {source} do not fit: missing {missing[:5]}, unexpected {extra[:5]}.")
-    wrong = {
-        name: (tuple(t.shape), tuple(own[name].shape)) for name, t in tensors.items() if t.shape != own[name].shape
-    }
-    if wrong:
-        name, (got, want) = next(iter(wrong.items()))
-        raise CheckpointError(f"{source}: tensor {name!r} has shape {got}, expected {want} ({len(wrong)} differ).")
+    check_shapes(module, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, source)
 
 
 def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
     """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] where names or shapes differ."""
     check_state(module, tensors, source)
     module.load_state_dict(tensors)
+
+
+def _check_buffers(module: nn.Module) -> None:
+    """Raises `ValueError` for tables that are in no file, such as masks, of more than `MAX_BUFFER_ELEMENTS`."""
+    size = sum(buffer.numel() for buffer in module.buffers())
+    if size > MAX_BUFFER_ELEMENTS:
+        raise ValueError(f"it makes tables of {size:,} numbers, at most {MAX_BUFFER_ELEMENTS:,} are made")
 
 
 class LatentActionComponent(nn.Module):
@@ -56,6 +77,13 @@ class LatentActionComponent(nn.Module):
         with atomic_folder(Path(save_directory)) as folder:
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+
+    @classmethod
+    def check_sizes(cls, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        """
+        Raises `ValueError` when `config` asks for more than a file of tensors of these `shapes` has, where merely to
+        lay it out would take time or memory.
+        """
 
     def push_to_hub(self, repo_id: str, **kwargs: Any):
         """
@@ -93,20 +121,26 @@ class LatentActionComponent(nn.Module):
         kind = config.pop("component", None)
         if kind != cls.__name__:
             raise CheckpointError(f"{folder} holds a {kind!r}, not a {cls.__name__!r}.")
-        if set(config) != set(cls.config_keys):
+        parameters = inspect.signature(cls.__init__).parameters
+        needed = {name for name in cls.config_keys if parameters[name].default is inspect.Parameter.empty}
+        if not needed <= set(config) <= set(cls.config_keys):
             raise CheckpointError(
                 f"{folder / CONFIG_NAME}: expected the keys {sorted(cls.config_keys)}, got {sorted(config)}."
             )
-        tensors = read_tensors(folder / WEIGHTS_NAME)
+        # Shapes are compared before memory is taken for them.
+        shapes = check_weights(folder / WEIGHTS_NAME)
         try:
-            # Shapes are compared before memory is taken for them.
+            cls.check_sizes(config, shapes)
             with torch.device("meta"):
-                check_state(cls(**config), tensors, str(folder))
+                planned = cls(**config)
+            check_shapes(planned, shapes, str(folder))
+            _check_buffers(planned)
             component = cls(**config)
         except CheckpointError:
             raise
         except Exception as error:
             raise CheckpointError(f"{folder / CONFIG_NAME} has a value that cannot be used: {error}.") from error
+        tensors = read_weights(folder / WEIGHTS_NAME)
         dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
         if dtype is not None or len(dtypes) == 1:
             component.to(dtype if dtype is not None else dtypes.pop())

@@ -12,7 +12,10 @@ from transformers import TrainerCallback
 from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_checkpoint, rotate, write_manifest
 
 STEPS = 5
-SOME = [pytest.param(kind, marks=[] if kind in ("sft", "ppo") else pytest.mark.slow) for kind in ("sft", "ppo", "grpo", "space")]
+SOME = [
+    pytest.param(kind, marks=[] if kind in ("sft", "ppo") else pytest.mark.slow)
+    for kind in ("sft", "ppo", "grpo", "space")
+]
 
 
 class Send(TrainerCallback):
@@ -137,5 +140,7 @@ def test_what_killed_runs_left_is_cleared_when_a_run_begins(tmp_path):
     trainer = short("sft", tmp_path, save_total_limit=None)
     trainer.train()
     trainer.save_model()
-    assert not [path for path in tmp_path.rglob("*") if path.name.startswith(("_push-", ".saving-", ".saved-", ".trial"))]
+    assert not [
+        path for path in tmp_path.rglob("*") if path.name.startswith(("_push-", ".saving-", ".saved-", ".trial"))
+    ]
     assert (tmp_path / "notes" / "mine.txt").read_text() == "mine"

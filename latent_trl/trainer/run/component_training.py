@@ -12,7 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
-from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_tensors
+from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_weights
 from ...models.component import check_state, load_state
 from ...models.latent_action_model import LatentActionModel
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
@@ -76,7 +76,7 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config, names = read_config(folder)
-    loaded = {name: read_tensors(folder / name / WEIGHTS_NAME) for name in names}
+    loaded = {name: read_weights(folder / name / WEIGHTS_NAME) for name in names}
     own = {name: getattr(model, name) for name in names}
     absent = [name for name, component in own.items() if component is None]
     if absent:
@@ -89,12 +89,12 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
             load_state(component, {k: _as_sharded(t, sharded[k]) for k, t in loaded[name].items()}, str(folder / name))
         tuned = folder / TUNED_FOLDER / WEIGHTS_NAME
         if tuned.is_file():
-            _copy_tensors(model.backbone, read_tensors(tuned), tuned)
+            _copy_tensors(model.backbone, read_weights(tuned), tuned)
         adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
         if model.peft_backbone is not None:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(model.peft_backbone, read_tensors(adapter))
+            set_peft_model_state_dict(model.peft_backbone, read_weights(adapter))
     except CheckpointError:
         for name, component in own.items():
             component.load_state_dict(before[name])

@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "checkpoint_files.json"
 PARTIAL = ".partial"
-# transformers' mark of a checkpoint that is being written (`enable_jit_checkpoint`); it goes when the manifest is there.
+# transformers' mark of a checkpoint that is being written (`enable_jit_checkpoint`). It goes after the manifest.
 SENTINEL_FILE = "checkpoint-is-incomplete.txt"
 
 
@@ -35,7 +35,7 @@ def write_manifest(folder: str | Path) -> None:
 
 
 def _stays(path: Path) -> bool:
-    """Whether a file is the checkpoint's: not the manifest itself, and nothing that is there while files are written."""
+    """Whether a file is the checkpoint's: not the manifest, and nothing that is there while files are written."""
     passing = path.suffix == PARTIAL or any(part.startswith(".") for part in path.parts)
     return not passing and path.name not in (MANIFEST_FILE, SENTINEL_FILE)
 
@@ -86,7 +86,9 @@ def rotate(folder: str | Path, limit: int | None, newest: str | Path, best: str 
     if not limit or limit <= 0 or Path(newest) not in found:
         return
     place = found.index(Path(newest))
-    for checkpoint in [path for path in found[place:] + found[:place] if path not in kept][: max(0, len(found) - limit)]:
+    for checkpoint in [path for path in found[place:] + found[:place] if path not in kept][
+        : max(0, len(found) - limit)
+    ]:
         shutil.rmtree(checkpoint, ignore_errors=True)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.files import (
@@ -22,6 +23,23 @@ from ..checkpoint.files import (
 from ..hub.push import push_component
 
 MAX_BUFFER_ELEMENTS = 2**30
+
+
+def whole_tensors(tensors: dict[str, torch.Tensor | None], what: str) -> dict[str, torch.Tensor]:
+    """
+    The tensors as they are written to a file.
+
+    Raises:
+        ValueError: When one is missing, empty or sharded, as DeepSpeed and FSDP leave those of a single process.
+    """
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0 or isinstance(tensor, DTensor):
+            state = "missing" if tensor is None else "sharded" if isinstance(tensor, DTensor) else "empty"
+            raise ValueError(
+                f"The tensor {name!r} of {what} is {state}. Pass `state_dict` with whole tensors, such as "
+                "`accelerator.get_state_dict(model)` gives."
+            )
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items() if tensor is not None}
 
 
 def check_shapes(module: nn.Module, shapes: dict[str, tuple[int, ...]], source: str) -> None:
@@ -71,9 +89,22 @@ class LatentActionComponent(nn.Module):
         """
         Writes `config.json` and `model.safetensors` into `save_directory`, both in one step; `state_dict` replaces the
         own tensors. Other files there stay.
+
+        Raises:
+            ValueError: When a tensor is sharded, empty or missing. Nothing is written then.
         """
         config = {"component": type(self).__name__, **self.to_config()}
-        tensors = {name: t.detach().cpu().contiguous() for name, t in (state_dict or self.state_dict()).items()}
+        with torch.device("meta"):
+            planned = type(self)(**self.to_config()).state_dict()
+        own = self.state_dict() if state_dict is None else state_dict
+        tensors = whole_tensors({name: own.get(name) for name in planned}, f"the {self.folder_name}")
+        wrong = [name for name, tensor in tensors.items() if tensor.shape != planned[name].shape]
+        if wrong:
+            got, want = tuple(tensors[wrong[0]].shape), tuple(planned[wrong[0]].shape)
+            raise ValueError(
+                f"The tensor {wrong[0]!r} of the {self.folder_name} has shape {got} in place of {want}. Pass "
+                "`state_dict` with whole tensors."
+            )
         with atomic_folder(Path(save_directory)) as folder:
             (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
             save_file(tensors, folder / WEIGHTS_NAME, metadata={"format": "pt"})

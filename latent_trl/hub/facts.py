@@ -182,6 +182,10 @@ class TrainingReport:
             raise CheckpointError(f"The training report has a value that cannot be used: {error}.") from error
         if report.codebook and not all(type(count) is int and count >= 0 for count in report.codebook.counts):
             raise CheckpointError("The training report has a value that cannot be used: `counts` are not numbers.")
+        if report.codebook and not all(
+            _describes_code(one, len(report.codebook.counts)) for one in report.codebook.codes
+        ):
+            raise CheckpointError("The training report has a value that cannot be used: `codes` describe no codes.")
         return report
 
     @classmethod
@@ -204,6 +208,17 @@ def _checked(kind: type, record: dict[str, Any]):
         if wanted in (list, dict, str) and not isinstance(getattr(value, name), wanted):
             raise TypeError(f"{name!r} must be a {wanted.__name__}, got {type(getattr(value, name)).__name__}")
     return value
+
+
+def _describes_code(one: Any, number: int) -> bool:
+    """Whether an entry of `CodebookReport.codes` is what the class says."""
+    if not isinstance(one, dict) or type(one.get("code")) is not int or not 0 <= one["code"] < number:
+        return False
+    tokens, examples = one.get("tokens", []), one.get("examples", [])
+    pairs = isinstance(tokens, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[1]) is int for pair in tokens
+    )
+    return pairs and isinstance(examples, list)
 
 
 def thinned(history: list[dict[str, Any]], limit: int = MAX_HISTORY) -> list[dict[str, Any]]:

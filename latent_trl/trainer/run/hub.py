@@ -148,7 +148,11 @@ class HubTrainingMixin:
         TrainingReport.from_dict(model.training_report).write(folder)
         own = [tag for tag in self._tag_names if tag not in ("trl", "latent-trl")]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id, tags=[*own, *tags], **metadata)
+        try:
+            write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id, tags=[*own, *tags], **metadata)
+        except Exception as error:
+            # A picture that a library cannot draw must not cost the run.
+            logger.warning(f"The card of {folder} was not written, training goes on: {type(error).__name__}: {error}")
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         check_token(token if token is not None else self.args.hub_token)

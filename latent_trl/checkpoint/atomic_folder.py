@@ -1,83 +1,117 @@
-"""Writing a folder in one step: whoever is killed leaves the old one or the new one."""
+"""Writing into a folder as if in one step: whoever is killed leaves what was there or all of the new."""
 
-import ctypes
 import os
 import shutil
+import stat
 import tempfile
-import time
 from collections.abc import Iterator, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-STALE_AFTER = 24 * 3600
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+from filelock import FileLock
 
-
-def _exchange(first: Path, second: Path) -> bool:
-    """Swaps two folders in one step of the file system. Returns whether the system could."""
-    try:
-        renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
-    except (AttributeError, OSError):
-        return False
-    return renameat2(_AT_FDCWD, os.fsencode(first), _AT_FDCWD, os.fsencode(second), _RENAME_EXCHANGE) == 0
+# Inside the folder itself, which may be a mount point or the working directory, or have a parent that is read-only.
+# `.saving-*` is being written; `.saved-*` is complete, and takes its place whoever finds it.
+SAVING, SAVED = ".saving-", ".saved-"
+# Beside the new files: a lock that goes with its process, and a mark for each name that is to go.
+LOCK_FILE, GONE = ".lock", ".gone-"
+# Seconds that a reader waits for whoever puts files in their place.
+PATIENCE = 10.0
 
 
 @contextmanager
 def atomic_folder(folder: Path, owned: Set[str] = frozenset()) -> Iterator[Path]:
     """
-    A new folder to write in, which takes the place of `folder` at the end of the block in one step; files that the
-    block does not write are carried over, but for the names in `owned`, which go. A process that is killed leaves the
-    old folder or the new one.
+    A new folder to write in, inside `folder`. What is in it at the end of the block takes its place in `folder`; other
+    files there stay, but for the names in `owned`, which go. `folder` itself, its mode and its group are left alone.
+
+    A process that is killed leaves what was there, or all of the new: [`finish_saving`] does what it had left to do.
     """
     folder = Path(os.path.realpath(folder))
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    for left in folder.parent.glob(f".{folder.name}.*"):
-        # What a killed process left. A younger one may belong to a process that is at work.
-        if left.is_dir() and time.time() - left.stat().st_mtime > STALE_AFTER:
-            shutil.rmtree(left, ignore_errors=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    _clear(folder)
+    staging = Path(tempfile.mkdtemp(prefix=SAVING, dir=folder))
+    lock = FileLock(staging / LOCK_FILE)
+    # Some network file systems have no locks. What is left there stays.
+    with suppress(OSError, NotImplementedError):
+        lock.acquire()
     try:
         yield staging
-        for path in sorted(staging.rglob("*")):
+        for name in owned - {path.name for path in staging.iterdir()}:
+            (staging / f"{GONE}{name}").touch()
+        for path in staging.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
-        os.chmod(staging, 0o755)
-        if not folder.exists():
-            try:
-                os.rename(staging, folder)
-                return
-            except OSError:
-                # Another process has made the folder meanwhile, for files of its own.
-                if not folder.is_dir():
-                    raise
-        owned = {path.name for path in staging.iterdir()} | owned
-        _carry_over(folder, staging, owned)
-        if not _exchange(staging, folder):
-            # No atomic swap here: the old folder is complete until the new one has its name.
-            aside = staging.with_name(staging.name + ".old")
-            os.rename(folder, aside)
-            os.rename(staging, folder)
-            staging = aside
-        # What another process wrote into the old folder at the last moment.
-        _carry_over(staging, folder, owned)
+        saved = staging.with_name(staging.name.replace(SAVING, SAVED, 1))
+        staging.rename(saved)
+        _put_in_place(saved, folder)
     finally:
+        # Where something complete could not be put in its place, it is kept.
         shutil.rmtree(staging, ignore_errors=True)
+        lock.release()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _carry_over(source: Path, target: Path, owned: Set[str]) -> None:
-    """Links what `target` has not, and nobody here owns, from `source`."""
-    for path in source.iterdir():
-        if path.name in owned or (target / path.name).exists():
+def finish_saving(folder: Path) -> None:
+    """Puts into its place what a process had written in full, and was killed before it could."""
+    for saved in _folders(folder, SAVED):
+        with suppress(OSError, NotImplementedError), FileLock(saved / LOCK_FILE, timeout=PATIENCE):
+            _put_in_place(saved, folder)
+
+
+def clear_leftovers(folder: str | Path) -> None:
+    """Removes from a folder, and from those in it, what killed processes left half-written."""
+    for path in [Path(folder), *(path for path in Path(folder).iterdir() if path.is_dir() and not path.is_symlink())]:
+        _clear(path)
+
+
+def _clear(folder: Path) -> None:
+    finish_saving(folder)
+    for left in _folders(folder, SAVING):
+        with suppress(OSError, NotImplementedError), FileLock(left / LOCK_FILE, blocking=False):
+            shutil.rmtree(left)
+
+
+def _folders(folder: Path, prefix: str) -> list[Path]:
+    return [path for path in folder.glob(f"{prefix}*") if path.is_dir() and not path.is_symlink()]
+
+
+def _put_in_place(saved: Path, folder: Path) -> None:
+    """Moves what is left in `saved`. Begun anew, it goes on where it was."""
+    names = {path.name for path in saved.iterdir()} - {LOCK_FILE}
+    gone = {name for name in names if name.startswith(GONE)}
+    # Without its configuration a folder is not taken for whole: it goes first, and comes last.
+    records = {name for name in names - gone if name.endswith("config.json")}
+    for name in names - gone:
+        _like(saved / name, folder / name)
+    for name in [*records, *(name.removeprefix(GONE) for name in gone)]:
+        _remove(folder / name)
+    for name in [*sorted(names - gone - records), *sorted(records)]:
+        _remove(folder / name)
+        os.rename(saved / name, folder / name)
+    shutil.rmtree(saved)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _like(new: Path, old: Path) -> None:
+    """Gives new files and folders the modes and groups of those whose place they take."""
+    for path in (new, *new.rglob("*")):
+        before = old / path.relative_to(new)
+        if not before.exists():
             continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, symlinks=True, copy_function=_link)
-        else:
-            _link(path, target / path.name)
-
-
-def _link(source, target) -> None:
-    try:
-        os.link(source, target, follow_symlinks=False)
-    except OSError:
-        shutil.copy2(source, target, follow_symlinks=False)
+        wanted, own = before.stat(), path.stat()
+        if wanted.st_gid != own.st_gid:
+            with suppress(OSError):
+                os.chown(path, -1, wanted.st_gid)
+        # A folder that cannot be written to could not be moved.
+        os.chmod(path, stat.S_IMODE(wanted.st_mode) | (0o700 if path.is_dir() else 0))

@@ -1,6 +1,7 @@
 """The files of a checkpoint: their names, and reading them without trusting them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from .atomic_folder import finish_saving
 from .configuration import SCHEMA_VERSION, LatentActionConfig
 from .download import fetch_snapshot
 
@@ -29,6 +31,9 @@ PROCESSOR_PATTERNS = (
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 MAX_JSON_BYTES = 32 * 2**20
+# Of a safetensors file's list of tensors: some 100,000 of them.
+MAX_HEADER_BYTES = 16 * 2**20
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 # What is downloaded of a repository: the top folder's record, report, card and processor, and the parts' folders.
 CHECKPOINT_PATTERNS = (
     *(CONFIG_FILE, REPORT_FILE, "README.md", *PROCESSOR_PATTERNS),
@@ -48,20 +53,31 @@ def check_inside(path: Path, root: Path) -> None:
         raise CheckpointError(f"{path} is a link that leads outside {root}. Put the file itself there.")
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Raises [`CheckpointError`] unless `path` is a file: no pipe, no device, and no link out of its folder."""
     if not path.is_file():
-        raise CheckpointError(f"{path.name} is missing from {path.parent}.")
+        raise CheckpointError(
+            f"{path.name} is missing from {path.parent}" + (", or no file." if path.exists() else ".")
+        )
     check_inside(path, path.parent)
+
+
+def has_folder(folder: Path, name: str) -> bool:
+    """Whether a checkpoint has a folder of this name. Raises [`CheckpointError`] when it is a link out of it."""
+    if not (folder / name).is_dir():
+        return False
+    check_inside(folder / name, folder)
+    return True
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads a JSON object. Raises [`CheckpointError`] when `path` is missing or holds anything else."""
-    _check_file(path)
+    check_file(path)
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no JSON of a checkpoint is that large.")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
@@ -70,13 +86,61 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Reads a safetensors file. Raises [`CheckpointError`] when it is missing, truncated or another format."""
-    _check_file(path)
+    tensor_metadata(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} is not a whole safetensors file ({error}). Pickled weights are never read."
-        ) from error
+        raise _not_whole(path, error) from error
+
+
+def read_weights(path: Path) -> dict[str, torch.Tensor]:
+    """As [`read_tensors`]. Raises [`CheckpointError`] also for what no weights are: see [`check_weights`], and NaN."""
+    check_weights(path)
+    tensors = read_tensors(path)
+    endless = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if endless:
+        raise CheckpointError(f"{path}: tensors {endless[:5]} have values that are infinite or NaN.")
+    return tensors
+
+
+def check_weights(path: Path) -> dict[str, tuple[int, ...]]:
+    """
+    Names and shapes of a file of weights, without reading them.
+
+    Raises:
+        CheckpointError: When a tensor is of none of the dtypes `FLOAT_DTYPES`, or has no elements.
+    """
+    metadata = tensor_metadata(path)
+    for name, (dtype, shape) in metadata.items():
+        if dtype not in FLOAT_DTYPES:
+            raise CheckpointError(f"{path}: tensor {name!r:.200} is of dtype {dtype}, weights are of {FLOAT_DTYPES}.")
+        if 0 in shape:
+            raise CheckpointError(f"{path}: tensor {name!r:.200} has no elements, its shape is {shape}.")
+    return {name: shape for name, (_, shape) in metadata.items()}
+
+
+def tensor_metadata(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """
+    Names, dtypes and shapes of a safetensors file, without reading its data.
+
+    Raises:
+        CheckpointError: When it is missing, truncated, another format, or its list is over `MAX_HEADER_BYTES`.
+    """
+    check_file(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+    if MAX_HEADER_BYTES < size <= path.stat().st_size:
+        raise CheckpointError(f"{path} lists tensors in {size:,} bytes, at most {MAX_HEADER_BYTES:,} are read.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except (SafetensorError, OSError, ValueError) as error:
+        raise _not_whole(path, error) from error
+
+
+def _not_whole(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path} is not a whole safetensors file ({error}). Pickled weights are never read.")
 
 
 def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
@@ -133,7 +197,7 @@ def resolve_folder(
     Only the files of a checkpoint that match `patterns` are downloaded: JSON, safetensors and the card.
     """
     folder = Path(repo_or_folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         if folder.is_absolute() or str(repo_or_folder).startswith((".", "~")):
             raise CheckpointError(f"{str(repo_or_folder)!r} is not a folder.")
         check_token(token)
@@ -145,16 +209,11 @@ def resolve_folder(
             local_files_only=local_files_only,
             allow_patterns=[pattern if subfolder is None else f"{subfolder}/{pattern}" for pattern in patterns],
         )
+    else:
+        finish_saving(folder)
     if subfolder is None:
         return folder
     if ".." in Path(subfolder).parts or Path(subfolder).is_absolute():
         raise CheckpointError(f"`subfolder` must stay inside the repository, got {subfolder!r}.")
     check_inside(folder / subfolder, folder)
     return folder / subfolder
-
-
-def tensor_metadata(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Names, dtypes and shapes of a safetensors file, without reading its data."""
-    with safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}

@@ -51,7 +51,7 @@ def components_table(found, every_shape: bool):
     for name, part in found.parts.items():
         shapes = [f"{tensor} {list(shape)}" for tensor, shape in part.shapes.items()]
         shown = shapes if every_shape or len(shapes) <= 2 else [*shapes[:1], f"and {len(shapes) - 1} more"]
-        table.add_row(name, f"{part.parameters:,}", ", ".join(part.dtypes), _plain("\n".join(shown)))
+        table.add_row(_plain(name), f"{part.parameters:,}", ", ".join(part.dtypes), _plain("\n".join(shown)))
     total = sum(part.parameters for part in found.parts.values())
     table.add_row("all", f"{total:,}", "", "", style="bold")
     return table
@@ -73,7 +73,9 @@ def _plain(value):
     """Text of a repository, in which rich and the terminal see no orders."""
     from rich.text import Text
 
-    return Text("".join(c if c.isprintable() or c == "\n" else "?" for c in str(value))[:2000])
+    from ..data.pieces import printable
+
+    return Text(printable(str(value))[:2000])
 
 
 def to_json(found) -> str:

@@ -1,10 +1,15 @@
-"""What each token adds to a text."""
+"""What each token adds to a text, and texts as a terminal may show them."""
 
 from collections.abc import Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 UNFINISHED = "\ufffd"
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would take for an order: "?" stands for each such character but line breaks."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def text_pieces(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], skip_special: bool = False) -> list[str]:

@@ -1,5 +1,6 @@
 """Model cards: every sentence is made from a fact of the checkpoint, and what is not known is said in a line."""
 
+import json
 import re
 from pathlib import Path
 from string import Template
@@ -9,12 +10,12 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from .facts import CodebookReport, ComponentFacts, TrainingReport, TrainingRun, component_facts, read_record
 from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves, segments
+from .secrets import hide_secrets
 
 CARD_FILE = "README.md"
 PLOT_FILES = (CURVES_FILE, CODES_FILE)
 TEMPLATE = Path(__file__).with_name("card_template.md")
 HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
-SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}")
 NO_MATPLOTLIB = "Plots are left out: matplotlib was not installed where this card was made."
 PURPOSE = {
     "codebook": "the latent actions",
@@ -74,7 +75,7 @@ def write_card(
     curves = draw_curves(runs, folder / CURVES_FILE)
     codes = codebook is not None and draw_codes(codebook, folder / CODES_FILE)
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=title,
+        title=_cell(title),
         summary=_summary(record, parts),
         components=_components(parts),
         snippet=(f"The base model: {base_model_source}\n\n" if base_model_source else "")
@@ -88,7 +89,7 @@ def write_card(
         versions=_versions(record),
     )
     body = re.sub(r"\n{3,}", "\n\n", body)
-    text = SECRET.sub("hf_***", f"---\n{metadata.to_yaml()}\n---\n\n{body}")
+    text = hide_secrets(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
     path = folder / CARD_FILE
     path.unlink(missing_ok=True)
     path.write_text(text, encoding="utf-8")
@@ -152,12 +153,22 @@ def _cell(value: Any) -> str:
     if isinstance(value, _Markup):
         return value
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return " ".join(text.split())[:160].replace("|", "\\|").replace("<", "&lt;").replace("[", "\\[")
+    return re.sub(r"[\\`|\[]", r"\\\g<0>", _line(text)[:160]).replace("<", "&lt;")
+
+
+def _line(text: Any) -> str:
+    """A text in one line, without characters that no page shows."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
 
 
 def _code(text: Any) -> str:
     """A short text between back-ticks."""
-    return "`" + " ".join(str(text).split())[:60].replace("`", "'").replace("|", "\\|") + "`"
+    return "`" + _line(text)[:60].replace("`", "'").replace("|", "\\|") + "`"
+
+
+def _quoted(text: Any) -> str:
+    """A text as Python and JSON write it: it cannot end the line, nor the block of code."""
+    return json.dumps(_line(text), ensure_ascii=False)
 
 
 def _table(header: list[str], rows: list[list[Any]]) -> str:
@@ -169,19 +180,20 @@ def _base(record: dict[str, Any]) -> str:
     name = record.get("base_model_name_or_path")
     if hub_id(name):
         sha = record.get("base_model_revision")
-        return f"[{name}](https://huggingface.co/{name})" + (f" at commit `{sha}`" if sha else "")
+        return f"[{name}](https://huggingface.co/{name})" + (f" at commit {_code(sha)}" if sha else "")
     return f"the local model {_code(Path(name).name)}" if name else "a model that was made in memory"
 
 
 def _summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
     if not record:
-        return f"Components of a latent action model, to be loaded one by one: {', '.join(parts)}."
+        return f"Components of a latent action model, to be loaded one by one: {', '.join(map(_code, parts))}."
     kind = "vision-language" if record.get("vision_token_ids") else "language"
-    k, width = record.get("num_codes"), record.get("hidden_size")
+    k, width = _cell(record.get("num_codes")), _cell(record.get("hidden_size"))
+    stage, read_out = _code(record.get("stage", "none")), _code(record.get("read_out"))
     lines = [
         f"A latent action space for a {kind} model: in place of the next token, the model chooses one of **{k} codes** "
         f"of width {width}, and the token follows from the code. Learned on {_base(record)}, whose weights are not in "
-        f"this repository. Stage reached: `{record.get('stage', 'none')}`; read-out: `{record.get('read_out')}`."
+        f"this repository. Stage reached: {stage}; read-out: {read_out}."
     ]
     if "policy" not in parts:
         lines.append("There is no policy here: the codebook is for training one.")
@@ -190,7 +202,7 @@ def _summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
 
 def _components(parts: dict[str, ComponentFacts]) -> str:
     rows = [
-        [_Markup(f"`{name}/`"), PURPOSE.get(name, ""), f"{part.parameters:,}", ", ".join(part.dtypes)]
+        [_Markup(_code(f"{name}/")), PURPOSE.get(name, ""), f"{part.parameters:,}", ", ".join(part.dtypes)]
         for name, part in parts.items()
     ]
     return _table(["folder", "what it is", "parameters", "dtype"], rows) + "\n\nAll weights are safetensors."
@@ -198,7 +210,7 @@ def _components(parts: dict[str, ComponentFacts]) -> str:
 
 def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str, has_processor: bool) -> str:
     if not record or not {"policy", "codebook", "world_model"} <= set(parts):
-        lines = ["from latent_trl import Codebook", "", f'codebook = Codebook.from_pretrained("{repo}")']
+        lines = ["from latent_trl import Codebook", "", f"codebook = Codebook.from_pretrained({_quoted(repo)})"]
         lines.append("print(codebook.weight.shape)  # one row a code")
         if "codebook" not in parts:
             return "Load each component with its class's `from_pretrained`, such as `LatentActionPolicy`."
@@ -216,11 +228,11 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
         "",
     ]
     if local:
-        lines.append(f'backbone = {backbone}.from_pretrained("{base}")  # what it was learned on')
+        lines.append(f"backbone = {backbone}.from_pretrained({_quoted(base)})  # what it was learned on")
     given = ", backbone=backbone" if local else ""
     lines += [
-        f'model = LatentActionModel.from_pretrained("{repo}"{given})',
-        f'processor = {auto}.from_pretrained("{repo if has_processor else base}")',
+        f"model = LatentActionModel.from_pretrained({_quoted(repo)}{given})",
+        f"processor = {auto}.from_pretrained({_quoted(repo if has_processor else base)})",
         f'messages = [{{"role": "user", "content": "{question}"}}]',
         "inputs = processor.apply_chat_template(",
         '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
@@ -253,7 +265,7 @@ def _training(runs: list[TrainingRun], record: dict[str, Any]) -> str:
                  if isinstance(run.data.get(key), int)]  # fmt: skip
         data = " of ".join(part for part in (" and ".join(sizes), what) if part)
         steps = ", ".join(
-            f"{rows[-1]['step']} steps{_of_stage(rows[-1])}" for rows in segments(run) if "step" in rows[-1]
+            f"{_cell(rows[-1]['step'])} steps{_of_stage(rows[-1])}" for rows in segments(run) if "step" in rows[-1]
         )
         line = f"{number}. **{_cell(run.method)}** trained {', '.join(map(_cell, run.trained)) or 'the components'}"
         line += f" on {data}" if data else ""
@@ -285,12 +297,13 @@ def _curves(runs: list[TrainingRun], drawn: bool) -> str:
 
 def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: bool) -> str:
     if codebook is None:
-        last = next((row for run in reversed(runs) for row in reversed(run.history) if "codebook/used" in row), None)
+        rows = [row for run in runs for row in run.history if _is_number(row.get("codebook/used"))]
+        last = rows[-1] if rows else None
         if last is None:
             return "How often each code is used was not measured."
         said = f"When it was last logged, {last['codebook/used']:.0f} codes were in use"
         perplexity = last.get("codebook/perplexity")
-        return said + (f", with perplexity {perplexity:.1f}." if perplexity is not None else ".")
+        return said + (f", with perplexity {perplexity:.1f}." if _is_number(perplexity) else ".")
     dead = codebook.dead
     lines = [
         f"In {_cell(codebook.over)}: **{codebook.used} of {len(codebook.counts)} codes** in use, perplexity "
@@ -311,6 +324,10 @@ def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: b
         head = ["code", "times", "tokens most often emitted", "answers that it occurs in"]
         lines.append("The codes most used:\n\n" + _table(head, rows))
     return "\n\n".join(lines)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _evaluation(report: TrainingReport) -> str:

@@ -7,15 +7,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
-from safetensors import SafetensorError
-
 from ..checkpoint.files import (
     CONFIG_FILE,
     CONFIG_NAME,
     REPORT_FILE,
     WEIGHTS_NAME,
     CheckpointError,
-    check_inside,
+    has_folder,
     read_json,
     tensor_metadata,
 )
@@ -184,6 +182,10 @@ class TrainingReport:
             raise CheckpointError(f"The training report has a value that cannot be used: {error}.") from error
         if report.codebook and not all(type(count) is int and count >= 0 for count in report.codebook.counts):
             raise CheckpointError("The training report has a value that cannot be used: `counts` are not numbers.")
+        if report.codebook and not all(
+            _describes_code(one, len(report.codebook.counts)) for one in report.codebook.codes
+        ):
+            raise CheckpointError("The training report has a value that cannot be used: `codes` describe no codes.")
         return report
 
     @classmethod
@@ -206,6 +208,17 @@ def _checked(kind: type, record: dict[str, Any]):
         if wanted in (list, dict, str) and not isinstance(getattr(value, name), wanted):
             raise TypeError(f"{name!r} must be a {wanted.__name__}, got {type(getattr(value, name)).__name__}")
     return value
+
+
+def _describes_code(one: Any, number: int) -> bool:
+    """Whether an entry of `CodebookReport.codes` is what the class says."""
+    if not isinstance(one, dict) or type(one.get("code")) is not int or not 0 <= one["code"] < number:
+        return False
+    tokens, examples = one.get("tokens", []), one.get("examples", [])
+    pairs = isinstance(tokens, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[1]) is int for pair in tokens
+    )
+    return pairs and isinstance(examples, list)
 
 
 def thinned(history: list[dict[str, Any]], limit: int = MAX_HISTORY) -> list[dict[str, Any]]:
@@ -250,14 +263,18 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
     """
     folder = Path(folder)
     given = headers or {}
-    files = {n: folder / file for n, file in TENSOR_FILES.items() if file in given or (folder / file).exists()}
+    files = {
+        name: folder / file
+        for name, file in TENSOR_FILES.items()
+        if file in given or (has_folder(folder, name) and (folder / file).exists())
+    }
     if not files and (folder / WEIGHTS_NAME).exists():
         kind = read_json(folder / CONFIG_NAME).get("component")
         files = {str(kind): folder / WEIGHTS_NAME}
     found = {}
     for name, path in files.items():
         file = path.relative_to(folder).as_posix()
-        metadata = given[file] if file in given else read_header(path)
+        metadata = given[file] if file in given else tensor_metadata(path)
         config_file = path.with_name("adapter_config.json" if name == "adapter" else CONFIG_NAME)
         found[name] = ComponentFacts(
             {tensor: shape for tensor, (_, shape) in metadata.items()},
@@ -265,15 +282,6 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
             read_json(config_file) if config_file.is_file() else {},
         )
     return found
-
-
-def read_header(path: Path) -> Header:
-    """Names, dtypes and shapes of a safetensors file. Raises [`CheckpointError`] for anything else, or a link out."""
-    check_inside(path, path.parent)
-    try:
-        return tensor_metadata(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({error}).") from error
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:

@@ -45,6 +45,11 @@ def segments(run: TrainingRun) -> list[list[dict[str, Any]]]:
     return segments
 
 
+def _label(text: str) -> str:
+    """A text in which matplotlib sees no formula."""
+    return " ".join(text.split())[:120].replace("$", r"\$")
+
+
 def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
     """Losses, rewards and what else was logged, a line a run. Returns whether there was anything to draw."""
     lines = [
@@ -65,7 +70,7 @@ def draw_curves(runs: list[TrainingRun], path: Path) -> bool:
         for label, rows in lines:
             points = _points(rows, name)
             if len(points) > 1:
-                axis.plot(*zip(*points, strict=True), linewidth=1.4, label=label)
+                axis.plot(*zip(*points, strict=True), linewidth=1.4, label=_label(label))
         axis.set_title(name, fontsize=10)
         axis.set_xlabel("step", fontsize=8)
         axis.grid(alpha=0.3)
@@ -85,7 +90,7 @@ def draw_codes(codebook: CodebookReport, path: Path) -> bool:
     figure = Figure(figsize=(8.4, 2.4), layout="constrained")
     axis = figure.subplots()
     axis.bar(range(len(codebook.counts)), sorted(codebook.counts, reverse=True), width=1.0)
-    axis.set_title(f"Use of the {len(codebook.counts)} codes in {codebook.over}", fontsize=10)
+    axis.set_title(_label(f"Use of the {len(codebook.counts)} codes in {codebook.over}"), fontsize=10)
     axis.set_xlabel("rank of the code", fontsize=8)
     axis.set_ylabel("times chosen", fontsize=8)
     figure.savefig(path, dpi=100)

@@ -115,23 +115,29 @@ class Inspection:
         if self.report.codebook is not None:
             codebook = self.report.codebook
             return {"used": codebook.used, "perplexity": codebook.perplexity, "codes": len(codebook.counts)}
-        rows = [row for run in self.report.runs for row in run.history if "codebook/used" in row]
+        rows = [row for run in self.report.runs for row in run.history if _is_number(row.get("codebook/used"))]
         codes = self.record.get("num_codes", 0)
-        return {} if not rows else {
+        perplexity = rows[-1].get("codebook/perplexity") if rows else None
+        return {} if not rows or not _is_number(codes) else {
             "used": rows[-1]["codebook/used"],
-            "perplexity": rows[-1].get("codebook/perplexity", float("nan")),
+            "perplexity": float(perplexity) if _is_number(perplexity) else float("nan"),
             "codes": codes,
         }  # fmt: skip
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _problems(record: dict[str, Any], parts: dict[str, ComponentFacts], report: TrainingReport) -> list[str]:
     found = []
     names = record.get("components")
-    for name in names if isinstance(names, list) else []:
+    names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
+    for name in names:
         if name not in parts:
             found.append(f"{name} is named in {CONFIG_FILE}, and has no tensors")
     for name in parts:
-        if record and name in COMPONENT_FOLDERS and name not in (names or []):
+        if record and name in COMPONENT_FOLDERS and name not in names:
             found.append(f"{name} is not named in {CONFIG_FILE}, and will not be loaded")
     if record and "codebook" in parts:
         want = (record.get("num_codes"), record.get("hidden_size", record.get("code_width")))

@@ -9,9 +9,18 @@ from typing import Any
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 
 from ..checkpoint.download import retried
-from ..checkpoint.files import CONFIG_FILE, OWNED_NAMES, REPORT_FILE, CheckpointError, check_token, read_config
+from ..checkpoint.files import (
+    CONFIG_FILE,
+    OWNED_NAMES,
+    REPORT_FILE,
+    CheckpointError,
+    check_token,
+    read_config,
+    tensor_metadata,
+)
 from .card import CARD_FILE, PLOT_FILES, write_card
-from .facts import TENSOR_FILES, component_facts, read_header
+from .facts import TENSOR_FILES, component_facts
+from .secrets import check_no_secret
 
 logger = logging.getLogger(__name__)
 
@@ -23,8 +32,6 @@ PROCESSOR_FILES = re.compile(
 )
 PART_FILES = re.compile(rf"({'|'.join(TENSOR_FILES)})/(config|adapter_config)\.json|{'|'.join(TENSOR_FILES.values())}")
 TOP_FILES = re.compile("|".join(map(re.escape, (CONFIG_FILE, REPORT_FILE, CARD_FILE, *PLOT_FILES, "LICENSE"))))
-SECRET = re.compile(rb"hf_[A-Za-z0-9]{20,}")
-TEXT_SUFFIXES = (".json", ".md", ".txt", ".jinja")
 
 
 def is_published(name: str) -> bool:
@@ -38,8 +45,8 @@ def published_files(folder: str | Path) -> dict[str, Path]:
     and safetensors files, and a processor. Nothing else does: no optimizer state, pickle, log or checkpoint folder.
 
     Raises:
-        CheckpointError: For a link in the place of a file, a file that is not what its name says, or a text file that
-            holds a token.
+        CheckpointError: For a link or a pipe in the place of a file, a file that is not what its name says, or one that
+            holds a token or a key.
     """
     folder = Path(folder)
     files = {}
@@ -50,9 +57,8 @@ def published_files(folder: str | Path) -> dict[str, Path]:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link. Put the file itself there: links are not published.")
         if name.endswith(".safetensors"):
-            read_header(path)
-        elif name.endswith(TEXT_SUFFIXES) and SECRET.search(path.read_bytes()):
-            raise CheckpointError(f"{path} holds what looks like a Hugging Face token. Take it out before publishing.")
+            tensor_metadata(path)
+        check_no_secret(path)
         files[name] = path
     return files
 

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.files import CheckpointError, read_json, read_tensors
+from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, read_json, read_weights
+from ..checkpoint.lora import lora_fields, lora_targets
 
 # What PEFT puts the layer under that it adapts, or trains a copy of.
 WRAPPED = ("base_layer", "original_module")
@@ -82,32 +83,32 @@ def plain_names(backbone: nn.Module) -> dict[str, str]:
     return plain
 
 
-def read_adapter(folder: Path) -> tuple[Any, dict[str, torch.Tensor]]:
-    """The PEFT configuration and the tensors of an adapter."""
-    from peft import PeftConfig
-
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    record = read_json(folder / "adapter_config.json")
-    try:
-        return PeftConfig.from_peft_type(**record), tensors
-    except Exception as error:
-        raise CheckpointError(f"{folder / 'adapter_config.json'} has a value that cannot be used: {error}") from error
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The record and the tensors of a LoRA adapter; of the record, see [`~latent_trl.checkpoint.lora.lora_fields`]."""
+    return read_json(folder / "adapter_config.json"), read_weights(folder / "adapter_model.safetensors")
 
 
 def load_adapter(
-    backbone: PreTrainedModel, config: Any, tensors: dict[str, torch.Tensor], is_trainable: bool
+    backbone: PreTrainedModel, record: dict[str, Any], tensors: dict[str, torch.Tensor], is_trainable: bool
 ) -> BackboneAdapter:
     """
     Puts a saved adapter on `backbone`, frozen unless `is_trainable`, or leaves the backbone as it was and raises
-    [`CheckpointError`] where the tensors do not fit.
+    [`CheckpointError`] where record or tensors do not fit.
     """
-    from peft import get_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model_state_dict
 
+    source, given = Path(ADAPTER_FOLDER) / "adapter_config.json", {n: tuple(t.shape) for n, t in tensors.items()}
+    fields = lora_fields(record, given, source)
+    fields["target_modules"] = lora_targets(record, given, backbone, source)
     trainable = [p for p in backbone.parameters() if p.requires_grad]
-    adapter = BackboneAdapter(backbone, config)
+    try:
+        adapter = BackboneAdapter(backbone, LoraConfig(**fields))
+    except Exception as error:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        raise CheckpointError(f"{source} has a value that cannot be used: {error}") from error
     own = get_peft_model_state_dict(adapter.peft_model, state_dict=tensors_of(adapter.peft_model))
-    shapes = {name: t.shape for name, t in own.items()}
-    given = {name: t.shape for name, t in tensors.items()}
+    shapes = {name: tuple(t.shape) for name, t in own.items()}
     if shapes != given:
         adapter.peft_model.unload()
         for parameter in trainable:

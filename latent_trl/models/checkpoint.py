@@ -1,10 +1,13 @@
 """Saving and loading a latent action model: one folder, a subfolder for each component, safetensors only."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
@@ -27,14 +30,16 @@ from ..checkpoint.files import (
     TUNED_FOLDER,
     WEIGHTS_NAME,
     CheckpointError,
+    has_folder,
     read_config,
     read_json,
-    read_tensors,
+    read_weights,
     resolve_folder,
     tensor_metadata,
 )
 from ..hub.push import push_model
 from .adapter import BackboneAdapter, check_adapter_config, load_adapter, plain_names, read_adapter, tensors_of
+from .component import whole_tensors
 
 
 def package_versions() -> dict[str, str]:
@@ -66,6 +71,9 @@ class LatentActionCheckpointMixin:
             is_main_process (`bool`, defaults to `True`): Only this process writes.
             components (`list[str]`, *optional*): Names of the components to write. All that are there by default.
             state_dict (`dict`, *optional*): Whole tensors by the model's names, where the parameters are sharded.
+
+        Raises:
+            ValueError: When a tensor to be written is sharded, empty or not in `state_dict`. Nothing is written then.
         """
         if not is_main_process:
             return
@@ -76,15 +84,13 @@ class LatentActionCheckpointMixin:
             raise ValueError(f"`components` must be among {present}, got {unknown}.")
         shapes: dict[str, dict[str, list[int]]] = {}
         peft_backbone = self.peft_backbone
-        tuned = self._tuned_tensors()
+        backbone = tensors_of(self.backbone) if state_dict is None else _part(state_dict, "backbone.")
+        tuned = self._tuned_tensors(backbone)
         with atomic_folder(Path(save_directory), OWNED_NAMES) as folder:
             for name in wanted:
                 component = getattr(self, name)
-                tensors = None
-                if state_dict is not None:
-                    prefix = f"{name}."
-                    tensors = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
-                component.save_pretrained(folder / name, state_dict=tensors or None)
+                tensors = None if state_dict is None else _part(state_dict, f"{name}.")
+                component.save_pretrained(folder / name, state_dict=tensors)
                 written = tensor_metadata(folder / name / WEIGHTS_NAME)
                 shapes[name] = {tensor: list(shape) for tensor, (_, shape) in written.items()}
             if tuned:
@@ -93,7 +99,7 @@ class LatentActionCheckpointMixin:
             if peft_backbone is not None:
                 for adapter_config in peft_backbone.peft_config.values():
                     adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
-                peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=tensors_of(peft_backbone))
+                peft_backbone.save_pretrained(folder / ADAPTER_FOLDER, state_dict=self._adapter_tensors(backbone))
                 # PEFT's card is a template that names the backbone's folder on this machine; the model has its own.
                 (folder / ADAPTER_FOLDER / "README.md").unlink(missing_ok=True)
             record = {
@@ -142,7 +148,7 @@ class LatentActionCheckpointMixin:
         components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
         report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         tuned = folder / TUNED_FOLDER / "model.safetensors"
-        tuned_tensors = read_tensors(tuned) if tuned.is_file() else {}
+        tuned_tensors = read_weights(tuned) if has_folder(folder, TUNED_FOLDER) else {}
         if backbone is None:
             if not config.base_model_name_or_path:
                 raise CheckpointError(f"{folder} names no base model. Pass `backbone=`.")
@@ -160,7 +166,7 @@ class LatentActionCheckpointMixin:
             raise ValueError(f"`backbone` is given, so {sorted(backbone_kwargs)} have nothing to apply to.")
         _check_components(config, components)
         _check_backbone(config, backbone)
-        adapter = read_adapter(folder / ADAPTER_FOLDER) if (folder / ADAPTER_FOLDER).is_dir() else None
+        adapter = read_adapter(folder / ADAPTER_FOLDER) if has_folder(folder, ADAPTER_FOLDER) else None
         own = dict(backbone.named_parameters(remove_duplicate=False))
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
@@ -228,9 +234,17 @@ class LatentActionCheckpointMixin:
             self.adapter = None
         return None if self.adapter is None else self.adapter.peft_model
 
-    def _tuned_tensors(self) -> dict[str, torch.Tensor]:
+    def _adapter_tensors(self, backbone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """PEFT's names, and the tensors of `backbone`, of what PEFT saves."""
+        named = {id(tensor): name for name, tensor in tensors_of(self.backbone).items()}
+        own = {name: named[id(tensor)] for name, tensor in tensors_of(self.peft_backbone).items()}
+        adapter = [name for name, inner in own.items() if inner in self.adapter.trained]
+        whole_tensors({name: backbone.get(own[name]) for name in adapter}, "the adapter")
+        return {name: backbone[inner] for name, inner in own.items() if inner in backbone}
+
+    def _tuned_tensors(self, backbone: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """
-        The tensors of `tuned_backbone_tensors`.
+        The tensors of `tuned_backbone_tensors`, from `backbone`, the backbone's whole tensors by their names.
 
         Raises:
             ValueError: When tuned ones could not be put back into the base model.
@@ -249,7 +263,12 @@ class LatentActionCheckpointMixin:
                     f"The backbone's {name!r} and {twin!r} are one tensor in the base model, and two since the adapter "
                     "was merged, which a checkpoint cannot hold. Save the model before it is merged."
                 )
-        return {name: tensors[name].detach().cpu().contiguous() for name in self.tuned_backbone_tensors}
+        names = {plain: name for name, plain in plain_names(self.backbone).items()}
+        return whole_tensors({name: backbone.get(names[name]) for name in self.tuned_backbone_tensors}, "the backbone")
+
+
+def _part(state_dict: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in state_dict.items() if name.startswith(prefix)}
 
 
 def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
@@ -259,6 +278,13 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     shared = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code")
     hub = {k: kwargs.get(k) for k in shared if kwargs.get(k) is not None}
     kwargs = {k: v for k, v in kwargs.items() if v is not None}
+    if not os.path.isdir(name_or_path):
+        try:
+            validate_repo_id(name_or_path)
+        except HFValidationError as error:
+            raise CheckpointError(
+                f"The base model {name_or_path!r:.300} is no folder, and no id of the Hub. Pass `backbone=`."
+            ) from error
     _check_known(name_or_path, hub)
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     is_vlm = type(config) in AutoModelForImageTextToText._model_mapping

@@ -37,6 +37,18 @@ class CodePredictor(LatentActionComponent):
             "num_codes": self.num_codes,
         }
 
+    @classmethod
+    def check_sizes(cls, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> None:
+        stack = read_text_config(config["text_config"])
+        # One that is no text model's may have neither, or have them of its parts.
+        parts = [stack, *(part for part in vars(stack).values() if isinstance(part, PreTrainedConfig))]
+        for part in parts:
+            layers, vocabulary = getattr(part, "num_hidden_layers", 0), getattr(part, "vocab_size", 1)
+            if layers > len(shapes):
+                raise ValueError(f"{layers:,} layers cannot have {len(shapes):,} tensors")
+            if vocabulary != 1:
+                raise ValueError(f"`vocab_size` must be 1, for there is nothing to embed; got {vocabulary:,}")
+
     def features(
         self,
         states: torch.Tensor,

@@ -82,6 +82,24 @@ def small_disk(tmp_path):
         subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("kind", SOME)
+def test_a_mount_point_takes_the_model_at_the_end(kind, small_disk):
+    """With nothing saved before it."""
+    disk = small_disk(2**26)
+    trainer = short(kind, disk, save_strategy="no")
+    trainer.train()
+    trainer.save_model(str(disk))
+    for name in ("codebook", "policy"):
+        assert (disk / name / "model.safetensors").is_file()
+    assert {path.name for path in disk.iterdir() if path.name.startswith(".")} <= {".run.lock"}
+
+
+def test_a_mount_point_in_the_place_of_a_part_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(output_folder.os.path, "ismount", lambda path: Path(path).name == "policy")
+    with pytest.raises(ValueError, match="has the mount points .'policy'., whose place parts of the model take"):
+        short("sft", tmp_path)
+
+
 @pytest.mark.parametrize("kind", [pytest.param(k, marks=[] if k == "grpo" else pytest.mark.slow) for k in KINDS])
 def test_a_file_system_that_runs_full(kind, small_disk, tmp_path):
     short(kind, tmp_path / "measured").train()
@@ -151,6 +169,21 @@ def test_a_folder_without_permission_is_refused_before_the_model_is_loaded(kind,
     # No name of a model: it would be an error of its own.
     answer = unprivileged(lambda: short(kind, open_folder / "run"))
     assert answer.startswith("ValueError: `output_dir`") and "cannot be written to: Permission denied" in answer
+
+
+@pytest.mark.parametrize("kind", SOME)
+def test_a_folder_in_one_that_cannot_be_written_to(kind, open_folder):
+    (open_folder / "run").mkdir(mode=0o700)
+    open_folder.chmod(0o555)
+
+    def train():
+        trainer = short(kind, open_folder / "run", save_strategy="no")
+        trainer.train()
+        trainer.save_model(str(open_folder / "run"))
+
+    assert unprivileged(train) == "nothing was raised"
+    assert (open_folder / "run" / "policy" / "model.safetensors").is_file()
+    assert (open_folder / "run").stat().st_mode & 0o777 == 0o700
 
 
 @pytest.mark.parametrize("kind", SOME)

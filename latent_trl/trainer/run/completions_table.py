@@ -16,7 +16,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
-from ...data.pieces import text_pieces
+from ...data.pieces import printable, text_pieces
 from ...evaluation.report import code_colour, image_url
 
 TEMPLATE = "completions.html.j2"
@@ -89,13 +89,13 @@ def number(value: float) -> str:
 
 def terminal_table(rows: list[CompletionRow], title: str, thumbnails: bool = True) -> Table:
     """The table for a terminal; `thumbnails` are drawn in coloured characters."""
-    table = Table(title=title, show_lines=True)
+    table = Table(title=Text(title), show_lines=True)
     if thumbnails := thumbnails and any(row.images for row in rows):
         table.add_column("picture", width=CHARACTERS)
     table.add_column("prompt", ratio=2)
     table.add_column("answer, with its codes", ratio=4)
     for name in rows[0].rewards if rows else ():
-        table.add_column(name, justify="right")
+        table.add_column(Text(printable(name)), justify="right")
     table.add_column("advantage", justify="right")
     for row in rows:
         answer = Text()
@@ -104,7 +104,7 @@ def terminal_table(rows: list[CompletionRow], title: str, thumbnails: bool = Tru
             answer.append(shown, style=f"black on {code_colour(code)}")
             answer.append(f"{code} ", style="dim")
         cells: list[Any] = [_characters(row.images[0]) if row.images else ""] if thumbnails else []
-        cells += [Text(row.prompt), answer, *map(number, row.rewards.values()), number(row.advantage)]
+        cells += [Text(printable(row.prompt)), answer, *map(number, row.rewards.values()), number(row.advantage)]
         table.add_row(*cells)
     return table
 

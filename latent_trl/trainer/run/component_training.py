@@ -8,11 +8,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
-from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_tensors
+from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_weights
 from ...models.component import check_state, load_state
 from ...models.latent_action_model import LatentActionModel
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
@@ -21,11 +21,13 @@ from .manifest import (
     MANIFEST_FILE,
     checkpoint_fault,
     newest_whole_checkpoint,
+    rotate,
     write_json,
     write_manifest,
 )
 from .output_folder import (
     check_same_method,
+    clear_run_folder,
     earlier_run,
     no_room,
     only_run,
@@ -33,6 +35,7 @@ from .output_folder import (
     set_aside,
     written_whole,
 )
+from .signals import StopOnSignal
 
 logger = logging.get_logger(__name__)
 
@@ -74,7 +77,7 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config, names = read_config(folder)
-    loaded = {name: read_tensors(folder / name / WEIGHTS_NAME) for name in names}
+    loaded = {name: read_weights(folder / name / WEIGHTS_NAME) for name in names}
     own = {name: getattr(model, name) for name in names}
     absent = [name for name, component in own.items() if component is None]
     if absent:
@@ -87,12 +90,12 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
             load_state(component, {k: _as_sharded(t, sharded[k]) for k, t in loaded[name].items()}, str(folder / name))
         tuned = folder / TUNED_FOLDER / WEIGHTS_NAME
         if tuned.is_file():
-            _copy_tensors(model.backbone, read_tensors(tuned), tuned)
+            _copy_tensors(model.backbone, read_weights(tuned), tuned)
         adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
         if model.peft_backbone is not None:
             from peft import set_peft_model_state_dict
 
-            set_peft_model_state_dict(model.peft_backbone, read_tensors(adapter))
+            set_peft_model_state_dict(model.peft_backbone, read_weights(adapter))
     except CheckpointError:
         for name, component in own.items():
             component.load_state_dict(before[name])
@@ -162,6 +165,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
         self.add_callback(RestoreRun(self))
+        self.stop_on_signal = StopOnSignal()
+        self.add_callback(self.stop_on_signal)
         self.health = RunHealth(self.args.on_nonfinite, self._on_collapse(), self.args.output_dir)
         if self.is_deepspeed_enabled and self.args.on_nonfinite == "skip":
             raise ValueError(
@@ -192,6 +197,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
             CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
             FloatingPointError: When the loss or a gradient is not finite (`on_nonfinite`).
             CollapseError: With `on_collapse="stop"`.
+            SystemExit, KeyboardInterrupt: After SIGTERM (code 143) and SIGINT, when the step's checkpoint is written.
         """
         folder = self.args.output_dir
         with only_run(self.accelerator, folder):
@@ -216,6 +222,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         return sum(p.numel() * p.element_size() for p in kept.values()) + moments
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
+        if self.args.should_save:
+            clear_run_folder(self.args.output_dir)
         if resume_from_checkpoint is True:
             resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
             if resume_from_checkpoint is None:
@@ -228,7 +236,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         if resume_from_checkpoint:
             check_same_method(resume_from_checkpoint, self._name)
         self.resumed_from = resume_from_checkpoint or None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        with self.stop_on_signal.watched():
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -282,7 +291,7 @@ class ComponentTrainingMixin(HubTrainingMixin):
         if push:
             self.push_checkpoint(folder)
         if self.args.should_save:
-            rotate_checkpoints(run_folder, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate(run_folder, limit, folder, self.state.best_model_checkpoint)
 
     def save_run(self, folder: str | Path) -> None:
         """Called by every process while a checkpoint is written: what a trainer needs to go on exactly."""

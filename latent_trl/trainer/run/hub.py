@@ -20,6 +20,7 @@ from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
 from ...models.latent_action_model import LatentActionModel
+from .output_folder import PUSH_PREFIX
 
 logger = logging.get_logger(__name__)
 
@@ -153,7 +154,11 @@ class HubTrainingMixin:
         TrainingReport.from_dict(model.training_report).write(folder)
         own = [tag for tag in self._tag_names if tag not in ("trl", "latent-trl")]
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id, tags=[*own, *tags], **metadata)
+        try:
+            write_card(folder, repo_id=self.hub_model_id or self.args.hub_model_id, tags=[*own, *tags], **metadata)
+        except Exception as error:
+            # A picture that a library cannot draw must not cost the run.
+            logger.warning(f"The card of {folder} was not written, training goes on: {type(error).__name__}: {error}")
 
     def init_hf_repo(self, token: str | None = None, **kwargs: Any) -> None:
         check_token(token if token is not None else self.args.hub_token)
@@ -257,6 +262,6 @@ def _linked_copy(folder: str, beside: str) -> str:
         except OSError:
             shutil.copy2(source, target)
 
-    copy = tempfile.mkdtemp(prefix="_push-", dir=beside)
+    copy = tempfile.mkdtemp(prefix=PUSH_PREFIX, dir=beside)
     shutil.copytree(folder, copy, dirs_exist_ok=True, copy_function=link)
     return copy

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 from transformers.trainer_utils import sort_checkpoints
@@ -10,11 +11,14 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 MANIFEST_FILE = "checkpoint_files.json"
+PARTIAL = ".partial"
+# transformers' mark of a checkpoint that is being written (`enable_jit_checkpoint`). It goes after the manifest.
+SENTINEL_FILE = "checkpoint-is-incomplete.txt"
 
 
 def write_json(path: Path, value) -> None:
     """Writes JSON through a temporary file, so that a reader never sees half of it."""
-    partial = path.with_suffix(path.suffix + ".partial")
+    partial = path.with_suffix(path.suffix + PARTIAL)
     partial.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     partial.replace(path)
 
@@ -22,9 +26,18 @@ def write_json(path: Path, value) -> None:
 def write_manifest(folder: str | Path) -> None:
     """Lists the files of a finished checkpoint in it."""
     folder = Path(folder)
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
-    described = {str(path.relative_to(folder)): [path.stat().st_size, _digest(path)] for path in files}
+    described = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _digest(path)]
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and _stays(path.relative_to(folder))
+    }
     write_json(folder / MANIFEST_FILE, {"files": described})
+
+
+def _stays(path: Path) -> bool:
+    """Whether a file is the checkpoint's: not the manifest, and nothing that is there while files are written."""
+    passing = path.suffix == PARTIAL or any(part.startswith(".") for part in path.parts)
+    return not passing and path.name not in (MANIFEST_FILE, SENTINEL_FILE)
 
 
 def checkpoint_fault(folder: str | Path) -> str | None:
@@ -60,6 +73,23 @@ def newest_whole_checkpoint(folder: str | Path) -> str | None:
             return checkpoint
         logger.warning(f"Checkpoint {checkpoint} is damaged ({fault}); the one before it is used.")
     return None
+
+
+def rotate(folder: str | Path, limit: int | None, newest: str | Path, best: str | None) -> None:
+    """
+    Removes checkpoints until there are `limit`, by their steps: clocks go back, and copies have the times of their
+    copying. `newest`, the one just written, and `best` stay. Later steps than the newest's, of a run that was not gone
+    on with, go first.
+    """
+    found = [Path(path) for path in sort_checkpoints(str(folder))]
+    kept = {Path(newest), *([Path(best)] if best else [])}
+    if not limit or limit <= 0 or Path(newest) not in found:
+        return
+    place = found.index(Path(newest))
+    for checkpoint in [path for path in found[place:] + found[:place] if path not in kept][
+        : max(0, len(found) - limit)
+    ]:
+        shutil.rmtree(checkpoint, ignore_errors=True)
 
 
 def _digest(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The folder of a run: it can be written to, has room, and belongs to one run at a time."""
 
+import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,11 +13,15 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ...checkpoint.files import REPORT_FILE, CheckpointError, read_json
+from ...checkpoint.atomic_folder import atomic_folder, clear_leftovers
+from ...checkpoint.files import OWNED_NAMES, REPORT_FILE, CheckpointError, read_json
 from .health import what_is_kept
 from .manifest import MANIFEST_FILE, newest_whole_checkpoint
 
 LOCK_FILE = ".run.lock"
+TRIAL_FILE = ".trial"
+# Of the copies of checkpoints that are on their way to the Hub.
+PUSH_PREFIX = "_push-"
 
 
 class CheckpointWriteError(OSError):
@@ -25,17 +29,27 @@ class CheckpointWriteError(OSError):
 
 
 def check_writable(args: TrainingArguments) -> None:
-    """Makes `output_dir`. Raises `ValueError` when nothing can be written there, before anything is loaded."""
+    """
+    Makes `output_dir`, and tries there what saving a model does. Raises `ValueError` when that fails, before anything
+    is loaded.
+    """
     if not args.should_save:
         return
+    folder = Path(args.output_dir)
     try:
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.output_dir) as file:
-            file.write(bytes(4096))
+        with atomic_folder(folder) as staging:
+            (staging / TRIAL_FILE).write_bytes(bytes(4096))
+        (folder / TRIAL_FILE).unlink()
+        mounted = [name for name in OWNED_NAMES if os.path.ismount(folder / name)]
     except OSError as error:
         raise ValueError(
             f"`output_dir` {args.output_dir!r} cannot be written to: {error.strerror}. Choose another folder."
         ) from error
+    if mounted:
+        raise ValueError(
+            f"`output_dir` {args.output_dir!r} has the mount points {mounted}, whose place parts of the model take. "
+            "Choose another folder, or mount that one."
+        )
 
 
 def raise_together(fault: str | None) -> None:
@@ -69,6 +83,13 @@ def only_run(accelerator: Accelerator, folder: str | Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def clear_run_folder(folder: str | Path) -> None:
+    """Removes what killed runs left in `folder`, of which this run has the lock: half-written files, copies to push."""
+    for path in Path(folder).glob(f"{PUSH_PREFIX}*"):
+        shutil.rmtree(path, ignore_errors=True)
+    clear_leftovers(folder)
 
 
 def earlier_run(folder: str | Path) -> str | None:

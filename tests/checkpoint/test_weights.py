@@ -1,0 +1,243 @@
+"""What a file may hold: finite floats of the shapes that its configuration says, found before memory is taken."""
+
+import json
+import os
+import resource
+import time
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from tiny_models import latent
+
+from latent_trl import CheckpointError, Codebook, LatentActionModel, LatentActionPolicy
+from latent_trl.checkpoint import files
+from latent_trl.hub.pull import inspect
+
+
+@pytest.fixture(scope="module")
+def model():
+    return latent("llava")[0]
+
+
+@pytest.fixture
+def saved(model, tmp_path):
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(scope="module")
+def adapted_files(tmp_path_factory):
+    model, _ = latent("llava")
+    torch.manual_seed(3)
+    model.add_adapter(LoraConfig(r=4, lora_alpha=8, init_lora_weights=False))
+    folder = tmp_path_factory.mktemp("adapted")
+    model.save_pretrained(folder)
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def adapted(adapted_files, tmp_path):
+    for name, content in adapted_files.items():
+        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / name).write_bytes(content)
+    return tmp_path / "model"
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def change(path, function):
+    save_file({name: function(tensor).contiguous() for name, tensor in load_file(path).items()}, path)
+
+
+@pytest.fixture
+def cheap():
+    """The block takes little time and memory."""
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    yield
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000
+    assert time.monotonic() - start < 30
+
+
+WRONG = {
+    "NaN": lambda t: t.fill_(float("nan")),
+    "infinity": lambda t: torch.where(torch.arange(t.numel()).view(t.shape) == 3, torch.inf, t),
+    "bool": lambda t: t > 0,
+    "int": lambda t: (t * 9).long(),
+    "complex": lambda t: t.to(torch.complex64),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "nothing": lambda t: t[:0],
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_tensors_that_are_no_weights(saved, model, wrong):
+    change(saved / "codebook" / "model.safetensors", WRONG[wrong])
+    for load in (Codebook.from_pretrained, lambda f: LatentActionModel.from_pretrained(f, backbone=model.backbone)):
+        with pytest.raises(CheckpointError, match="infinite or NaN|is of dtype|no elements"):
+            load(saved)
+
+
+def test_an_adapter_of_nan(adapted):
+    change(adapted / "adapter" / "adapter_model.safetensors", WRONG["NaN"])
+    with pytest.raises(CheckpointError, match="infinite or NaN"):
+        LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ({"vocab_size": 3_000_000_000}, "`vocab_size` must be 1"),
+        ({"num_hidden_layers": 20_000}, "20,000 layers cannot have"),
+        ({"intermediate_size": 1 << 40}, "shape|cannot be used"),
+    ],
+)
+def test_a_component_that_asks_for_more_than_its_file_has(saved, cheap, text, said):
+    path = saved / "policy" / "config.json"
+    config = json.loads(path.read_text())
+    edit(path, text_config={**config["text_config"], **text})
+    with pytest.raises(CheckpointError, match=said):
+        LatentActionPolicy.from_pretrained(saved)
+
+
+def test_tables_that_are_in_no_file(saved, cheap):
+    """GPT-2's masks are as large as the square of its positions, and are saved nowhere."""
+    from transformers import GPT2Config
+
+    gpt = GPT2Config(vocab_size=1, n_embd=32, n_layer=1, n_head=2, n_positions=16, eos_token_id=None, bos_token_id=None)
+    LatentActionPolicy(gpt, 32, 16).save_pretrained(saved / "policy")
+    LatentActionPolicy.from_pretrained(saved / "policy")
+    path = saved / "policy" / "config.json"
+    config = json.loads(path.read_text())
+    edit(path, text_config={**config["text_config"], "n_positions": 10**6})
+    with pytest.raises(CheckpointError):
+        LatentActionPolicy.from_pretrained(saved / "policy")
+
+
+def test_more_tensors_than_any_model_has(saved, cheap, monkeypatch):
+    monkeypatch.setattr(files, "MAX_HEADER_BYTES", 10_000)
+    save_file({f"t{i}": torch.zeros(1) for i in range(2_000)}, saved / "codebook" / "model.safetensors")
+    for look in (Codebook.from_pretrained, inspect):
+        with pytest.raises(CheckpointError, match="lists tensors in .* bytes, at most 10,000"):
+            look(saved)
+
+
+@pytest.mark.parametrize("name", ["codebook/model.safetensors", "codebook/config.json", "latent_action_config.json"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(saved, model, name, cheap):
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    with pytest.raises(CheckpointError, match="missing"):
+        LatentActionModel.from_pretrained(saved, backbone=model.backbone)
+    try:
+        inspect(saved)
+    except CheckpointError:
+        pass
+
+
+def test_integers_of_five_thousand_digits(saved, model):
+    path = saved / "codebook" / "config.json"
+    path.write_text(path.read_text().replace('"num_codes": 16', f'"num_codes": {"9" * 5000}'))
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        LatentActionModel.from_pretrained(saved, backbone=model.backbone)
+
+
+BASES = ["/nowhere/at/all", "./nowhere", "~/nowhere", "a b", "../x", "x" * 500, "a/b/c", "é/ü"]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_base_model_that_is_no_folder_and_no_id(saved, base):
+    edit(saved / "latent_action_config.json", base_model_name_or_path=base)
+    with pytest.raises(CheckpointError, match="The base model .* is no"):
+        LatentActionModel.from_pretrained(saved)
+
+
+def test_a_field_of_tomorrow_loads_the_file_of_today(tmp_path):
+    class Tomorrow(Codebook):
+        config_keys = ("num_codes", "hidden_size", "shape")
+
+        def __init__(self, num_codes, hidden_size, shape="round"):
+            super().__init__(num_codes, hidden_size)
+            self.shape = shape
+
+    Tomorrow.__name__ = "Codebook"
+    Codebook(4, 8).save_pretrained(tmp_path)
+    assert Tomorrow.from_pretrained(tmp_path).shape == "round"
+    Tomorrow(4, 8, "square").save_pretrained(tmp_path)
+    assert Tomorrow.from_pretrained(tmp_path).shape == "square"
+    with pytest.raises(CheckpointError, match="expected the keys"):
+        Codebook.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part", ["adapter", "codebook"])
+def test_a_folder_that_is_a_link_out(adapted, tmp_path, part):
+    (adapted / part).rename(tmp_path / "outside")
+    (adapted / part).symlink_to(tmp_path / "outside")
+    for look in (lambda f: LatentActionModel.from_pretrained(f, backbone=latent("llava")[0].backbone), inspect):
+        with pytest.raises(CheckpointError, match="outside"):
+            look(adapted)
+
+
+@pytest.mark.parametrize(
+    "values, said",
+    [
+        ({"r": 300_000}, "rank 300000 is that of no tensor"),
+        ({"r": -1}, "rank -1"),
+        ({"r": "4"}, "`r` has '4'"),
+        ({"r": True}, "`r` has True"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "is not a plain name"),
+        ({"rank_pattern": {"q_proj": 300_000}}, "rank 300000"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "must hold numbers"),
+        ({"init_lora_weights": "pissa"}, "`init_lora_weights='pissa'` belongs to a backbone"),
+        ({"init_lora_weights": "olora"}, "belongs to a backbone"),
+        ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "belongs to a backbone"),
+        ({"layer_replication": [[0, 9]]}, "are no plain fields"),
+        ({"megatron_config": {"a": 1}}, "are no plain fields"),
+        ({"peft_type": "IA3"}, "must be 'LORA'"),
+        ({"peft_type": None}, "must be 'LORA'"),
+        ({"modules_to_save": ["(a|a)*b"]}, "is not a plain name"),
+        ({"modules_to_save": ["lm_head"]}, "do not fit"),
+        ({"bias": "all"}, "do not fit|cannot be used"),
+        ({"use_dora": True}, "do not fit"),
+    ],
+)
+def test_an_adapter_with_fields_that_are_not_plain(adapted, values, said, cheap):
+    backbone = latent("llava")[0].backbone.requires_grad_(True)
+    before = {name: (t.detach().clone(), t.requires_grad) for name, t in backbone.named_parameters()}
+    edit(adapted / "adapter" / "adapter_config.json", **values)
+    with pytest.raises(CheckpointError, match=said):
+        LatentActionModel.from_pretrained(adapted, backbone=backbone)
+    after = dict(backbone.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], t) and after[n].requires_grad == grad for n, (t, grad) in before.items())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"target_modules": r"(a|.*)*x?.*proj"}, {"target_modules": ["."]}, {"exclude_modules": "(.*)*vision"}, {}],
+)
+def test_the_layers_of_an_adapter_are_those_of_its_tensors(adapted, values, cheap):
+    """No expression of the file is matched."""
+    whole = LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)
+    edit(adapted / "adapter" / "adapter_config.json", **values)
+    loaded = LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)
+    wanted = dict(whole.backbone.named_parameters())
+    assert {n for n, _ in loaded.backbone.named_parameters()} == wanted.keys()
+    assert all(torch.equal(p, wanted[name]) for name, p in loaded.backbone.named_parameters())
+
+
+def test_an_adapter_of_wide_tensors_is_compared_before_layers_are_made(adapted, cheap):
+    path = adapted / "adapter" / "adapter_model.safetensors"
+    change(path, lambda t: torch.zeros(4096, 1) if t.shape[0] == 4 else t)
+    edit(adapted / "adapter" / "adapter_config.json", r=4096)
+    with pytest.raises(CheckpointError, match="has shape .4096, 1., where the layer has size"):
+        LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)
+
+
+def test_an_odd_adapter_record(adapted):
+    for content in ("[]", "{}", '"x"', '{"peft_type": "LORA"}', '{"peft_type": ["LORA"], "r": {}}'):
+        (adapted / "adapter" / "adapter_config.json").write_text(content)
+        with pytest.raises(CheckpointError):
+            LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)

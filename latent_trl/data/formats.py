@@ -11,9 +11,7 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 # Under which transformers and others put the picture of a part.
 PICTURES = ("image", "url", "path", "base64", "image_url", "source")
-FOUND = (
-    "Formats that are read: TRL's, OpenAI's, ShareGPT's `conversations` with and without images, ms-swift's, Alpaca's."
-)
+FOUND = "Formats that are read: TRL's, OpenAI's, ShareGPT's `conversations` (also with images), ms-swift's, Alpaca's."
 
 
 def convert_row(row: dict[str, Any]) -> dict[str, Any]:

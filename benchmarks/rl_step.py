@@ -73,13 +73,15 @@ class Arm:
         self.optimizer = trainer.create_optimizer()
         self.trained = [p for p in trainer.model.parameters() if p.requires_grad]
         self.rollout_seconds = 0.0
-        generate = trainer._generate
+        # From prompts to decoded completions, in either trainer.
+        name = "draw_samples" if isinstance(trainer, LatentActionGRPOTrainer) else "_generate"
+        generate = getattr(trainer, name)
 
         def timed(prompts):
             self.rollout_seconds, result = seconds(lambda: generate(prompts))
             return result
 
-        trainer._generate = timed
+        setattr(trainer, name, timed)
 
     def collect(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Times of rollout and scoring, and the batch."""

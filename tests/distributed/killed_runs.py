@@ -18,7 +18,13 @@ from latent_trl.trainer.run.manifest import newest_whole_checkpoint  # noqa: E40
 
 # Where a run is killed: within calls of these methods.
 SAVING, ROLLOUT, STEP = "_save_checkpoint", "_generate_and_score_completions", "training_step"
-PLACES = {"space": (SAVING, STEP, "_end"), "sft": (SAVING, STEP), "grpo": (SAVING, ROLLOUT), "ppo": (SAVING, ROLLOUT)}
+PLACES = {
+    "space": (SAVING, STEP, "_end"),
+    "sft": (SAVING, STEP),
+    "grpo": (SAVING, ROLLOUT),
+    "rloo": (SAVING, ROLLOUT),
+    "ppo": (SAVING, ROLLOUT),
+}
 
 
 class Moment(NamedTuple):

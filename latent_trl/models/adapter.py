@@ -70,7 +70,7 @@ def tensors_of(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def wrapping_layers(backbone: nn.Module) -> dict[str, nn.Module]:
     """The layers that PEFT has put around others, by their names."""
-    return {name: m for name, m in backbone.named_modules() if not set(WRAPPED).isdisjoint(m._modules)}
+    return {name: m for name, m in backbone.named_modules() if not set(WRAPPED).isdisjoint(dict(m.named_children()))}
 
 
 def plain_names(backbone: nn.Module) -> dict[str, str]:

@@ -114,6 +114,13 @@ def test_what_peft_trains_is_trained_saved_and_loaded(kind, name, tmp_path):
     assert {n for n, p in further.backbone.named_parameters() if p.requires_grad} == wanted
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_backbone_with_an_adapter_is_known_as_the_same(name):
+    model, _ = build()
+    model.add_adapter(CONFIGS[name]())
+    assert model.backbone_view.fingerprint() == model.config.backbone_fingerprint
+
+
 @pytest.mark.parametrize("name", ["lora", "dora", "lora with an embedding", "lora with tokens", "ia3", "loha"])
 def test_a_merged_adapter_is_saved(name, tmp_path):
     model, tiny = build()

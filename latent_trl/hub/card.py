@@ -113,11 +113,11 @@ def card_metadata(
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=one.dataset,
-            dataset_name=one.dataset,
-            dataset_split=one.split,
-            metric_type=one.metric,
-            metric_name=one.metric,
+            dataset_type=_line(one.dataset),
+            dataset_name=_line(one.dataset),
+            dataset_split=_line(one.split),
+            metric_type=_line(one.metric),
+            metric_name=_line(one.metric),
             metric_value=one.value,
         )
         for one in report.evaluation
@@ -130,7 +130,7 @@ def card_metadata(
         datasets=list(dict.fromkeys(name for name in datasets if hub_id(name))) or None,
         tags=list(dict.fromkeys([*own, *tags])),
         language=language,
-        model_name=title if results else None,
+        model_name=_line(title) if results else None,
         eval_results=results or None,
         **licence,
     )

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import random
-import re
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .judge_cache import ReplyCache, request_key
+from .judge_reply import ReplyRefused, Secret, guard_reply
 from .judge_template import JudgeReplyError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
@@ -107,21 +107,33 @@ class JudgeClient:
                 raise ValueError(f"`{name}` must be at least {lowest}; got {getattr(self, name)}.")
         if self.timeout <= 0:
             raise ValueError(f"`timeout` must be above 0 seconds; got {self.timeout}.")
+        self.secret = Secret(self.api_key)
         self._jitter = random.Random()  # its own generator: back-off must not move the seeded ones
 
     @asynccontextmanager
     async def session(self):
         """Opens the connection for one batch, and yields a [`JudgeSession`]. Works under any event loop."""
         openai = import_openai()
+        # No redirect is followed: prompt and images go to the host that the user has named, and to no other.
+        http_client = openai.DefaultAsyncHttpxClient(
+            base_url=self.base_url,
+            timeout=self.timeout,
+            follow_redirects=False,
+            event_hooks={"response": [guard_reply]},
+        )
         async with openai.AsyncOpenAI(
-            base_url=self.base_url, api_key=self.api_key, timeout=self.timeout, max_retries=0
+            base_url=self.base_url,
+            api_key=self.api_key,
+            timeout=self.timeout,
+            max_retries=0,
+            http_client=http_client,
+            default_headers={"Accept-Encoding": "identity"},
         ) as connection:
             yield JudgeSession(self, connection, openai)
 
     def redact(self, text: str) -> str:
-        """Takes keys out of a text that a server sent, and shortens it."""
-        text = text.replace(self.api_key, "[key]")
-        text = re.sub(r"(?i)(bearer\s+|sk-)[\w.*-]{4,}", "[key]", text)
+        """Takes keys out of a text that a server sent, parts and encoded forms of them too, and shortens it."""
+        text = self.secret.hidden(text)
         return text if len(text) <= DETAIL_LENGTH else text[:DETAIL_LENGTH] + "…"
 
     def delay(self, attempt: int, headers: Any) -> float:
@@ -192,7 +204,7 @@ class JudgeSession:
             stats.failed += 1
             stats.reasons[error.reason] += 1
             raise JudgeCallError(error.reason, self.client.redact(error.detail)) from None
-        if self.client.api_key not in reply:  # a server that repeats the key does not get it written to disk
+        if not self.client.secret.is_in(reply):  # a server that repeats the key does not get it written to disk
             store.put(key, reply)
         return scores
 
@@ -221,10 +233,15 @@ class JudgeSession:
                 headers, status = error.response.headers, error.status_code
                 retried = status in RETRIED_STATUS or status >= 500
                 failure = JudgeCallError(f"http_{status}", client.redact(error.response.text))
+            except ReplyRefused as error:
+                raise JudgeCallError(error.reason, str(error)) from None
             except (TimeoutError, openai.APITimeoutError):
                 failure = JudgeCallError("timeout", f"no answer within {client.timeout} s")
             except openai.APIConnectionError as error:
                 failure = JudgeCallError("connection", client.redact(f"{error} {error.__cause__ or ''}".strip()))
+            except (openai.OpenAIError, UnicodeError, LookupError) as error:
+                retried = False
+                failure = JudgeCallError("client", client.redact(f"{type(error).__name__}: {error}"))
             if not retried or attempt == client.max_retries:
                 break
             await asyncio.sleep(client.delay(attempt, headers))
@@ -245,7 +262,7 @@ class JudgeSession:
             message, finish = choice["message"], choice.get("finish_reason")
             content, refusal = message.get("content"), message.get("refusal")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
-            raise JudgeCallError("malformed", f"not a chat completion: {body[:100]!r}") from None
+            raise JudgeCallError("malformed", f"not a chat completion: {self.client.redact(body)[:100]!r}") from None
         stats.prompt_tokens += _token_count(answer, "prompt_tokens")
         stats.completion_tokens += _token_count(answer, "completion_tokens")
         if refusal or finish == "content_filter":

@@ -1,14 +1,14 @@
 """What a judge is asked, and the strict reading of what it answers."""
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
 
+from .judge_delimiters import without_delimiters
+
 TEMPLATE_FOLDER = Path(__file__).parent / "judge_templates"
-TAGS = ("conversation", "first_reply", "second_reply")
 
 
 class JudgeReplyError(ValueError):
@@ -121,7 +121,9 @@ class JudgeTemplate:
         keys = ", ".join(f'"{aspect}"' for aspect in self.aspects)
         system = Template(self.system).substitute(aspects=listed, keys=keys, low=low, high=high)
         user = Template(self.user).substitute(
-            conversation=_without_tags(conversation), first=_without_tags(first), second=_without_tags(second)
+            conversation=without_delimiters(conversation),
+            first=without_delimiters(first),
+            second=without_delimiters(second),
         )
         images = [{"type": "image_url", "image_url": {"url": url}} for url in image_urls]
         content = [*images, {"type": "text", "text": user}] if images else user
@@ -179,16 +181,14 @@ def _strict_object(properties: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _without_tags(text: str) -> str:
-    """Breaks our own tags where they occur in the material, so that a reply cannot end its own section."""
-    return re.sub(rf"<(?=/?(?:{'|'.join(TAGS)})\s*>)", "‹", text, flags=re.IGNORECASE)
-
-
 def _json_objects(reply: str) -> list[dict]:
     """All outermost JSON objects in a text, after the reasoning that some models put before their answer."""
-    text = reply.rpartition("</think>")[2]
-    if text.lstrip().startswith("<think>"):
-        return []
+    before, end, text = reply.partition("</think>")
+    if not end:
+        text = "" if reply.lstrip().startswith("<think>") else reply
+    elif "</think>" in text or (not before.lstrip().startswith("<think>") and _json_objects(before)):
+        # Which of them ends the reasoning, and which is quoted, cannot be told.
+        raise JudgeReplyError("unparsable", "it is not clear where the reasoning ends")
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
     objects, position = [], text.find("{")
     while position >= 0:

@@ -13,13 +13,17 @@ QUALITY = {"good": 9, "fair": 6, "poor": 3, "reference": 6}
 
 @dataclass
 class Reply:
-    """What the server sends for one request: a chat completion with `content`, or `body` as it stands."""
+    """
+    What the server sends for one request: a chat completion with `content`, `body` as it stands, or so many `endless`
+    bytes, whose number it does not say.
+    """
 
     content: str | None = None
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     delay: float = 0.0
-    body: str | None = None
+    body: str | bytes | None = None
+    endless: int = 0
     finish_reason: str = "stop"
     cut: bool = False
 
@@ -111,9 +115,18 @@ class JudgeServer:
                     "choices": [{"index": 0, "message": message, "finish_reason": reply.finish_reason}],
                     "usage": {"prompt_tokens": 100, "completion_tokens": 10, "total_tokens": 110},
                 }
-                body = (json.dumps(completion) if reply.body is None else reply.body).encode()
+                body = json.dumps(completion) if reply.body is None else reply.body
+                body = body.encode() if isinstance(body, str) else body
                 self.send_response(reply.status)
-                self.send_header("Content-Type", "application/json")
+                if "Content-Type" not in reply.headers:
+                    self.send_header("Content-Type", "application/json")
+                if reply.endless:
+                    self.send_header("Connection", "close")
+                    self.end_headers()
+                    for _ in range(reply.endless // 2**16):
+                        self.wfile.write(bytes(2**16))
+                    self.close_connection = True
+                    return
                 self.send_header("Content-Length", str(len(body) * 2 if reply.cut else len(body)))
                 for name, value in reply.headers.items():
                     self.send_header(name, value)

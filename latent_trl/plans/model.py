@@ -121,14 +121,17 @@ class PlanModel(nn.Module):
             some, own = prompts[start : start + at_once], answers[start : start + at_once]
             plan_ids = torch.arange(plans).repeat(len(some))
             cache = self._encode(encoder, [prompt for prompt in some for _ in range(plans)], plan_ids)
+            scores = [torch.zeros(len(of_prompt), plans) for of_prompt in own]
             places = [(b, m, k) for b, of_prompt in enumerate(own) for m in range(len(of_prompt)) for k in range(plans)]
-            values = []
+            # Answers of like length stand together, so that little is padding.
+            places.sort(key=lambda place: len(own[place[0]][place[1]]))
             for first in range(0, len(places), batch_size):
                 part = places[first : first + batch_size]
                 rows = torch.tensor([b * plans + k for b, _, k in part])
-                values.append(self._score(cache.rows(rows), plan_ids[rows], [own[b][m] for b, m, _ in part]))
-            split = torch.cat(values).split([len(of_prompt) * plans for of_prompt in own])
-            found += [one.view(-1, plans).cpu() for one in split]
+                values = self._score(cache.rows(rows), plan_ids[rows], [own[b][m] for b, m, _ in part])
+                for (b, m, k), value in zip(part, values.tolist(), strict=True):
+                    scores[b][m, k] = value
+            found += scores
         return found
 
     def _encode(self, encoder: PromptEncoder, prompts: list[EncodedPrompt], plan_ids: torch.Tensor) -> PromptCache:

@@ -302,14 +302,9 @@ def test_the_bandit_finds_the_plan_of_each_prompt(tmp_path):
         return [float(text == right[n]) for text, n in zip(completions, number)]
 
     model.backbone.generation_config.eos_token_id = 2
-    trainer = PlanBanditTrainer(
-        model,
-        reward,
-        bandit_args(tmp_path, max_steps=160, num_iterations=10, rollout_prompts=12, replay_batch_size=64),
-        rows,
-        rows,
-        make_tokenizer(),
-    )
+    options = {"max_steps": 160, "num_iterations": 10, "rollout_prompts": 12, "replay_batch_size": 64}
+    args = bandit_args(tmp_path, **options, exploration_temperature=4.0)
+    trainer = PlanBanditTrainer(model, reward, args, rows, rows, make_tokenizer())
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

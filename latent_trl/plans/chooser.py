@@ -13,8 +13,8 @@ HEADS = 4
 
 class PlanChooser(nn.Module):
     """
-    K sigmoids on the states of a prompt: attention with learned queries over all its positions, pictures' among them,
-    beside its last position. Float32.
+    K sigmoids on the states of a prompt: a layer on its last position, beside attention with learned queries over all
+    positions, pictures' among them, which starts at nothing and comes in where it helps. Float32.
 
     Args:
         input_size (`int`): Width of the states that [`prompt_states`] gives.
@@ -24,9 +24,11 @@ class PlanChooser(nn.Module):
 
     def __init__(self, input_size: int, num_plans: int, size: int):
         super().__init__()
-        self.input = nn.Linear(input_size, size)
-        self.queries = nn.Linear(size, HEADS, bias=False)
-        self.hidden = nn.Linear((HEADS + 1) * size, size)
+        self.last = nn.Linear(input_size, size)
+        self.queries = nn.Linear(input_size, HEADS, bias=False)
+        self.values = nn.Linear(input_size, size // HEADS, bias=False)
+        self.attended = nn.Linear(HEADS * (size // HEADS), size, bias=False)
+        nn.init.zeros_(self.attended.weight)
         self.output = nn.Linear(size, num_plans)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -38,10 +40,10 @@ class PlanChooser(nn.Module):
         Returns:
             Logits `[B, K]` of the plans' rewards.
         """
-        features = nn.functional.gelu(self.input(states.float()))
-        scores = self.queries(features).masked_fill(~mask.bool()[..., None], -torch.inf)
-        pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), features).flatten(1)
-        return self.output(nn.functional.gelu(self.hidden(torch.cat([pooled, features[:, -1]], dim=1))))
+        states = states.float()
+        scores = self.queries(states).masked_fill(~mask.bool()[..., None], -torch.inf)
+        pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), self.values(states)).flatten(1)
+        return self.output(nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled)))
 
 
 def chosen_layers(view: Backbone, count: int) -> list[int]:

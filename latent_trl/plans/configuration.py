@@ -24,7 +24,7 @@ class PlanConfig:
         target_modules (`list[str]`, *optional*): Ends of names of the linear maps that plans change, as in PEFT. By
             default those that write to the residual stream.
         chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
-        chooser_size (`int`, defaults to `128`): Width of the chooser.
+        chooser_size (`int`, defaults to `256`): Width of the chooser.
         seed (`int`, defaults to `0`): Of the start of plans and chooser.
         base_model_name_or_path (`str`, *optional*): The backbone. Filled in by [`PlanModel`].
         backbone_fingerprint (`str`, *optional*): Of the backbone's tensors. Filled in by [`PlanModel`].
@@ -36,13 +36,13 @@ class PlanConfig:
     init_std: float = 0.2
     target_modules: list[str] | None = None
     chooser_layers: int = 4
-    chooser_size: int = 128
+    chooser_size: int = 256
     seed: int = 0
     base_model_name_or_path: str | None = None
     backbone_fingerprint: str | None = None
 
     def __post_init__(self):
-        for name, least in (("num_plans", 2), ("rank", 1), ("chooser_layers", 1), ("chooser_size", 1)):
+        for name, least in (("num_plans", 2), ("rank", 1), ("chooser_layers", 1), ("chooser_size", 4)):
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")

@@ -1,5 +1,6 @@
 """A frozen backbone with a codebook of plans and the chooser among them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.download import fetch_snapshot
 from ..checkpoint.files import CheckpointError, read_tensors
 from ..data.prompts import EncodedPrompt, PromptEncoder
+from ..generation.exclusive import exclusive
 from ..models.backbone import Backbone
 from ..models.checkpoint import load_backbone
 from .adapters import PlanAdapters, plan_folder
@@ -31,7 +33,11 @@ class PlanModel(nn.Module):
 
     Args:
         backbone (`PreTrainedModel`): It is frozen, and stays in evaluation mode.
-        config (`PlanConfig`, *optional*): K, depth, rank.
+        config (`PlanConfig`, *optional*): K, depth, rank. It is copied.
+
+    Raises:
+        ValueError: For a `depth` that leaves no layer, `target_modules` that name none, or a backbone that carries an
+            adapter.
 
     Example:
 
@@ -43,14 +49,15 @@ class PlanModel(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, config: PlanConfig | None = None):
         super().__init__()
-        config = config or PlanConfig()
+        config = replace(config or PlanConfig())
         self.backbone = backbone.requires_grad_(False).eval()
         self.view = Backbone(backbone)
         if config.depth is None:
             config.depth = self.view.text_config.num_hidden_layers // 2
         targets = plan_targets(self.view, config.depth, config.target_modules)
-        config.base_model_name_or_path = config.base_model_name_or_path or backbone.config._name_or_path or None
-        config.backbone_fingerprint = config.backbone_fingerprint or self.view.fingerprint()
+        config.base_model_name_or_path = backbone.config._name_or_path or config.base_model_name_or_path
+        # A quantised backbone has no fingerprint of its own.
+        config.backbone_fingerprint = self.view.fingerprint() or config.backbone_fingerprint
         self.plan_config = config
         self.plans = PlanAdapters(self.view, targets, config.num_plans, config.rank, config.init_std, config.seed)
         self.chooser_layers = chosen_layers(self.view, config.chooser_layers)
@@ -121,14 +128,17 @@ class PlanModel(nn.Module):
             some, own = prompts[start : start + at_once], answers[start : start + at_once]
             plan_ids = torch.arange(plans).repeat(len(some))
             cache = self._encode(encoder, [prompt for prompt in some for _ in range(plans)], plan_ids)
+            scores = [torch.zeros(len(of_prompt), plans) for of_prompt in own]
             places = [(b, m, k) for b, of_prompt in enumerate(own) for m in range(len(of_prompt)) for k in range(plans)]
-            values = []
+            # Answers of like length stand together, so that little is padding.
+            places.sort(key=lambda place: len(own[place[0]][place[1]]))
             for first in range(0, len(places), batch_size):
                 part = places[first : first + batch_size]
                 rows = torch.tensor([b * plans + k for b, _, k in part])
-                values.append(self._score(cache.rows(rows), plan_ids[rows], [own[b][m] for b, m, _ in part]))
-            split = torch.cat(values).split([len(of_prompt) * plans for of_prompt in own])
-            found += [one.view(-1, plans).cpu() for one in split]
+                values = self._score(cache.rows(rows), plan_ids[rows], [own[b][m] for b, m, _ in part])
+                for (b, m, k), value in zip(part, values.tolist(), strict=True):
+                    scores[b][m, k] = value
+            found += scores
         return found
 
     def _encode(self, encoder: PromptEncoder, prompts: list[EncodedPrompt], plan_ids: torch.Tensor) -> PromptCache:
@@ -216,14 +226,18 @@ class PlanModel(nn.Module):
             `[B, P+C]` ids; answers that end sooner are filled up with the backbone's padding.
 
         Raises:
-            ValueError: For plans that there are not, or none where no chooser has been trained.
+            ValueError: For plans that there are not, or none where no chooser has been trained; for prompts that are
+                padded on the right; for more tokens than the backbone has positions for.
         """
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not attention_mask[:, -1].all():
+            raise ValueError("`attention_mask` has padding at the end of a prompt; pad on the left.")
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         own = self.backbone.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-        plan_ids = self._settled_plans(plan_ids, inputs)
-        answers = self._decode(inputs, plan_ids, max_new_tokens, ends).token_ids
+        with exclusive(self.backbone):
+            plan_ids = self._settled_plans(plan_ids, inputs)
+            answers = self._decode(inputs, plan_ids, max_new_tokens, ends).token_ids
         pad = self.backbone.generation_config.pad_token_id
         pad = (ends or [0])[0] if pad is None else pad
         longest = max(map(len, answers))

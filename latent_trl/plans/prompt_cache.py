@@ -130,8 +130,18 @@ def decode_greedily(
         ends (`list[int]`): Tokens that end an answer.
         forced (`list[list[int]]`, *optional*): What each answer begins with.
         top_k (`int`, defaults to `0`): How many of the likeliest tokens of each step to tell.
+
+    Raises:
+        ValueError: When the backbone has no positions for so many tokens.
     """
     view, rows = prompts.view, len(prompts)
+    # The last token is never read.
+    length = int(prompts.position_ids.max()) + max_new_tokens
+    if view.max_positions is not None and length > view.max_positions:
+        raise ValueError(
+            f"Prompt and answer may take {length} positions, and the backbone has {view.max_positions}. Shorten the "
+            "prompt, or lower `max_new_tokens` (`max_completion_length`)."
+        )
     forced = forced or [[]] * rows
     answers: list[list[int]] = [[] for _ in range(rows)]
     ended, likeliest = [False] * rows, []

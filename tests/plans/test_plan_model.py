@@ -198,6 +198,28 @@ def test_without_a_chooser_a_plan_must_be_named(tiny_llama):
         plan_model(tiny_llama).generate(**tiny_llama.inputs)
 
 
+def test_prompts_that_cannot_be_continued_are_refused(make_tiny):
+    tiny = make_tiny("gpt2")
+    model = plan_model(tiny)
+    limit, width = model.view.max_positions, int(tiny.inputs["attention_mask"].sum(dim=1).max())
+    longest = limit - width + 1
+    assert model.generate(**tiny.inputs, plan_ids=0, max_new_tokens=longest, eos_token_id=[]).shape[1] == limit + 1
+    with pytest.raises(ValueError, match=f"may take {limit + 1} positions, and the backbone has {limit}"):
+        model.generate(**tiny.inputs, plan_ids=0, max_new_tokens=longest + 1)
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(**{name: value.flip(1) for name, value in tiny.inputs.items()}, plan_ids=0)
+
+
+def test_a_config_serves_two_backbones(make_tiny, tmp_path):
+    config = PlanConfig(num_plans=2, rank=1)
+    first = PlanModel(make_tiny("llama").model, config)
+    second = PlanModel(make_tiny("llama", num_hidden_layers=5).model, config)
+    assert (first.plan_config.depth, second.plan_config.depth, config.depth) == (1, 2, None)
+    assert first.plan_config.backbone_fingerprint != second.plan_config.backbone_fingerprint
+    second.save_pretrained(tmp_path)
+    PlanModel.from_pretrained(tmp_path, backbone=make_tiny("llama", num_hidden_layers=5).model)
+
+
 def test_a_backbone_that_carries_an_adapter_is_refused(make_tiny):
     from peft import LoraConfig
 

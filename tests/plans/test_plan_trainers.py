@@ -119,15 +119,17 @@ def test_plans_come_to_say_the_alternatives(tmp_path):
 
 
 def test_learning_stops_when_the_best_is_not_surpassed(tmp_path):
-    options = {"max_steps": 50, "early_stopping_patience": 2, "early_stopping_threshold": 2.0, "save_total_limit": 5}
-    trainer = space_trainer(tmp_path, **options)
+    options = {"max_steps": 50, "early_stopping_patience": 2, "early_stopping_threshold": 2.0}
+    trainer = space_trainer(tmp_path, **options, load_best_model_at_end=True, save_total_limit=5)
     trainer.train()
     assert trainer.state.global_step == 6
-    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    best = PlanModel.from_pretrained(trainer.state.best_model_checkpoint, backbone=short_backbone())
+    for name, tensor in best.plans.state_dict().items():
+        assert torch.equal(tensor, trainer.model.plans.state_dict()[name])
 
 
 def test_a_resumed_space_is_the_same(tmp_path):
-    options = {"save_total_limit": None, "load_best_model_at_end": False}
+    options = {"save_total_limit": None}
     whole = space_trainer(tmp_path / "whole", **options)
     whole.train()
     part = space_trainer(tmp_path / "part", **options)
@@ -300,14 +302,9 @@ def test_the_bandit_finds_the_plan_of_each_prompt(tmp_path):
         return [float(text == right[n]) for text, n in zip(completions, number)]
 
     model.backbone.generation_config.eos_token_id = 2
-    trainer = PlanBanditTrainer(
-        model,
-        reward,
-        bandit_args(tmp_path, max_steps=160, num_iterations=10, rollout_prompts=12, replay_batch_size=64),
-        rows,
-        rows,
-        make_tokenizer(),
-    )
+    options = {"max_steps": 160, "num_iterations": 10, "rollout_prompts": 12, "replay_batch_size": 64}
+    args = bandit_args(tmp_path, **options, exploration_temperature=4.0)
+    trainer = PlanBanditTrainer(model, reward, args, rows, rows, make_tokenizer())
     before = trainer.evaluate()
     trainer.train()
     after = trainer.evaluate()

@@ -30,7 +30,8 @@ class PlanSpaceConfig(TrainingArguments):
         early_stopping_patience (`int`, *optional*, defaults to `3`), early_stopping_threshold (`float`, defaults to
         `0.002`):
             Learning stops when so many evaluations in a row have not raised `metric_for_best_model` by more. `None`
-            goes on to `max_steps`.
+            goes on to `max_steps`. The last plans are kept, since they become more distinct while the ceiling is flat;
+            with `load_best_model_at_end=True` the best.
         metric_for_best_model (`str`, *optional*):
             `"ceiling"` where the trainer has reward functions, `"coverage"` where it has none.
     """
@@ -56,13 +57,10 @@ class PlanSpaceConfig(TrainingArguments):
     save_strategy: str = "steps"
     save_steps: float = 20
     save_total_limit: int | None = 1
-    load_best_model_at_end: bool = True
     remove_unused_columns: bool | None = False
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
-        if self.eval_strategy == "no":
-            self.load_best_model_at_end = False
         given = self.metric_for_best_model
         super().__post_init__()
         # transformers fills in a loss, which an evaluation of plans has not.

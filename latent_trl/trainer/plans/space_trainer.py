@@ -179,7 +179,11 @@ class PlanSpaceTrainer(PlanTrainer):
     def after_training(self) -> None:
         if self.eval_dataset is None or self.args.eval_strategy == "no":
             return
-        figures = self.evaluate()
+        # The last step's evaluation is of these plans, unless better ones have been loaded.
+        done = [
+            row for row in self.state.log_history if row["step"] == self.state.global_step and "eval_distinct" in row
+        ]
+        figures = done[-1] if done and not self.args.load_best_model_at_end else self.evaluate()
         single = max(figures.get("eval_best_single_plan", 0.0), figures.get("eval_backbone", 0.0))
         if "eval_ceiling" in figures and figures["eval_ceiling"] < single + LEAST_GAIN:
             logger.warning(

@@ -24,7 +24,7 @@ from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_check
 
 POCKET = Path(__file__).parents[2] / "model_cards" / "pocket-vlm"
 MINUTES = float(os.environ.get("LATENT_TRL_SOAK_MINUTES", "30"))
-STEPS, SAVED = 24, 3
+STEPS, SAVED = 60, 4
 LEFTOVERS = (".saving-", ".saved-", "_push-", ".trial", "checkpoint-is-incomplete")
 ENDS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
 
@@ -155,7 +155,7 @@ def test_runs_that_are_killed_at_random_end_as_if_they_had_not_been(model, disk,
         for attempt in range(100):
             last = attempt == 5 or time.monotonic() > end
             number = generator.choice(list(ENDS))
-            kill = None if last else (number, generator.uniform(0.3, 1.0) * seconds)
+            kill = None if last else (number, generator.uniform(0.4, 1.0) * seconds)
             server.respond = Misbehaving()
             code = run(command(model, disk, server.url, algorithm), log, kill)
             kills += code != 0

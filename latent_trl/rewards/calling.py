@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from .conversation import completion_text, prompt_text
 from .event_loop import run_together
-from .guard import own_copy, process_as_it_was
+from .guard import named_when_slow, own_copy, process_as_it_was
 from .reward_model import RewardModelReward
 
 logger = logging.get_logger(__name__)
@@ -299,11 +299,16 @@ def reward_name(function: Any) -> str:
 def _call(functions: list[Callable], batch: _Batch) -> list[Any]:
     """What each function returns, or the exception that it raises. Plain ones run first, then all async together."""
     with process_as_it_was():
-        outcomes = [_start(function, batch.arguments()) for function in functions]
+        outcomes = []
+        for function in functions:
+            with named_when_slow(reward_name(function)):
+                outcomes.append(_start(function, batch.arguments()))
         waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
         if waiting:
-            for i, outcome in zip(waiting, run_together([outcomes[i] for i in waiting]), strict=True):
-                outcomes[i] = outcome
+            with named_when_slow(", ".join(reward_name(functions[i]) for i in waiting)):
+                results = run_together([outcomes[i] for i in waiting])
+            for i, result in zip(waiting, results, strict=True):
+                outcomes[i] = result
     return outcomes
 
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,26 @@ import torch
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+SLOW_AFTER = 600.0
+
+
+@contextmanager
+def named_when_slow(name: str) -> Iterator[None]:
+    """Says every `SLOW_AFTER` seconds which reward function the run is waiting for."""
+    done = threading.Event()
+
+    def watch() -> None:
+        waited = 0.0
+        while not done.wait(SLOW_AFTER):
+            waited += SLOW_AFTER
+            logger.warning(f"The reward function {name!r} has not returned for {waited:,.0f} s; the run waits for it.")
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 @contextmanager

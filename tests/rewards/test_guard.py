@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch
 
 from latent_trl.commands.arguments import as_dict
 from latent_trl.commands.loading import load_rewards
+from latent_trl.rewards import guard
 from latent_trl.rewards.calling import RewardCaller
 from latent_trl.rewards.exact_match import ExactMatchReward
 
@@ -118,3 +120,26 @@ def test_the_command_does_not_quote_them_either():
     words += ["--reward_kwargs", '{"judge": {"api_key": "K-1234-secret"']
     done = subprocess.run([sys.executable, "-m", "latent_trl", *words], capture_output=True, text=True, timeout=300)
     assert done.returncode and "1234" not in done.stdout + done.stderr and "`reward_kwargs`" in done.stderr
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_function_that_does_not_return_is_named(monkeypatch, asynchronous):
+    said = []
+    monkeypatch.setattr(guard, "SLOW_AFTER", 0.1)
+    monkeypatch.setattr(guard.logger, "warning", said.append)
+
+    def slow(completions, **columns):
+        time.sleep(0.35)
+        return [1.0] * len(completions)
+
+    async def slow_later(completions, **columns):
+        await asyncio.sleep(0.35)
+        return [1.0] * len(completions)
+
+    def quick(completions, **columns):
+        return [1.0] * len(completions)
+
+    RewardCaller([quick, slow_later if asynchronous else slow]).score(ROWS, PROMPTS, COMPLETIONS, IDS)
+    assert said and all("'slow_later'" in text if asynchronous else "'slow'" in text for text in said)
+    time.sleep(0.3)
+    assert len(said) <= 4

@@ -16,6 +16,13 @@ settings.register_profile("repeatable", derandomize=True, deadline=None)
 settings.load_profile("repeatable")
 
 
+def pytest_collection_modifyitems(config, items):
+    if "soak" not in config.getoption("-m"):
+        for item in items:
+            if item.get_closest_marker("soak"):
+                item.add_marker(pytest.mark.skip(reason="half an hour: `pytest -m soak`"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer():
     from tiny_models import make_tokenizer

@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedConfig
 READ_OUTS = ("residual", "subtract", "last_block")
 STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
 SCHEMA_VERSION = 1
+MAX_LAYERS = 10_000
 DECODER_KINDS = ("backbone", "plain")
 # The plainest of transformers' text models: full attention, rotary positions, a gated feed-forward block.
 PLAIN_DECODER = "llama"
@@ -197,7 +198,17 @@ def read_text_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrain
     """A text configuration from its JSON form, less what would name code to run."""
     if isinstance(text_config, PreTrainedConfig):
         return text_config
+    _check_layers(text_config)
     return AutoConfig.for_model(**{k: v for k, v in text_config.items() if k.lstrip("_") not in CODE_FIELDS})
+
+
+def _check_layers(values: dict[str, Any]) -> None:
+    """Raises `ValueError` for more than `MAX_LAYERS` layers: a configuration makes lists of one entry a layer."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            _check_layers(value)
+        elif isinstance(value, int) and value > MAX_LAYERS and ("layer" in name or name == "depth"):
+            raise ValueError(f"`{name}` must be at most {MAX_LAYERS:,}, got {value!r:.50}.")
 
 
 def plain_config(text_config: PreTrainedConfig) -> PreTrainedConfig:

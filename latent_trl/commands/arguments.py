@@ -150,10 +150,11 @@ def as_dict(name: str, value: str | dict | None) -> dict | None:
     except json.JSONDecodeError as error:
         try:
             parsed = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"`{name}` must be a JSON object, got {value!r}: {error}.") from None
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            # The value is not quoted: it may hold a key.
+            raise ValueError(f"`{name}` must be a JSON object, got a text that is none: {error}.") from None
     if not isinstance(parsed, dict):
-        raise ValueError(f"`{name}` must be a JSON object, got {value!r}.")
+        raise ValueError(f"`{name}` must be a JSON object, got one of type {type(parsed).__name__}.")
     return parsed
 
 

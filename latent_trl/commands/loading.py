@@ -129,16 +129,18 @@ def load_processor(model, name: str | None = None):
     return load_processing_class(model)
 
 
-def load_rewards(names: list[str], options: dict[str, Any] | None = None) -> list[Any]:
+def load_rewards(names: list[str] | str, options: dict[str, Any] | None = None) -> list[Any]:
     """
     Reward functions by their names.
 
     Args:
-        names (`list[str]`): A name in [`REWARDS`] or of TRL's rewards, `module:attribute` or, as in TRL,
+        names (`list[str]` or `str`): A name in [`REWARDS`] or of TRL's rewards, `module:attribute` or, as in TRL,
             `module.attribute`, or a reward model's folder or Hub id.
         options (`dict`, *optional*): Keyword arguments of those that are classes or make a function, by name.
     """
     options = dict(options or {})
+    # One name may stand alone.
+    names = [names] if isinstance(names, str) else names
     if not names:
         raise ValueError(f"`reward_funcs` is empty. Give `module:attribute`, or one of {sorted(REWARDS)}.")
     found = []

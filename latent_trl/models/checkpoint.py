@@ -148,7 +148,7 @@ class LatentActionCheckpointMixin:
         components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
         report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
         tuned = folder / TUNED_FOLDER / "model.safetensors"
-        tuned_tensors = read_weights(tuned) if has_folder(folder, TUNED_FOLDER) else {}
+        tuned_tensors = read_weights(tuned) if has_folder(folder, TUNED_FOLDER) and tuned.exists() else {}
         if backbone is None:
             if not config.base_model_name_or_path:
                 raise CheckpointError(f"{folder} names no base model. Pass `backbone=`.")

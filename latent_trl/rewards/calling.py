@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .conversation import completion_text, prompt_text
 from .event_loop import run_together
+from .guard import named_when_slow, own_copy, process_as_it_was
 from .reward_model import RewardModelReward
 
 logger = logging.get_logger(__name__)
@@ -162,7 +163,7 @@ class RewardCaller:
             if name in columns:
                 raise ValueError(f"The column {name!r} has the name of an argument of reward functions. Rename it.")
         batch = _Batch(prompts, completions, completion_ids, columns, context)
-        outcomes = _call(self._functions, batch.arguments())
+        outcomes = _call(self._functions, batch)
         rewards = [self._checked(i, outcome, batch) for i, outcome in enumerate(outcomes)]
         self._warn_of_unscored(rewards, batch)
         return rewards
@@ -196,7 +197,7 @@ class RewardCaller:
         what, alone = _words(error), ""
         # A model may be shared out over the processes, which then have to call it equally often.
         if len(batch) > 1 and not self._are_models[index]:
-            again = _call([self._functions[index]], batch.first().arguments())[0]
+            again = _call([self._functions[index]], batch.first())[0]
             failed = isinstance(again, BaseException)
             alone = f", and {_words(again)} on the first alone" if failed else ", though not on the first of them alone"
             if failed and _words(again) == what:
@@ -272,7 +273,8 @@ class _Batch:
         return len(self.own["prompts"])
 
     def arguments(self) -> dict[str, Any]:
-        return {**self.columns, **self.own, **self.context}
+        """Lists that are the caller's own: one that changes them changes nothing for the others, or for the trainer."""
+        return {**own_copy(self.columns), **own_copy(self.own), **self.context}
 
     def first(self) -> "_Batch":
         prompts, completions, completion_ids = (values[:1] for values in self.own.values())
@@ -294,13 +296,19 @@ def reward_name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _call(functions: list[Callable], arguments: dict[str, Any]) -> list[Any]:
+def _call(functions: list[Callable], batch: _Batch) -> list[Any]:
     """What each function returns, or the exception that it raises. Plain ones run first, then all async together."""
-    outcomes = [_start(function, arguments) for function in functions]
-    waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
-    if waiting:
-        for i, outcome in zip(waiting, run_together([outcomes[i] for i in waiting]), strict=True):
-            outcomes[i] = outcome
+    with process_as_it_was():
+        outcomes = []
+        for function in functions:
+            with named_when_slow(reward_name(function)):
+                outcomes.append(_start(function, batch.arguments()))
+        waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
+        if waiting:
+            with named_when_slow(", ".join(reward_name(functions[i]) for i in waiting)):
+                results = run_together([outcomes[i] for i in waiting])
+            for i, result in zip(waiting, results, strict=True):
+                outcomes[i] = result
     return outcomes
 
 

@@ -91,7 +91,9 @@ def test_an_adapter_of_nan(adapted):
     "text, said",
     [
         ({"vocab_size": 3_000_000_000}, "`vocab_size` must be 1"),
-        ({"num_hidden_layers": 20_000}, "20,000 layers cannot have"),
+        ({"num_hidden_layers": 9_000}, "9,000 layers cannot have"),
+        ({"num_hidden_layers": 20_000}, "`num_hidden_layers` must be at most 10,000"),
+        ({"num_hidden_layers": 10**10}, "`num_hidden_layers` must be at most 10,000"),
         ({"intermediate_size": 1 << 40}, "shape|cannot be used"),
     ],
 )
@@ -101,6 +103,14 @@ def test_a_component_that_asks_for_more_than_its_file_has(saved, cheap, text, sa
     edit(path, text_config={**config["text_config"], **text})
     with pytest.raises(CheckpointError, match=said):
         LatentActionPolicy.from_pretrained(saved)
+
+
+def test_a_record_with_more_layers_than_any_model_has(saved, model, cheap):
+    path = saved / "latent_action_config.json"
+    config = json.loads(path.read_text())
+    edit(path, text_config={**config["text_config"], "num_hidden_layers": 10**10})
+    with pytest.raises(CheckpointError, match="`num_hidden_layers` must be at most 10,000"):
+        LatentActionModel.from_pretrained(saved, backbone=model.backbone)
 
 
 def test_tables_that_are_in_no_file(saved, cheap):

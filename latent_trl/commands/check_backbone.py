@@ -277,7 +277,6 @@ def main(argv: list[str] | None = None) -> int:
 
     from .rows import check_exists
 
-    check_exists(arguments.model, "backbone")
     load = {"dtype": getattr(torch, arguments.dtype)}
     for name in ("revision", "device_map", "attn_implementation"):
         if getattr(arguments, name) is not None:
@@ -286,7 +285,11 @@ def main(argv: list[str] | None = None) -> int:
         from transformers import BitsAndBytesConfig
 
         load["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=load["dtype"])
-    results = check_backbone(arguments.model, **load)
+    try:
+        check_exists(arguments.model, "backbone")
+        results = check_backbone(arguments.model, **load)
+    except FileNotFoundError as error:
+        results = [("loads", False, str(error))]
     table = Table(title=f"{arguments.model}")
     table.add_column("check")
     table.add_column("", justify="center")

@@ -20,7 +20,7 @@ def test_code_runs_and_every_metric_is_explained(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, tiny = latent("llava")
     monkeypatch.setattr(LatentActionModel, "from_pretrained", classmethod(lambda cls, *args, **kwargs: model))
-    monkeypatch.setattr(latent_action_grpo_trainer, "load_processing_class", lambda model: tiny.processor)
+    monkeypatch.setattr(latent_action_grpo_trainer, "load_processing_class", lambda *args: tiny.processor)
     (block,) = re.findall(r"^```python\n(.*?)^```$", PAGES[name], re.DOTALL | re.MULTILINE)
     names: dict = {"__name__": f"{name}_page"}
     exec(compile(block, f"docs/{name}_trainer.md", "exec"), names)

@@ -44,6 +44,9 @@ class PlanTrainer(Trainer):
         trained (`str`): What of the model is trained, `"plans"` or `"chooser"`.
     """
 
+    train_dataset: Any
+    control: Any
+
     def __init__(
         self,
         model: PlanModel | str,

@@ -47,6 +47,7 @@ class PlanSpaceConfig(TrainingArguments):
     scoring_batch_size: int = 512
     early_stopping_patience: int | None = 3
     early_stopping_threshold: float = 0.002
+    metric_for_best_model: str | None = None
     learning_rate: float = 3e-3
     lr_scheduler_type: str = "constant"
     max_steps: int = 200

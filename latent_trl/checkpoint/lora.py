@@ -96,7 +96,7 @@ def lora_targets(
         CheckpointError: When a tensor has no layer in the backbone, or another shape.
     """
     modules = dict(backbone.named_modules())
-    given = record.get("target_modules")
+    given: Any = record.get("target_modules")
     plain = isinstance(given, list) and all(isinstance(name, str) and NAME.fullmatch(name) for name in given)
     if record.get("target_parameters"):
         if given and not plain:

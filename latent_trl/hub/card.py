@@ -297,8 +297,8 @@ def _curves(runs: list[TrainingRun], drawn: bool) -> str:
 
 def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: bool) -> str:
     if codebook is None:
-        rows = [row for run in runs for row in run.history if _is_number(row.get("codebook/used"))]
-        last = rows[-1] if rows else None
+        logged = [row for run in runs for row in run.history if _is_number(row.get("codebook/used"))]
+        last = logged[-1] if logged else None
         if last is None:
             return "How often each code is used was not measured."
         said = f"When it was last logged, {last['codebook/used']:.0f} codes were in use"

@@ -120,7 +120,7 @@ class Inspection:
         perplexity = rows[-1].get("codebook/perplexity") if rows else None
         return {} if not rows or not _is_number(codes) else {
             "used": rows[-1]["codebook/used"],
-            "perplexity": float(perplexity) if _is_number(perplexity) else float("nan"),
+            "perplexity": float(perplexity) if isinstance(perplexity, (int, float)) else float("nan"),
             "codes": codes,
         }  # fmt: skip
 

@@ -183,8 +183,8 @@ def _strict_object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _json_objects(reply: str) -> list[dict]:
     """All outermost JSON objects in a text, after the reasoning that some models put before their answer."""
-    before, end, text = reply.partition("</think>")
-    if not end:
+    before, mark, text = reply.partition("</think>")
+    if not mark:
         text = "" if reply.lstrip().startswith("<think>") else reply
     elif "</think>" in text or (not before.lstrip().startswith("<think>") and _json_objects(before)):
         # Which of them ends the reasoning, and which is quoted, cannot be told.

@@ -54,7 +54,7 @@ def test_a_full_card(saved):
     assert "at commit `abc123`" in card and "**3 of 16 codes** in use" in card and "13 dead codes" in card
     assert "loss from 2.000 to 0.400 and reward from 0.100 to 0.500" in card
     assert "0.7 to 0.8" in card and "95 % over 5 seeds" in card and "`learning_rate`" in card
-    assert "| 3 | 3 |" in card and "`'c]'`" not in card and "a \\| ` &lt;b>" in card
+    assert "| 3 | 3 |" in card and "`'c]'`" not in card and "a \\| \\` &lt;b>" in card
     for name in re.findall(r"\]\((\w+\.png)\)", card):
         assert (saved / name).read_bytes().startswith(b"\x89PNG")
     assert len(re.findall(r"\.png\)", card)) == 2
@@ -82,7 +82,7 @@ def test_cards_of_parts(make_latent, tmp_path):
     model.save_pretrained(tmp_path / "codes", components=["codebook", "projector"])
     assert "There is no policy here" in check(write_card(tmp_path / "codes").read_text())
     Codebook(8, 4).save_pretrained(tmp_path / "bare" / "codebook")
-    assert "to be loaded one by one: codebook" in check(write_card(tmp_path / "bare").read_text())
+    assert "to be loaded one by one: `codebook`" in check(write_card(tmp_path / "bare").read_text())
 
 
 def test_a_local_base_model_is_not_called_a_hub_id_nor_its_path_told(base, tmp_path):

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .files import CheckpointError
+from .peft_record import METHODS
 
 MAX_RANK = 4096
 # What may be taken, and of what type. Which layers are adapted follows from the names of the tensors.
@@ -23,6 +24,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "alpha_pattern": dict,
     "modules_to_save": list,
     "target_parameters": list,
+    "trainable_token_indices": (list, dict),
 }
 # Of other programs, or of who made the adapter.
 NOT_TAKEN = {
@@ -50,7 +52,9 @@ def lora_fields(record: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
             rank that no tensor has.
     """
     if record.get("peft_type") != "LORA":
-        raise CheckpointError(f"{source}: `peft_type` must be 'LORA', got {record.get('peft_type')!r}.")
+        raise CheckpointError(
+            f"{source}: `peft_type` must be 'LORA' or one of {list(METHODS)}, got {record.get('peft_type')!r:.200}."
+        )
     if record.get("init_lora_weights", True) not in HARMLESS_BEGINNINGS:
         raise CheckpointError(
             f"{source}: `init_lora_weights={record['init_lora_weights']!r}` belongs to a backbone whose weights were "
@@ -64,7 +68,15 @@ def lora_fields(record: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         wanted = FIELDS[name]
         if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
             raise CheckpointError(f"{source}: `{name}` has {value!r:.200}, a value that cannot be used.")
-    names = [*taken.get("modules_to_save", []), *taken.get("target_parameters", [])]
+    indices = taken.get("trainable_token_indices", [])
+    parts = list(indices.values()) if isinstance(indices, dict) else [indices]
+    if not all(isinstance(part, list) and all(type(i) is int and 0 <= i < 2**31 for i in part) for part in parts):
+        raise CheckpointError(f"{source}: `trainable_token_indices` must hold token ids, got {indices!r:.200}.")
+    names = [
+        *(indices if isinstance(indices, dict) else ()),
+        *taken.get("modules_to_save", []),
+        *taken.get("target_parameters", []),
+    ]
     patterns = {**taken.get("rank_pattern", {}), **taken.get("alpha_pattern", {})}
     # PEFT takes the keys of patterns for regular expressions.
     wrong = [name for name in [*names, *patterns] if not isinstance(name, str) or not NAME.fullmatch(name)]

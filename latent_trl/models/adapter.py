@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, read_json, read_weights
 from ..checkpoint.lora import lora_fields, lora_targets
+from ..checkpoint.peft_record import METHODS, plain_fields
 
 # What PEFT puts the layer under that it adapts, or trains a copy of.
 WRAPPED = ("base_layer", "original_module")
@@ -29,6 +30,12 @@ def check_adapter_config(peft_config: Any) -> None:
         raise ValueError(
             f"`peft_config` is a {type(peft_config).__name__}, which adapts no layer of the backbone but adds to what "
             "its text model reads. Use a method that adapts layers, such as `LoraConfig`."
+        )
+    method = getattr(peft_config.peft_type, "value", peft_config.peft_type)
+    if method not in ("LORA", *METHODS):
+        raise ValueError(
+            f"`peft_config` is a {type(peft_config).__name__}, whose adapter could not be loaded again from a "
+            f"checkpoint. Use LORA or one of {list(METHODS)}."
         )
 
 
@@ -84,7 +91,7 @@ def plain_names(backbone: nn.Module) -> dict[str, str]:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    """The record and the tensors of a LoRA adapter; of the record, see [`~latent_trl.checkpoint.lora.lora_fields`]."""
+    """The record and the tensors of an adapter; what is taken of the record, [`load_adapter`] decides."""
     return read_json(folder / "adapter_config.json"), read_weights(folder / "adapter_model.safetensors")
 
 
@@ -95,14 +102,20 @@ def load_adapter(
     Puts a saved adapter on `backbone`, frozen unless `is_trainable`, or leaves the backbone as it was and raises
     [`CheckpointError`] where record or tensors do not fit.
     """
-    from peft import LoraConfig, get_peft_model_state_dict
+    from peft import LoraConfig, PeftType, get_peft_model_state_dict
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     source, given = Path(ADAPTER_FOLDER) / "adapter_config.json", {n: tuple(t.shape) for n, t in tensors.items()}
-    fields = lora_fields(record, given, source)
-    fields["target_modules"] = lora_targets(record, given, backbone, source)
+    config_class: Any = LoraConfig
+    if record.get("peft_type") in METHODS:
+        config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(record["peft_type"])]
+        fields = plain_fields(record, config_class, source)
+    else:
+        fields = lora_fields(record, given, source)
+        fields["target_modules"] = lora_targets(record, given, backbone, source)
     trainable = [p for p in backbone.parameters() if p.requires_grad]
     try:
-        adapter = BackboneAdapter(backbone, LoraConfig(**fields))
+        adapter = BackboneAdapter(backbone, config_class(**fields))
     except Exception as error:
         for parameter in trainable:
             parameter.requires_grad_(True)

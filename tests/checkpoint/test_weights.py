@@ -13,6 +13,7 @@ from tiny_models import latent
 
 from latent_trl import CheckpointError, Codebook, LatentActionModel, LatentActionPolicy
 from latent_trl.checkpoint import files
+from latent_trl.checkpoint.peft_record import plain_fields
 from latent_trl.hub.pull import inspect
 
 
@@ -205,7 +206,9 @@ def test_a_folder_that_is_a_link_out(adapted, tmp_path, part):
         ({"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 4}}, "belongs to a backbone"),
         ({"layer_replication": [[0, 9]]}, "are no plain fields"),
         ({"megatron_config": {"a": 1}}, "are no plain fields"),
-        ({"peft_type": "IA3"}, "must be 'LORA'"),
+        ({"peft_type": "PROMPT_TUNING"}, "must be 'LORA' or one of"),
+        ({"peft_type": "LOHA"}, "are no fields of LoHaConfig"),
+        ({"trainable_token_indices": ["x"]}, "must hold token ids"),
         ({"peft_type": None}, "must be 'LORA'"),
         ({"modules_to_save": ["(a|a)*b"]}, "is not a plain name"),
         ({"modules_to_save": ["lm_head"]}, "do not fit"),
@@ -251,3 +254,22 @@ def test_an_odd_adapter_record(adapted):
         (adapted / "adapter" / "adapter_config.json").write_text(content)
         with pytest.raises(CheckpointError):
             LatentActionModel.from_pretrained(adapted, backbone=latent("llava")[0].backbone)
+
+
+@pytest.mark.parametrize(
+    "record, said",
+    [
+        ({"target_modules": "(a|.*)*proj"}, "`target_modules` has .* cannot be used"),
+        ({"target_modules": "q_proj"}, "must be a list of names"),
+        ({"r": 300_000}, "`r` has 300000"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "`rank_pattern` has"),
+        ({"target_modules": ["q_proj"] * 200_000}, "`target_modules` has"),
+    ],
+)
+def test_records_of_other_adapters_hold_plain_values_alone(record, said, tmp_path):
+    from peft import LoHaConfig
+
+    plain = {"peft_type": "LOHA", "r": 4, "target_modules": ["q_proj"]}
+    assert plain_fields(plain, LoHaConfig, tmp_path) == {"r": 4, "target_modules": ["q_proj"]}
+    with pytest.raises(CheckpointError, match=said):
+        plain_fields({**plain, **record}, LoHaConfig, tmp_path)

@@ -221,10 +221,9 @@ def test_a_config_serves_two_backbones(make_tiny, tmp_path):
 
 
 def test_a_backbone_that_carries_an_adapter_is_refused(make_tiny):
-    from peft import LoraConfig
+    from peft import LoraConfig, inject_adapter_in_model
 
-    model = make_tiny("llama").model
-    model.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_tiny("llama").model)
     with pytest.raises(ValueError, match="adapter of PEFT. Merge"):
         PlanModel(model)
 

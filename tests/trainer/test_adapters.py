@@ -30,7 +30,6 @@ CONFIGS = {
     "ia3": lambda: peft.IA3Config(target_modules=["k_proj", "v_proj"], feedforward_modules=[]),
     "loha": lambda: peft.LoHaConfig(r=4, target_modules=LAYERS),
     "lokr": lambda: peft.LoKrConfig(r=4, target_modules=LAYERS),
-    "oft": lambda: peft.OFTConfig(oft_block_size=4, target_modules=LAYERS, use_cayley_neumann=False),
     "vera": lambda: peft.VeraConfig(r=4, target_modules=["q_proj", "o_proj"]),
     "layer norms": lambda: peft.LNTuningConfig(target_modules=["input_layernorm"]),
 }
@@ -210,3 +209,11 @@ def test_rl_refuses_trained_biases_where_the_backbone_before_rl_is_needed(tmp_pa
 def test_only_a_config_of_peft_is_an_adapter():
     with pytest.raises(TypeError, match="must be a `peft.PeftConfig`, got dict"):
         build()[0].add_adapter({"r": 4})
+
+
+@pytest.mark.parametrize("kind", MAKE)
+def test_an_adapter_that_could_not_be_loaded_again_is_refused(kind, tmp_path):
+    model, tiny = build()
+    config = peft.OFTConfig(oft_block_size=4, target_modules=LAYERS, use_cayley_neumann=False)
+    with pytest.raises(ValueError, match="OFTConfig, whose adapter could not be loaded again"):
+        MAKE[kind](tmp_path, model, tiny, peft_config=config)

@@ -138,7 +138,6 @@ def no_hub(monkeypatch):
         ["evaluate", "outputs/spcae", FILE],
         ["atlas", "outputs/spcae", FILE],
         ["inspect", "outputs/spcae"],
-        ["check-backbone", "/nowhere/at/all"],
     ],
 )
 def test_a_folder_that_is_not_there_is_named_before_the_hub_is_asked(here, no_hub, words, capsys):

@@ -75,11 +75,11 @@ def alarms(caplog) -> list[str]:
 @pytest.mark.slow
 def test_the_readmes_twenty_lines_learn_without_an_alarm(in_full):
     (block,) = [code for _, code in blocks("README.md")]
-    start, train = block.split("rates = ")
+    start, train = block.split("args = LatentActionSpaceConfig")
     names: dict = {"__name__": "readme"}
     exec(compile(start, "README.md", "exec"), names)
     before = held_out_reward(names["model"], names["processor"])
-    exec(compile("rates = " + train, "README.md", "exec"), names)
+    exec(compile("args = LatentActionSpaceConfig" + train, "README.md", "exec"), names)
     after = held_out_reward(names["model"], names["processor"])
     print(f"exact match {before:.3f} before, {after:.3f} after")
     assert after >= 0.80 and after >= before + 0.2

@@ -327,6 +327,34 @@ def test_a_resumed_bandit_is_the_same(tmp_path):
         assert torch.equal(tensor, rest.model.chooser.state_dict()[name])
 
 
+def test_a_checkpoint_of_a_killed_bandit_is_passed_over(tmp_path, monkeypatch):
+    """Killed between the model's files and the rollouts, it has the checkpoint before to go on from."""
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 9, "save_total_limit": 1}
+    whole = bandit_trainer(tmp_path / "whole", **options)
+    whole.train()
+    folder, save = tmp_path / "part", Replay.save
+
+    def killed(replay, target):
+        if target.name == "checkpoint-6":
+            raise KeyboardInterrupt
+        save(replay, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Replay, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bandit_trainer(folder, **options).train()
+    assert (folder / "checkpoint-6" / "plan_config.json").is_file()
+    rest = bandit_trainer(folder, **options)
+    rest.train(resume_from_checkpoint=True)
+    assert losses(rest) == losses(whole)
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-9"]
+
+
+def test_without_a_whole_checkpoint_nothing_is_resumed(tmp_path):
+    with pytest.raises(ValueError, match="holds no whole checkpoint. Leave it out to start anew"):
+        space_trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
 def test_the_bandit_leaves_the_plans_alone_and_its_choice_is_saved(tmp_path):
     trainer = bandit_trainer(tmp_path)
     before = copy.deepcopy(trainer.model.plans.state_dict())

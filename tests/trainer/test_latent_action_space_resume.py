@@ -157,7 +157,7 @@ def test_a_damaged_checkpoint_is_passed_over(damage, whole, tmp_path, caplog):
 
 def test_older_checkpoints_are_kept_until_the_new_one_is_whole(tmp_path, monkeypatch):
     """With `save_total_limit=1` too."""
-    from latent_trl.trainer.run import component_training
+    from latent_trl.trainer.run import whole_checkpoints
 
     options = {**RUN, "stages": ["inverse_dynamics"], "save_steps": 2, "save_total_limit": 1}
     calls = []
@@ -168,8 +168,8 @@ def test_older_checkpoints_are_kept_until_the_new_one_is_whole(tmp_path, monkeyp
             raise Interrupted
         write_manifest(folder)
 
-    write_manifest = component_training.write_manifest
-    monkeypatch.setattr(component_training, "write_manifest", fail)
+    write_manifest = whole_checkpoints.write_manifest
+    monkeypatch.setattr(whole_checkpoints, "write_manifest", fail)
     with pytest.raises(Interrupted):
         build_space(tmp_path, **options).train()
     monkeypatch.undo()

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from ...data.prompts import EncodedPrompt
@@ -197,9 +196,8 @@ class PlanBanditTrainer(PlanTrainer):
         )
         return report.metrics()["ceiling"]
 
-    def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
-        self.replay.save(Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+    def save_run(self, folder: str | Path) -> None:
+        self.replay.save(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

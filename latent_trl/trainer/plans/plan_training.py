@@ -5,13 +5,13 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from ...data.prompts import PromptEncoder
 from ...data.reading import OpenedRows
 from ...generation.answers import end_tokens
 from ...plans.model import PlanModel
-from ..run.output_folder import check_writable, only_run
+from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
+from ..run.whole_checkpoints import WholeCheckpointMixin
 
 
 class PromptRows(Dataset):
@@ -35,7 +35,7 @@ class PromptRows(Dataset):
         return {**self.rows[self.places[index]], "_index": self.places[index]}
 
 
-class PlanTrainer(Trainer):
+class PlanTrainer(WholeCheckpointMixin, Trainer):
     """
     A Trainer whose model is a [`PlanModel`] and whose data set are prompts. One process.
 
@@ -95,22 +95,20 @@ class PlanTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """
-        As `Trainer.train`.
+        As `Trainer.train`; `True` goes on from the newest checkpoint that is whole.
 
         Raises:
-            ValueError: When `output_dir` is in use by another run, or holds checkpoints of an earlier one that is not
-                to be resumed.
+            ValueError: When `output_dir` is in use by another run, holds checkpoints of an earlier one that is not to
+                be resumed, or none to resume.
+            CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
         """
         folder = self.args.output_dir
         with only_run(self.accelerator, folder):
-            last = get_last_checkpoint(folder)
-            if last is not None and not resume_from_checkpoint:
-                raise ValueError(
-                    f"`output_dir` {folder!r} holds checkpoints of an earlier run, {last!r} the last. Pass "
-                    "`resume_from_checkpoint=True` to go on with it, or choose another folder."
-                )
+            clear_run_folder(folder)
+            raise_together(None if resume_from_checkpoint else earlier_run(folder))
+            last = self.checkpoint_to_resume(resume_from_checkpoint)
             self.before_training()
-            output = super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            output = super().train(resume_from_checkpoint=last, **kwargs)
             self.after_training()
         return output
 

@@ -1,6 +1,5 @@
 """What the trainers share: which tensors are trained, one line that says so, and checkpoints of components."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
@@ -17,14 +16,6 @@ from ...models.component import check_state, load_state
 from ...models.latent_action_model import LatentActionModel
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
-from .manifest import (
-    MANIFEST_FILE,
-    checkpoint_fault,
-    newest_whole_checkpoint,
-    rotate,
-    write_json,
-    write_manifest,
-)
 from .output_folder import (
     check_same_method,
     clear_run_folder,
@@ -33,7 +24,6 @@ from .output_folder import (
     only_run,
     raise_together,
     set_aside,
-    written_whole,
 )
 from .signals import StopOnSignal
 
@@ -224,20 +214,12 @@ class ComponentTrainingMixin(HubTrainingMixin):
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if self.args.should_save:
             clear_run_folder(self.args.output_dir)
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = newest_whole_checkpoint(self.args.output_dir)
-            if resume_from_checkpoint is None:
-                raise ValueError(
-                    f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no whole checkpoint. Leave it "
-                    "out to start anew."
-                )
-        elif resume_from_checkpoint and (fault := checkpoint_fault(resume_from_checkpoint)):
-            logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
+        resume_from_checkpoint = self.checkpoint_to_resume(resume_from_checkpoint)
         if resume_from_checkpoint:
             check_same_method(resume_from_checkpoint, self._name)
-        self.resumed_from = resume_from_checkpoint or None
+        self.resumed_from = resume_from_checkpoint
         with self.stop_on_signal.watched():
-            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs) -> None:
         if self.state.global_step >= self.state.max_steps:
@@ -257,44 +239,12 @@ class ComponentTrainingMixin(HubTrainingMixin):
             self._latent_model().save_pretrained(output_dir, state_dict=state_dict)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(output_dir)
-            self._save_arguments(output_dir)
+            self.save_arguments(output_dir)
         if _internal_call:
             # The other processes put their own files into the checkpoint only once its folder has its place.
             self.accelerator.wait_for_everyone()
         elif self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
-
-    def _save_arguments(self, folder: str | Path) -> None:
-        # Not the pickle that Trainer writes: it would hold the token.
-        write_json(Path(folder) / "training_args.json", json.loads(self.args.to_json_string()))
-
-    def _save_checkpoint(self, model, trial) -> None:
-        run_folder = self.args.output_dir
-        folder = Path(run_folder) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save:
-            (folder / MANIFEST_FILE).unlink(missing_ok=True)
-        with written_whole(folder, run_folder, remove=self.args.should_save):
-            # Older checkpoints go, and this one is pushed, when it is known to be whole, and not before.
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            push, self.args.push_to_hub = self.args.push_to_hub, False
-            self.writing_checkpoint = True
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit, self.args.push_to_hub = limit, push
-                self.writing_checkpoint = False
-            self.save_run(folder)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                self._save_arguments(folder)
-                write_manifest(folder)
-        if push:
-            self.push_checkpoint(folder)
-        if self.args.should_save:
-            rotate(run_folder, limit, folder, self.state.best_model_checkpoint)
-
-    def save_run(self, folder: str | Path) -> None:
-        """Called by every process while a checkpoint is written: what a trainer needs to go on exactly."""
 
     def restore_run(self) -> None:
         """Called when Trainer has set up its counters: puts back what [`save_run`] wrote to `resumed_from`."""

@@ -21,6 +21,7 @@ from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
 from ...models.latent_action_model import LatentActionModel
 from .output_folder import PUSH_PREFIX
+from .whole_checkpoints import WholeCheckpointMixin
 
 logger = logging.get_logger(__name__)
 
@@ -56,7 +57,7 @@ def describe_data(dataset: Any) -> dict[str, Any]:
     return described
 
 
-class HubTrainingMixin:
+class HubTrainingMixin(WholeCheckpointMixin):
     """
     `push_to_hub`, `hub_strategy`, `hub_model_id` and the rest, as users of TRL know them, for a trainer whose model is
     a [`LatentActionModel`]. What is pushed is the checkpoint format, never a pickle of the training arguments.
@@ -70,8 +71,6 @@ class HubTrainingMixin:
     _earlier_runs: int | None = None
     _data: dict[str, Any] = {}
     _trained: tuple[str, ...] = ()
-    # TRL makes a card before each checkpoint.
-    writing_checkpoint = False
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)

@@ -233,6 +233,18 @@ def test_a_bare_backbone_is_no_plan_model(tmp_path):
         space_trainer(tmp_path, model=short_backbone())
 
 
+def test_a_push_is_refused_and_no_token_is_written(tmp_path):
+    """Trainer's own push would write its arguments as a pickle that holds the token."""
+    with pytest.raises(ValueError, match="`push_to_hub` is not for plans.*hf upload user/name folder"):
+        space_trainer(tmp_path / "pushed", push_to_hub=True)
+    trainer = space_trainer(tmp_path / "run", hub_token="hf_" + "a" * 34)
+    trainer.train()
+    trainer.save_model(tmp_path / "end")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "training_args.json" for path in files)
+    assert not any(b"hf_aaaa" in path.read_bytes() for path in files)
+
+
 def test_an_earlier_run_is_not_mixed_up_with_a_new_one(tmp_path):
     space_trainer(tmp_path).train()
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):

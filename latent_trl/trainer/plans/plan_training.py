@@ -65,6 +65,11 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
                 f"`model` must be a PlanModel, a folder or a Hub id, got {type(model).__name__}. Make one of a "
                 "backbone with `PlanModel(backbone)`."
             )
+        if args.push_to_hub:
+            raise ValueError(
+                "`push_to_hub` is not for plans. Call `trainer.save_model(folder)`, and upload that folder: `hf upload "
+                "user/name folder`."
+            )
         if args.world_size > 1:
             raise ValueError(f"Plans are trained in one process, and this run has {args.world_size}.")
         check_prompts(train_dataset, "train_dataset")
@@ -133,10 +138,12 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
             self.figures.clear()
         super().log(logs, start_time)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`: plans, chooser, processing class and settings."""
         folder = output_dir or self.args.output_dir
         self.model.save_pretrained(folder)
         self.encoder.processing_class.save_pretrained(folder)
+        self.save_arguments(folder)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_folder(resume_from_checkpoint)

@@ -34,7 +34,6 @@ class WholeCheckpointMixin:
 
     def push_checkpoint(self, folder: Path) -> None:
         """Called with a checkpoint that is whole, where `push_to_hub` is set."""
-        self._push_from_checkpoint(str(folder))
 
     def save_arguments(self, folder: str | Path) -> None:
         """Writes the trainer's arguments."""

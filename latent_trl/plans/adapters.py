@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint.files import CheckpointError, read_json, read_tensors
+from ..checkpoint.files import CheckpointError, read_json, read_weights
 from ..models.backbone import Backbone
 from .targets import features
 
@@ -96,20 +96,20 @@ class PlanAdapters(nn.Module):
             tensors[f"{PREFIX}{name}.lora_B.weight"] = up[plan].detach().cpu().clone()
         save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
-    @torch.no_grad()
-    def load_plan(self, plan: int, folder: str | Path) -> None:
+    def read_plan(self, plan: int, folder: str | Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
         """
-        Reads one plan.
+        What [`~PlanAdapters.save_plan`] wrote, beside the parameters that it is of: `[K, ...]` and `[...]`.
 
         Raises:
             CheckpointError: When it is no LoRA of these linear maps and this rank.
         """
         folder = Path(folder)
-        record, tensors = read_json(folder / ADAPTER_CONFIG), read_tensors(folder / ADAPTER_WEIGHTS)
+        record, tensors = read_json(folder / ADAPTER_CONFIG), read_weights(folder / ADAPTER_WEIGHTS)
         if (record.get("r"), record.get("lora_alpha")) != (self.rank, self.rank):
             raise CheckpointError(
                 f"{folder} has rank {record.get('r')} and alpha {record.get('lora_alpha')}; both must be {self.rank}."
             )
+        found = []
         for name, down, up in zip(self.targets, self.lora_A, self.lora_B, strict=True):
             for letter, own in (("A", down), ("B", up)):
                 tensor = tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None)
@@ -119,9 +119,10 @@ class PlanAdapters(nn.Module):
                         f"{folder} has {shape} for {letter} of {name}, which takes {tuple(own[plan].shape)}: it is of "
                         "another backbone, or of other linear maps."
                     )
-                own[plan].copy_(tensor)
+                found.append((own, tensor))
         if tensors:
             raise CheckpointError(f"{folder} has tensors of other linear maps: {sorted(tensors)[:3]}.")
+        return found
 
 
 def plan_folder(plan: int) -> str:

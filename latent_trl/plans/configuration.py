@@ -26,7 +26,8 @@ class PlanConfig:
         chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
         chooser_size (`int`, defaults to `256`): Width of the chooser.
         seed (`int`, defaults to `0`): Of the start of plans and chooser.
-        base_model_name_or_path (`str`, *optional*): The backbone. Filled in by [`PlanModel`].
+        base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): The backbone, and its
+            commit on the Hub. Filled in by [`PlanModel`].
         backbone_fingerprint (`str`, *optional*): Of the backbone's tensors. Filled in by [`PlanModel`].
     """
 
@@ -39,6 +40,7 @@ class PlanConfig:
     chooser_size: int = 256
     seed: int = 0
     base_model_name_or_path: str | None = None
+    base_model_revision: str | None = None
     backbone_fingerprint: str | None = None
 
     def __post_init__(self):

@@ -10,19 +10,25 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.atomic_folder import atomic_folder
-from ..checkpoint.download import fetch_snapshot
-from ..checkpoint.files import CheckpointError, read_tensors
+from ..checkpoint.download import cached_commit
+from ..checkpoint.files import PROCESSOR_PATTERNS, PROCESSOR_RECORDS, CheckpointError, read_weights, resolve_folder
 from ..data.prompts import EncodedPrompt, PromptEncoder
 from ..generation.exclusive import exclusive
 from ..models.backbone import Backbone
 from ..models.checkpoint import load_backbone
-from .adapters import PlanAdapters, plan_folder
+from ..models.component import load_state
+from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PlanAdapters, plan_folder
 from .chooser import PlanChooser, chosen_layers, prompt_states
-from .configuration import PlanConfig
+from .configuration import PLAN_CONFIG, PlanConfig
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
 from .targets import plan_targets
 
 CHOOSER_FILE = "chooser.safetensors"
+# What is downloaded of a repository.
+PLAN_PATTERNS = (
+    *(PLAN_CONFIG, CHOOSER_FILE, f"plan_*/{ADAPTER_CONFIG}", f"plan_*/{ADAPTER_WEIGHTS}", "README.md"),
+    *PROCESSOR_PATTERNS,
+)
 
 
 class PlanModel(nn.Module):
@@ -56,6 +62,7 @@ class PlanModel(nn.Module):
             config.depth = self.view.text_config.num_hidden_layers // 2
         targets = plan_targets(self.view, config.depth, config.target_modules)
         config.base_model_name_or_path = backbone.config._name_or_path or config.base_model_name_or_path
+        config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         # A quantised backbone has no fingerprint of its own.
         config.backbone_fingerprint = self.view.fingerprint() or config.backbone_fingerprint
         self.plan_config = config
@@ -66,6 +73,8 @@ class PlanModel(nn.Module):
             width = len(self.chooser_layers) * self.view.hidden_size
             self.chooser = PlanChooser(width, config.num_plans, config.chooser_size).to(backbone.device)
         self.chooser_is_trained = False
+        # Where a processing class was saved beside the plans.
+        self.processor_folder: Path | None = None
 
     @property
     def device(self) -> torch.device:
@@ -279,7 +288,7 @@ class PlanModel(nn.Module):
         Copies plans and chooser of a folder into this model.
 
         Raises:
-            CheckpointError: When they do not fit it, or were made for another backbone.
+            CheckpointError: When they do not fit it, or were made for another backbone. It is then as it was.
         """
         folder = Path(folder)
         record = PlanConfig.load(folder)
@@ -290,14 +299,16 @@ class PlanModel(nn.Module):
             )
         if record.num_plans != self.plan_config.num_plans:
             raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.plan_config.num_plans}.")
-        for plan in range(self.plan_config.num_plans):
-            self.plans.load_plan(plan, folder / plan_folder(plan))
-        if (folder / CHOOSER_FILE).is_file():
-            try:
-                self.chooser.load_state_dict(read_tensors(folder / CHOOSER_FILE))
-            except RuntimeError as error:
-                raise CheckpointError(f"{folder / CHOOSER_FILE} does not fit: {error}") from error
+        numbers = range(self.plan_config.num_plans)
+        plans = [self.plans.read_plan(plan, folder / plan_folder(plan)) for plan in numbers]
+        chooser = read_weights(folder / CHOOSER_FILE) if (folder / CHOOSER_FILE).is_file() else None
+        if chooser is not None:
+            load_state(self.chooser, chooser, str(folder / CHOOSER_FILE))
             self.chooser_is_trained = True
+        with torch.no_grad():
+            for plan, tensors in zip(numbers, plans, strict=True):
+                for parameter, tensor in tensors:
+                    parameter[plan].copy_(tensor)
 
     @classmethod
     def from_pretrained(
@@ -315,14 +326,15 @@ class PlanModel(nn.Module):
         Raises:
             CheckpointError: When files are missing or damaged, or the plans are of another backbone.
         """
-        folder = Path(name_or_path)
-        if not folder.is_dir():
-            folder = Path(fetch_snapshot(str(name_or_path), revision=revision))
+        folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
         config = PlanConfig.load(folder)
         if backbone is None:
             if not config.base_model_name_or_path:
                 raise ValueError("`backbone` must be given: the plans were learned on one that has no name.")
-            backbone = load_backbone(config.base_model_name_or_path, **kwargs)
+            options = {"revision": config.base_model_revision, **kwargs}
+            backbone = load_backbone(config.base_model_name_or_path, **options)
         model = cls(backbone, config)
         model.load_folder(folder)
+        if any((folder / name).is_file() for name in PROCESSOR_RECORDS):
+            model.processor_folder = folder
         return model

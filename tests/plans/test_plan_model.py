@@ -162,7 +162,7 @@ def test_plans_of_another_backbone_are_refused(make_tiny, tmp_path):
         PlanModel.from_pretrained(tmp_path, backbone=other)
 
 
-@pytest.mark.parametrize("fault", ["missing", "rank", "shape", "more", "record", "version"])
+@pytest.mark.parametrize("fault", ["missing", "rank", "shape", "more", "nan", "record", "version"])
 def test_damaged_folders_are_refused(make_tiny, tmp_path, fault):
     from safetensors.torch import load_file, save_file
 
@@ -178,6 +178,8 @@ def test_damaged_folders_are_refused(make_tiny, tmp_path, fault):
         (plan / "adapter_config.json").write_text(json.dumps({**adapter, "r": 8}))
     elif fault == "shape":
         save_file({**tensors, first: tensors[first][:1].contiguous()}, weights)
+    elif fault == "nan":
+        save_file({**tensors, first: tensors[first] * torch.nan}, weights)
     elif fault == "more":
         save_file({**tensors, "other": tensors[first].clone()}, weights)
     else:
@@ -185,6 +187,52 @@ def test_damaged_folders_are_refused(make_tiny, tmp_path, fault):
         record.write_text(json.dumps({**json.loads(record.read_text()), **changed}))
     with pytest.raises(CheckpointError, match="plan_config.json" if fault == "record" else str(tmp_path)):
         PlanModel.from_pretrained(tmp_path, backbone=make_tiny("llama").model)
+
+
+def test_a_model_that_a_folder_does_not_fit_stays_as_it_was(make_tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    saved = plan_model(make_tiny("llama"), seed=1)
+    saved.chooser_is_trained = True
+    saved.save_pretrained(tmp_path)
+    chooser = load_file(tmp_path / "chooser.safetensors")
+    save_file({**chooser, "last.weight": chooser["last.weight"][:2].contiguous()}, tmp_path / "chooser.safetensors")
+    model = plan_model(make_tiny("llama"))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match="chooser.safetensors"):
+        model.load_folder(tmp_path)
+    assert not model.chooser_is_trained
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def test_of_a_repository_its_own_files_alone_are_asked_for_and_the_commit_of_the_base(make_tiny, tmp_path, monkeypatch):
+    from fnmatch import fnmatch
+
+    from latent_trl.checkpoint import files
+    from latent_trl.plans import model as module
+
+    tiny, asked = make_tiny("llama"), {}
+    tiny.model.config._name_or_path = "someone/base"
+    plan_model(tiny, base_model_revision="abc").save_pretrained(tmp_path)
+
+    def fetched(repo_id, allow_patterns, **options):
+        asked["patterns"] = allow_patterns
+        return tmp_path
+
+    def loaded(name, **options):
+        asked["base"] = (name, options)
+        return tiny.model
+
+    monkeypatch.setattr(files, "fetch_snapshot", fetched)
+    monkeypatch.setattr(module, "load_backbone", loaded)
+    PlanModel.from_pretrained("someone/plans", dtype="float32")
+    assert asked["base"] == ("someone/base", {"revision": "abc", "dtype": "float32"})
+    wanted = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.*") if path.suffix != ".md"}
+    found = {
+        name for name in [*wanted, "pytorch_model.bin", "model.py"] if any(fnmatch(name, p) for p in asked["patterns"])
+    }
+    assert wanted == found
 
 
 @pytest.mark.parametrize("plan_ids", [3, -1, [0, 1], [0, 1, 5]])

@@ -245,6 +245,21 @@ def test_a_push_is_refused_and_no_token_is_written(tmp_path):
     assert not any(b"hf_aaaa" in path.read_bytes() for path in files)
 
 
+def test_the_processing_class_that_was_saved_is_used_again(tmp_path):
+    """Not that of the backbone, which may have another chat template."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}own {{ m['content'] }}{% endfor %}"
+    PlanSpaceTrainer(plan_model(), space_args(tmp_path), prompts(), prompts(5), tokenizer).save_model(tmp_path / "end")
+    model = PlanModel.from_pretrained(tmp_path / "end", backbone=short_backbone())
+    bandit = PlanBanditTrainer(model, even_length, bandit_args(tmp_path / "bandit"), prompts())
+    assert bandit.encoder.processing_class.chat_template == tokenizer.chat_template
+
+
+def test_arguments_of_another_trainer_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="`args` is a PlanSpaceConfig, and this trainer takes a `PlanBanditConfig`"):
+        PlanBanditTrainer(plan_model(), even_length, space_args(tmp_path), prompts(), processing_class=make_tokenizer())
+
+
 def test_an_earlier_run_is_not_mixed_up_with_a_new_one(tmp_path):
     space_trainer(tmp_path).train()
     with pytest.raises(ValueError, match="holds checkpoints of an earlier run"):

@@ -13,6 +13,7 @@ from ...data.prompts import EncodedPrompt
 from ...plans.chooser import prompt_states
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
+from ..run.loading import own_config
 from .bandit_config import PlanBanditConfig
 from .plan_training import PlanTrainer, PromptRows, stored_rows
 from .replay import Replay, padded_states
@@ -59,7 +60,7 @@ class PlanBanditTrainer(PlanTrainer):
         processing_class: ProcessorMixin | PreTrainedTokenizerBase | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = args or PlanBanditConfig("plan-bandit")
+        args = own_config(args, PlanBanditConfig, "plan-bandit")
         self.caller = RewardCaller(reward_funcs)
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
         plans = self.model.plan_config.num_plans

@@ -1,5 +1,6 @@
 """What the trainers of plans share: prompts as rows, checkpoints of plans, and logged figures."""
 
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -10,6 +11,7 @@ from ...data.prompts import PromptEncoder
 from ...data.reading import OpenedRows
 from ...generation.answers import end_tokens
 from ...plans.model import PlanModel
+from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
 from ..run.whole_checkpoints import WholeCheckpointMixin
 
@@ -58,7 +60,7 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
         trained: str,
     ):
         check_writable(args)
-        if isinstance(model, str):
+        if isinstance(model, (str, os.PathLike)):
             model = PlanModel.from_pretrained(model)
         if not isinstance(model, PlanModel):
             raise TypeError(
@@ -76,7 +78,7 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
         if processing_class is None:
-            processing_class = _load_processing_class(model)
+            processing_class = load_processing_class(model)
         self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
         self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
         self.figures: dict[str, list[float]] = defaultdict(list)
@@ -170,12 +172,3 @@ def stored_rows(dataset: Any, name: str, image_root: str | None) -> list[dict[st
     check_prompts(dataset, name)
     opened = OpenedRows(dataset, image_root)
     return [opened[i] for i in range(len(opened))]
-
-
-def _load_processing_class(model: PlanModel) -> Any:
-    from transformers import AutoProcessor
-
-    name = model.plan_config.base_model_name_or_path
-    if not name:
-        raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
-    return AutoProcessor.from_pretrained(name, padding_side="left")

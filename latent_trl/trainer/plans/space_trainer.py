@@ -14,6 +14,7 @@ from ...plans.assignment import assign
 from ...plans.branching import Alternative, branch_answers
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
+from ..run.loading import own_config
 from .plan_training import PlanTrainer, stored_rows
 from .report import PlanReport, report_plans
 from .space_config import PlanSpaceConfig
@@ -62,7 +63,7 @@ class PlanSpaceTrainer(PlanTrainer):
         is_fluent: Callable[[str], bool] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ):
-        args = args or PlanSpaceConfig("plans")
+        args = own_config(args, PlanSpaceConfig, "plans")
         self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
         self.is_fluent = is_fluent
         self.report: PlanReport | None = None

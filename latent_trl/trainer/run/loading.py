@@ -8,6 +8,7 @@ from transformers import AutoProcessor, PreTrainedModel
 from transformers.training_args import ParallelMode
 
 from ...models.latent_action_model import LatentActionModel
+from ...plans.model import PlanModel
 
 INSTEAD = (
     "Make latent actions on a backbone with `LatentActionModel.from_backbone(backbone)` and `LatentActionSpaceTrainer`,"
@@ -76,7 +77,7 @@ def load_named_model(
     return load_model(model)
 
 
-def load_processing_class(model: LatentActionModel, trust_remote_code: bool = False):
+def load_processing_class(model: LatentActionModel | PlanModel, trust_remote_code: bool = False):
     """
     The processor or tokenizer saved beside the model, with its chat template; else that of the backbone, at the
     revision that the model was made on. Texts are padded and cut on the left.
@@ -84,14 +85,15 @@ def load_processing_class(model: LatentActionModel, trust_remote_code: bool = Fa
     Raises:
         ValueError: When there is neither.
     """
-    options = {"padding_side": "left", "truncation_side": "left"}
+    options: dict[str, Any] = {"padding_side": "left", "truncation_side": "left"}
     if model.processor_folder is not None:
         return AutoProcessor.from_pretrained(model.processor_folder, trust_remote_code=trust_remote_code, **options)
-    name = model.config.base_model_name_or_path
+    config = model.plan_config if isinstance(model, PlanModel) else model.config
+    name = config.base_model_name_or_path
     if not name:
         raise ValueError("`processing_class` must be given: the backbone was not loaded from a name.")
     if not os.path.isdir(name):
-        options["revision"] = model.config.base_model_revision
+        options["revision"] = config.base_model_revision
     return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
 
 

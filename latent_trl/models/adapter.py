@@ -102,7 +102,7 @@ def load_adapter(
     Puts a saved adapter on `backbone`, frozen unless `is_trainable`, or leaves the backbone as it was and raises
     [`CheckpointError`] where record or tensors do not fit.
     """
-    from peft import LoraConfig, PeftType, get_peft_model_state_dict
+    from peft import LoraConfig, PeftType
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     source, given = Path(ADAPTER_FOLDER) / "adapter_config.json", {n: tuple(t.shape) for n, t in tensors.items()}
@@ -120,17 +120,29 @@ def load_adapter(
         for parameter in trainable:
             parameter.requires_grad_(True)
         raise CheckpointError(f"{source} has a value that cannot be used: {error}") from error
-    own = get_peft_model_state_dict(adapter.peft_model, state_dict=tensors_of(adapter.peft_model))
-    shapes = {name: tuple(t.shape) for name, t in own.items()}
-    if shapes != given:
+    try:
+        own = fitting_tensors(adapter.peft_model, tensors)
+    except CheckpointError:
         adapter.peft_model.unload()
         for parameter in trainable:
             parameter.requires_grad_(True)
-        differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
-        raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
+        raise
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
     if not is_trainable:
         backbone.requires_grad_(False)
     return adapter
+
+
+def fitting_tensors(peft_model: nn.Module, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The adapter's own tensors by their names in a file, whose `tensors` are of the same names and shapes, or else
+    [`CheckpointError`] is raised."""
+    from peft import get_peft_model_state_dict
+
+    own = get_peft_model_state_dict(peft_model, state_dict=tensors_of(peft_model))
+    shapes, given = ({name: tuple(t.shape) for name, t in found.items()} for found in (own, tensors))
+    differing = sorted(name for name in shapes.keys() | given.keys() if shapes.get(name) != given.get(name))
+    if differing:
+        raise CheckpointError(f"The adapter's tensors do not fit the backbone: {differing[:5]} differ.")
+    return own

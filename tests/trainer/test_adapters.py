@@ -8,6 +8,7 @@ import torch
 from datasets import Dataset
 from peft import get_peft_model
 from rl_models import prompts
+from safetensors.torch import load_file, save_file
 from tiny_models import latent, latent_config, llama, make_tokenizer
 
 from latent_trl import (
@@ -17,6 +18,8 @@ from latent_trl import (
     LatentActionSFTConfig,
     LatentActionSFTTrainer,
 )
+from latent_trl.checkpoint.files import CheckpointError
+from latent_trl.trainer.run.component_training import load_components
 
 LAYERS = ["q_proj", "v_proj"]
 # They are in all prompts.
@@ -217,3 +220,27 @@ def test_an_adapter_that_could_not_be_loaded_again_is_refused(kind, tmp_path):
     config = peft.OFTConfig(oft_block_size=4, target_modules=LAYERS, use_cayley_neumann=False)
     with pytest.raises(ValueError, match="OFTConfig, whose adapter could not be loaded again"):
         MAKE[kind](tmp_path, model, tiny, peft_config=config)
+
+
+@pytest.mark.parametrize("fault", ["another rank", "nan in the adapter", "nan in a component"])
+def test_a_checkpoint_that_cannot_be_resumed_leaves_the_model_as_it_was(fault, tmp_path):
+    model, tiny = build()
+    trained = sft(tmp_path / "run", model, tiny, peft_config=CONFIGS["lora"]())
+    trained.save_model(tmp_path / "saved")
+    name = "policy/model.safetensors" if fault == "nan in a component" else "adapter/adapter_model.safetensors"
+    if fault != "another rank":
+        tensors = load_file(tmp_path / "saved" / name)
+        first = next(iter(tensors))
+        save_file({**tensors, first: tensors[first] * torch.nan}, tmp_path / "saved" / name)
+    other, _ = build()
+    # Whatever is copied before the fault is met is to be seen.
+    with torch.no_grad():
+        for component in (other.policy, other.codebook, other.world_model):
+            for parameter in component.parameters():
+                parameter.add_(1)
+    other.add_adapter(peft.LoraConfig(r=2 if fault == "another rank" else 4, target_modules=LAYERS))
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    with pytest.raises(CheckpointError, match="differ" if fault == "another rank" else "infinite or NaN"):
+        load_components(other, tmp_path / "saved")
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

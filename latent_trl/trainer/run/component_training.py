@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import SaveStrategy
@@ -12,7 +11,8 @@ from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
 from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_weights
-from ...models.component import check_state, load_state
+from ...models.adapter import fitting_tensors, read_adapter
+from ...models.component import check_state
 from ...models.latent_action_model import LatentActionModel
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
@@ -67,40 +67,35 @@ def load_components(model: LatentActionModel, folder: str | Path) -> None:
     """
     folder = Path(folder)
     config, names = read_config(folder)
-    loaded = {name: read_weights(folder / name / WEIGHTS_NAME) for name in names}
     own = {name: getattr(model, name) for name in names}
     absent = [name for name, component in own.items() if component is None]
     if absent:
         raise CheckpointError(f"{folder} holds {absent}, which the model has not.")
-    before = {name: {k: v.clone() for k, v in component.state_dict().items()} for name, component in own.items()}
-    try:
-        for name, component in own.items():
-            check_state(component, loaded[name], str(folder / name))
-            sharded = component.state_dict()
-            load_state(component, {k: _as_sharded(t, sharded[k]) for k, t in loaded[name].items()}, str(folder / name))
-        tuned = folder / TUNED_FOLDER / WEIGHTS_NAME
-        if tuned.is_file():
-            _copy_tensors(model.backbone, read_weights(tuned), tuned)
-        adapter = folder / ADAPTER_FOLDER / "adapter_model.safetensors"
-        if model.peft_backbone is not None:
-            from peft import set_peft_model_state_dict
-
-            set_peft_model_state_dict(model.peft_backbone, read_weights(adapter))
-    except CheckpointError:
-        for name, component in own.items():
-            component.load_state_dict(before[name])
-        raise
-    model.config.stage = config.stage
-
-
-def _copy_tensors(module: nn.Module, tensors: dict[str, torch.Tensor], source: Path) -> None:
-    own = module.state_dict()
-    wrong = [name for name, t in tensors.items() if name not in own or own[name].shape != t.shape]
-    if wrong:
-        raise CheckpointError(f"{source}: tensors {wrong[:5]} are not the backbone's.")
+    # All is read and looked at before anything is copied.
+    loaded = {name: read_weights(folder / name / WEIGHTS_NAME) for name in names}
+    for name, component in own.items():
+        check_state(component, loaded[name], str(folder / name))
+    file, tuned, adapter = folder / TUNED_FOLDER / WEIGHTS_NAME, {}, {}
+    of_backbone = model.backbone.state_dict() if file.is_file() else {}
+    if file.is_file():
+        tuned = read_weights(file)
+        wrong = [name for name, t in tuned.items() if name not in of_backbone or of_backbone[name].shape != t.shape]
+        if wrong:
+            raise CheckpointError(f"{file}: tensors {wrong[:5]} are not the backbone's.")
+    if model.peft_backbone is not None:
+        _, adapter = read_adapter(folder / ADAPTER_FOLDER)
+        fitting_tensors(model.peft_backbone, adapter)
+    for name, component in own.items():
+        sharded = component.state_dict()
+        component.load_state_dict({k: _as_sharded(t, sharded[k]) for k, t in loaded[name].items()})
     with torch.no_grad():
-        for name, tensor in tensors.items():
-            own[name].copy_(_as_sharded(tensor, own[name]))
+        for name, tensor in tuned.items():
+            of_backbone[name].copy_(_as_sharded(tensor, of_backbone[name]))
+    if adapter:
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(model.peft_backbone, adapter)
+    model.config.stage = config.stage
 
 
 def _as_sharded(tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:

@@ -61,6 +61,17 @@ class LatentActionDataCollator:
         special = {i for i, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self.special = special | set(self.tokenizer.all_special_ids)
 
+    @classmethod
+    def of(cls, model: Any, processing_class: Any, **options: Any) -> "LatentActionDataCollator":
+        """One for a [`LatentActionModel`], whose visual tokens, ends of texts and positions it knows."""
+        return cls(
+            processing_class,
+            vision_token_ids=model.config.vision_token_ids,
+            end_token_ids=model.generation_config.eos_token_id,
+            max_positions=model.backbone_view.max_positions,
+            **options,
+        )
+
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         encodings, vision = self.encoder([self.renderer.conversation(row) for row in rows])
         if self.max_length is not None:

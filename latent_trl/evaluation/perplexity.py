@@ -99,7 +99,7 @@ def text_perplexity(
             f"{len(rows)} rows; got {len(texts)}, empty or missing at {missing[:5]}."
         )
     model.require(*{"inferred": ("inverse_dynamics", "codebook"), "backbone": ()}.get(law, ("policy", "codebook")))
-    collate = LatentActionDataCollator(processing_class, vision_token_ids=model.config.vision_token_ids)
+    collate = LatentActionDataCollator.of(model, processing_class)
     training, nats, tokens = model.training, [], []
     model.eval()
     for start in range(0, len(rows), batch_size):

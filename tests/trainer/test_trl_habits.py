@@ -23,6 +23,7 @@ from latent_trl import (
     LatentActionSFTTrainer,
 )
 from latent_trl.commands.loading import load_rewards
+from latent_trl.evaluation.perplexity import text_perplexity
 from latent_trl.trainer.run.loading import load_processing_class
 from latent_trl.trainer.run.manifest import newest_whole_checkpoint
 
@@ -46,7 +47,7 @@ def config(folder, kind="grpo", **options):
 
 def build(folder, kind="grpo", family="llama", reward=letters, data=None, args=None, eval_dataset=None, **options):
     """By position, in TRL's order."""
-    own = {name: options.pop(name) for name in ("callbacks", "peft_config") if name in options}
+    own = {name: options.pop(name) for name in ("callbacks", "peft_config", "anchor_dataset") if name in options}
     model, tiny = latent(family, latent_config(use_projector=False))
     args = args or config(folder, kind, **options)
     return TRAINERS[kind][0](model, reward, args, data or prompts(8), eval_dataset, tiny.processor, **own)
@@ -295,6 +296,16 @@ def test_texts_beyond_the_backbones_positions_are_named_before_the_run(tmp_path)
         with pytest.raises(ValueError, match="Row 0.* tokens, and the backbone has positions for 256"):
             LatentActionSFTTrainer(model, args, rows, processing_class=tiny.processor).train()
         model.peft_backbone.unload()
+
+
+def test_other_conversations_beyond_the_backbones_positions_are_named_too(tmp_path):
+    model, tiny = latent("gpt2", latent_config(use_projector=False))
+    rows = [{"prompt": "x" * 200, "completion": "y" * 100, "reference": "y" * 100}]
+    with pytest.raises(ValueError, match="Row 0.* tokens, and the backbone has positions for 256"):
+        text_perplexity(model, tiny.processor, rows)
+    trainer = build(tmp_path, family="gpt2", anchor_coef=0.1, anchor_dataset=Dataset.from_list(rows * 8))
+    with pytest.raises(ValueError, match="`anchor_dataset`: Row .* tokens, and the backbone has positions for 256"):
+        trainer.train()
 
 
 def test_trls_order_of_sft_is_told_that_there_is_no_collator(tmp_path):

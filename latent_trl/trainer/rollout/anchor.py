@@ -54,12 +54,8 @@ class PolicyAnchor:
     def of(cls, trainer: Any, dataset: Any) -> "PolicyAnchor":
         """The anchor of a trainer over `dataset`."""
         args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
-        collate = LatentActionDataCollator(
-            trainer.processing_class,
-            max_length=MAX_LENGTH,
-            image_root=args.image_root,
-            end_token_ids=model.generation_config.eos_token_id,
-            vision_token_ids=model.config.vision_token_ids,
+        collate = LatentActionDataCollator.of(
+            model, trainer.processing_class, max_length=MAX_LENGTH, image_root=args.image_root
         )
         return cls(trainer.reference.policy, dataset, collate, BATCH_SIZE, args.seed)
 

@@ -11,7 +11,9 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ...data.bad_rows import BadRows
+from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows
+from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
 from .manifest import write_json
@@ -43,6 +45,17 @@ def bad_rows_of(args: Any, *datasets: Any) -> BadRows:
     sets = [rows for one in datasets for rows in (one.values() if isinstance(one, dict) else [one])]
     sources = [source for rows in sets if isinstance(rows, MixedRows) for source in rows.sources]
     return BadRows(args.on_bad_row, args.output_dir, sources)
+
+
+def conversation_collator(args: Any, model: LatentActionModel, processing_class: Any) -> LatentActionDataCollator:
+    """What makes batches of conversations, by a trainer's arguments."""
+    return LatentActionDataCollator.of(
+        model,
+        processing_class,
+        max_length=args.max_length,
+        assistant_only=args.assistant_only_loss,
+        image_root=args.image_root,
+    )
 
 
 def row_sums(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

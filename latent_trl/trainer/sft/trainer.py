@@ -9,13 +9,12 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
 from ...checkpoint.configuration import STAGES
-from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.adapter import plain_names
 from ...models.cross_entropy import mean_part, token_cross_entropy
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import train_only
-from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means, row_sums
+from ..run.learning import LearningMixin, bad_rows_of, conversation_collator, evaluation_rows, position_means, row_sums
 from ..run.loading import check_columns, load_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from .config import LatentActionSFTConfig
@@ -70,15 +69,7 @@ class LatentActionSFTTrainer(LearningMixin, Trainer):
             )
         line = train_only(model, (), self._backbone_parameters(model, args, peft_config))
         train_dataset, eval_dataset = MixedRows(train_dataset), evaluation_rows(eval_dataset)
-        collate = LatentActionDataCollator(
-            processing_class,
-            max_length=args.max_length,
-            assistant_only=args.assistant_only_loss,
-            image_root=args.image_root,
-            vision_token_ids=model.config.vision_token_ids,
-            end_token_ids=model.generation_config.eos_token_id,
-            max_positions=model.backbone_view.max_positions,
-        )
+        collate = conversation_collator(args, model, processing_class)
         super().__init__(
             model=model,
             args=args,

@@ -18,12 +18,11 @@ from transformers.trainer_utils import EvalPrediction, IntervalStrategy
 from transformers.utils import logging
 
 from ...checkpoint.configuration import STAGES
-from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from ..run.component_training import load_components, train_only
 from ..run.defaults import settle_rate
-from ..run.learning import LearningMixin, bad_rows_of, evaluation_rows, position_means
+from ..run.learning import LearningMixin, bad_rows_of, conversation_collator, evaluation_rows, position_means
 from ..run.loading import check_columns, load_model, load_processing_class, own_config
 from ..run.manifest import newest_whole_checkpoint, write_json
 from ..run.output_folder import check_writable, earlier_run, only_run, raise_together, written_whole
@@ -98,15 +97,7 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
         eval_dataset = evaluation_rows(eval_dataset)
         sets = tuple(eval_dataset) if isinstance(eval_dataset, dict) else ("",)
         check_best_metric(args.metric_for_best_model, args.stages, sets)
-        self.collate = LatentActionDataCollator(
-            processing_class,
-            max_length=args.max_length,
-            assistant_only=args.assistant_only_loss,
-            image_root=args.image_root,
-            vision_token_ids=model.config.vision_token_ids,
-            end_token_ids=model.generation_config.eos_token_id,
-            max_positions=model.backbone_view.max_positions,
-        )
+        self.collate = conversation_collator(args, model, processing_class)
         train_only(model, stage_components(model, args.stages[0]))
         super().__init__(
             model=model,

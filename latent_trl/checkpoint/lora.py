@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .files import CheckpointError
-from .peft_record import METHODS
+from .peft_record import METHODS, NAME, OF_OTHERS
 
 MAX_RANK = 4096
 # What may be taken, and of what type. Which layers are adapted follows from the names of the tensors.
@@ -26,15 +26,14 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "target_parameters": list,
     "trainable_token_indices": (list, dict),
 }
-# Of other programs, or of who made the adapter.
+# Of other programs, or of who made the adapter; and what follows from the tensors.
 NOT_TAKEN = {
-    *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "runtime_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
+    *OF_OTHERS,
+    *("megatron_core", "qalora_group_size", "ensure_weight_tying"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
 }
 # Ways to begin that leave the backbone as it is; PEFT makes others change it.
 HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "orthogonal")
-NAME = re.compile(r"[\w.-]{1,256}")
 TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B|embedding_A|embedding_B|magnitude_vector)(?:\.weight|\.bias)?")
 
 

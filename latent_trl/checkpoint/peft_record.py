@@ -14,7 +14,7 @@ MAX_SIZE = 4096
 UNBOUNDED = ("token_indices", "projection_prng_key")
 MAX_ENTRIES = 100_000
 # Of other programs, or of who made the adapter.
-NOT_TAKEN = (
+OF_OTHERS = (
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config"),
 )
@@ -35,10 +35,10 @@ def plain_fields(record: dict[str, Any], config_class: type, source: Path) -> di
             letters, digits, dots and lines, never patterns, and sizes are at most 4096.
     """
     known = {field.name for field in fields(config_class)}
-    unknown = sorted(name for name, value in record.items() if value and name not in known and name not in NOT_TAKEN)
+    unknown = sorted(name for name, value in record.items() if value and name not in known and name not in OF_OTHERS)
     if unknown:
         raise CheckpointError(f"{source}: {unknown} are no fields of {config_class.__name__}.")
-    taken = {name: value for name, value in record.items() if name in known and name not in NOT_TAKEN}
+    taken = {name: value for name, value in record.items() if name in known and name not in OF_OTHERS}
     for name, value in taken.items():
         if not _is_plain(value, name in UNBOUNDED):
             raise CheckpointError(f"{source}: `{name}` has {value!r:.200}, a value that cannot be used.")

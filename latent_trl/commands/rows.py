@@ -187,7 +187,10 @@ def as_prompts(rows, name: str):
 
 
 def _lacks(name: str, rows, purpose: str) -> str:
-    return f"{name!r} has the columns {sorted(rows.column_names)}; it needs {NEEDS[purpose]}, in TRL's format."
+    return (
+        f"{name!r} has the columns {sorted(rows.column_names)}; it needs {NEEDS[purpose]}, in TRL's format. "
+        "Other formats are converted by `latent_trl.data.formats.convert_row`."
+    )
 
 
 def _text(content: str | list[dict[str, Any]]) -> str:

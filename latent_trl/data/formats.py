@@ -5,9 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .rows import IMAGE_COLUMNS, RowError, row_name, short
+from .rows import IMAGE_COLUMNS, PLACEHOLDER, RowError, row_name, short
 
-PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 # Under which transformers and others put the picture of a part.
 PICTURES = ("image", "url", "path", "base64", "image_url", "source")

@@ -9,9 +9,19 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from .images import load_row_images
-from .rows import CONVERT, IMAGE_COLUMNS, RowError, checked_messages, parts_of, row_name, said, short, texts_of
+from .rows import (
+    CONVERT,
+    IMAGE_COLUMNS,
+    PLACEHOLDER,
+    RowError,
+    checked_messages,
+    parts_of,
+    row_name,
+    said,
+    short,
+    texts_of,
+)
 
-PLACEHOLDER = "<image>"
 PROBE = "probe"
 TRAINING_TEMPLATE = (
     "Set `processing_class.chat_template` to a template for training, such as the one that "

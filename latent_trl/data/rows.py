@@ -4,6 +4,8 @@ from typing import Any
 
 CONVERT = "`latent_trl.data.formats.convert_row`"
 IMAGE_COLUMNS = ("images", "image")
+# The place of an image in the texts of other formats.
+PLACEHOLDER = "<image>"
 # Under which a row that could not be read keeps the reason, until it is used.
 UNREADABLE = "_unreadable"
 

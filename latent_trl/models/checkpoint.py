@@ -95,7 +95,7 @@ class LatentActionCheckpointMixin:
                 shapes[name] = {tensor: list(shape) for tensor, (_, shape) in written.items()}
             if tuned:
                 (folder / TUNED_FOLDER).mkdir()
-                save_file(tuned, folder / TUNED_FOLDER / "model.safetensors", metadata={"format": "pt"})
+                save_file(tuned, folder / TUNED_FOLDER / WEIGHTS_NAME, metadata={"format": "pt"})
             if peft_backbone is not None:
                 for adapter_config in peft_backbone.peft_config.values():
                     adapter_config.base_model_name_or_path = self.config.base_model_name_or_path
@@ -147,7 +147,7 @@ class LatentActionCheckpointMixin:
         config, names = read_config(folder)
         components = {name: cls.component_classes[name].from_pretrained(folder, subfolder=name) for name in names}
         report = read_json(folder / REPORT_FILE) if (folder / REPORT_FILE).is_file() else None
-        tuned = folder / TUNED_FOLDER / "model.safetensors"
+        tuned = folder / TUNED_FOLDER / WEIGHTS_NAME
         tuned_tensors = read_weights(tuned) if has_folder(folder, TUNED_FOLDER) and tuned.exists() else {}
         if backbone is None:
             if not config.base_model_name_or_path:
@@ -250,7 +250,8 @@ class LatentActionCheckpointMixin:
             ValueError: When tuned ones could not be put back into the base model.
         """
         own = tensors_of(self.backbone)
-        tensors = {plain: own[name] for name, plain in plain_names(self.backbone).items()}
+        names = {plain: name for name, plain in plain_names(self.backbone).items()}
+        tensors = {plain: own[name] for plain, name in names.items()}
         tuned = set(self.tuned_backbone_tensors)
         if not all(tensors[name].is_floating_point() for name in tuned):
             raise ValueError(
@@ -263,7 +264,6 @@ class LatentActionCheckpointMixin:
                     f"The backbone's {name!r} and {twin!r} are one tensor in the base model, and two since the adapter "
                     "was merged, which a checkpoint cannot hold. Save the model before it is merged."
                 )
-        names = {plain: name for name, plain in plain_names(self.backbone).items()}
         return whole_tensors({name: backbone.get(names[name]) for name in self.tuned_backbone_tensors}, "the backbone")
 
 
@@ -296,7 +296,7 @@ def _check_known(name_or_path: str, hub: dict[str, Any]) -> None:
     """Says what can be done about a model that is none of transformers' own."""
     values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
     kind = values.get("model_type")
-    own_code = "auto_map" in values and hub["trust_remote_code"]
+    own_code = "auto_map" in values and hub.get("trust_remote_code")
     if kind is None or own_code or kind in {*CAUSAL_MODELS, *IMAGE_TEXT_MODELS}:
         return
     raise ValueError(

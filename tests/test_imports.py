@@ -16,6 +16,7 @@ ALLOWED = {
     "hub": {"checkpoint"},
     "models": {"checkpoint", "generation", "hub"},
     "data": {"models"},
+    "sizing": {"checkpoint", "generation", "models"},
     "rewards": {"data"},
     "plans": {"checkpoint", "data", "generation", "models"},
     "search": {"data", "generation", "models", "rewards"},
@@ -24,7 +25,7 @@ ALLOWED = {
     "vllm": {"checkpoint", "generation", "hub", "models"},
 }
 ALLOWED["serving"] = ALLOWED["studio"] = ALLOWED["trainer"] | {"trainer"}
-ALLOWED["commands"] = ALLOWED["serving"] | {"serving", "studio", "vllm"}
+ALLOWED["commands"] = ALLOWED["serving"] | {"serving", "sizing", "studio", "vllm"}
 ALLOWED["__main__"] = {"commands"}
 ALLOWED["__init__"] = set()
 

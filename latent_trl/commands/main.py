@@ -18,6 +18,7 @@ COMMANDS = {
     "push": ("push", "upload a checkpoint to the Hub, in one commit, with a card"),
     "pull": ("pull", "download a checkpoint of the Hub into a folder, checked"),
     "inspect": ("inspect", "show what a checkpoint is, without loading its weights"),
+    "plan": ("plan", "what fits on a GPU, phase by phase, and how long it takes, from a configuration alone"),
     "check-backbone": ("check_backbone", "try everything on a given backbone and print a table"),
     "env": ("env", "versions and devices, for bug reports"),
     "completion": ("completion", "a script that completes commands and options in the shell"),

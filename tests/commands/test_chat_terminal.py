@@ -39,12 +39,17 @@ def test_an_answer_that_ends_within_a_character_is_shown_to_its_end(checkpoint):
 
     from latent_trl.commands.chat import parse
     from latent_trl.commands.replies import load_answerer
+    from latent_trl.data.code_streamer import code_streamer
     from latent_trl.data.pieces import text_pieces
 
     answerer = load_answerer(parse([checkpoint]))
     ids = answerer.tokenizer("a漢b漢", add_special_tokens=False).input_ids[:-1]
     seen = []
-    with answerer._streaming(lambda token, code: seen.append((token, code))) as streamer:
+
+    def tell(token, code):
+        seen.append((token, code))
+
+    with code_streamer(answerer.model, answerer.tokenizer, tell) as streamer:
         streamer.put(torch.tensor([[1, 2]]))
         for code, token in enumerate(ids):
             answerer.model.codebook(torch.tensor([code]))

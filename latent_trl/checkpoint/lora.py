@@ -54,6 +54,18 @@ def lora_fields(record: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         raise CheckpointError(
             f"{source}: `peft_type` must be 'LORA' or one of {list(METHODS)}, got {record.get('peft_type')!r:.200}."
         )
+    taken = plain_lora_fields(record, source)
+    held = {shape[0] for name, shape in shapes.items() if name.endswith(("lora_A.weight", "embedding_A")) and shape}
+    for rank in ranks_of(taken):
+        if not (rank in held or taken.get("target_parameters")):
+            raise CheckpointError(
+                f"{source}: the rank {rank!r:.200} is that of no tensor; tensors have {sorted(held)[:5]}."
+            )
+    return taken
+
+
+def plain_lora_fields(record: dict[str, Any], source: Path | str) -> dict[str, Any]:
+    """What [`lora_fields`] takes, without a comparison with tensors."""
     if record.get("init_lora_weights", True) not in HARMLESS_BEGINNINGS:
         raise CheckpointError(
             f"{source}: `init_lora_weights={record['init_lora_weights']!r}` belongs to a backbone whose weights were "
@@ -83,14 +95,14 @@ def lora_fields(record: dict[str, Any], shapes: dict[str, tuple[int, ...]], sour
         raise CheckpointError(f"{source}: {wrong[0]!r:.200} is not a plain name of a module.")
     if not all(isinstance(value, (int, float)) for value in patterns.values()):
         raise CheckpointError(f"{source}: `rank_pattern` and `alpha_pattern` must hold numbers.")
-    held = {shape[0] for name, shape in shapes.items() if name.endswith(("lora_A.weight", "embedding_A")) and shape}
-    for rank in [taken.get("r", 8), *taken.get("rank_pattern", {}).values()]:
-        if not 0 < rank <= MAX_RANK or not (rank in held or taken.get("target_parameters")):
-            raise CheckpointError(
-                f"{source}: the rank {rank!r:.200} is that of no tensor, or above {MAX_RANK}; tensors have "
-                f"{sorted(held)[:5]}."
-            )
+    for rank in ranks_of(taken):
+        if not 0 < rank <= MAX_RANK:
+            raise CheckpointError(f"{source}: the rank {rank!r:.200} is not from 1 to {MAX_RANK}.")
     return taken
+
+
+def ranks_of(fields: dict[str, Any]) -> list[Any]:
+    return [fields.get("r", 8), *fields.get("rank_pattern", {}).values()]
 
 
 def lora_targets(

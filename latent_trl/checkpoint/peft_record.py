@@ -21,7 +21,7 @@ OF_OTHERS = (
 NAME = re.compile(r"[\w.-]{1,256}")
 
 
-def plain_fields(record: dict[str, Any], config_class: type, source: Path) -> dict[str, Any]:
+def plain_fields(record: dict[str, Any], config_class: type, source: Path | str) -> dict[str, Any]:
     """
     The arguments of a PEFT configuration from `adapter_config.json`.
 

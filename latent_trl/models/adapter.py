@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, read_json, read_weights
-from ..checkpoint.lora import lora_fields, lora_targets
+from ..checkpoint.lora import lora_fields, lora_targets, plain_lora_fields
 from ..checkpoint.peft_record import METHODS, plain_fields
 
 # What PEFT puts the layer under that it adapts, or trains a copy of.
@@ -21,6 +21,7 @@ def check_adapter_config(peft_config: Any) -> None:
     """
     Raises `TypeError` for what is no configuration of PEFT, and `ValueError` for a method that does not adapt layers:
     virtual tokens and prefixes stand in the text model's input or cache, which prompts, codes and policy do not know.
+    Options that [`load_adapter`] would refuse raise `ValueError` too: they are the same checks, before the training.
     """
     from peft import PeftConfig
 
@@ -37,6 +38,18 @@ def check_adapter_config(peft_config: Any) -> None:
             f"`peft_config` is a {type(peft_config).__name__}, whose adapter could not be loaded again from a "
             f"checkpoint. Use LORA or one of {list(METHODS)}."
         )
+    record = {k: sorted(v) if isinstance(v, set) else v for k, v in peft_config.to_dict().items()}
+    # PEFT puts names of layers in their place.
+    if record["target_modules"] == "all-linear":
+        del record["target_modules"]
+    source = "`peft_config`, whose adapter could not be loaded again from a checkpoint"
+    try:
+        if method == "LORA":
+            plain_lora_fields(record, source)
+        else:
+            plain_fields(record, type(peft_config), source)
+    except CheckpointError as error:
+        raise ValueError(str(error)) from error
 
 
 class BackboneAdapter:

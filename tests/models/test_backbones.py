@@ -226,7 +226,7 @@ def test_attention_implementations_agree(family, attention):
         pytest.skip("transformers has no SDPA for this family")
     capped = getattr(tiny.model.config, "attn_logit_softcapping", None)
     if attention == "eager" and capped and tiny.model.get_decoder()._supports_sdpa:
-        pytest.skip("the reference has SDPA, which leaves the cap on attention scores out (Gemma 2 of transformers 5.20)")
+        pytest.skip("the reference's SDPA leaves the cap on attention scores out (Gemma 2, transformers 5.20)")
     tiny.model.set_attn_implementation(attention)
     torch.manual_seed(4)
     model = LatentActionModel.from_backbone(tiny.model, latent_config()).eval()

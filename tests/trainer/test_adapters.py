@@ -222,6 +222,26 @@ def test_an_adapter_that_could_not_be_loaded_again_is_refused(kind, tmp_path):
         MAKE[kind](tmp_path, model, tiny, peft_config=config)
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda: peft.LoraConfig(target_modules=LAYERS, init_lora_weights="pissa"),
+        lambda: peft.LoraConfig(target_modules=LAYERS, init_lora_weights="olora"),
+        lambda: peft.LoraConfig(target_modules=LAYERS, layer_replication=[(0, 2), (1, 2)]),
+        lambda: peft.LoraConfig(target_modules=LAYERS, rank_pattern={".*q_proj": 2}),
+        lambda: peft.LoraConfig(target_modules=LAYERS, r=5000),
+        lambda: peft.IA3Config(target_modules=r".*k_proj", feedforward_modules=[]),
+    ],
+)
+def test_options_of_an_adapter_that_could_not_be_loaded_again_are_refused(config):
+    model, _ = build()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match="`peft_config`, whose adapter could not be loaded again"):
+        model.add_adapter(config())
+    after = dict(model.named_parameters())
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
 @pytest.mark.parametrize("fault", ["another rank", "nan in the adapter", "nan in a component"])
 def test_a_checkpoint_that_cannot_be_resumed_leaves_the_model_as_it_was(fault, tmp_path):
     model, tiny = build()

@@ -1,4 +1,4 @@
-"""NLVR's drawn scenes and COCO's photographs, where `LATENT_TRL_REAL_DATA` has them: learned from, tuned on, rewarded."""
+"""NLVR's drawn scenes and COCO's photographs, where `LATENT_TRL_REAL_DATA` has them: trained on by all commands."""
 
 import json
 from pathlib import Path

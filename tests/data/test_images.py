@@ -205,12 +205,10 @@ def test_a_picture_without_a_pixel():
 
 
 def test_the_reason_is_the_same_each_time():
-    reasons = set()
-    for kept in ([], [bytearray(10_000)]):
-        with pytest.raises(ImageError, match="its format is unknown") as caught:
-            load_image(b"version https://git-lfs.github.com/spec/v1")
-        reasons.add(str(caught.value))
-    assert len(reasons) == 1
+    """It names no address in memory, so that a row is listed once."""
+    with pytest.raises(ImageError, match="its format is unknown") as caught:
+        load_image(b"version https://git-lfs.github.com/spec/v1")
+    assert "0x" not in str(caught.value)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

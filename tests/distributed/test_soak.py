@@ -24,10 +24,10 @@ from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_check
 
 POCKET = Path(__file__).parents[2] / "model_cards" / "pocket-vlm"
 MINUTES = float(os.environ.get("LATENT_TRL_SOAK_MINUTES", "30"))
-STEPS, SAVED = 60, 4
+STEPS, SAVED = 32, 4
 # Times that a run is killed before it is let to end.
 KILLS = 3
-COMMANDS = ("grpo", "learn", "ppo", "sft", "rloo")
+COMMANDS = ("learn", "sft", "grpo", "ppo", "rloo")
 LEFTOVERS = (".saving-", ".saved-", "_push-", ".trial", "checkpoint-is-incomplete")
 ENDS = {signal.SIGKILL: (-9,), signal.SIGTERM: (143, -15), signal.SIGINT: (130, -2)}
 

@@ -61,7 +61,7 @@ class PlanBanditTrainer(PlanTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = own_config(args, PlanBanditConfig, "plan-bandit")
-        self.caller = RewardCaller(reward_funcs)
+        self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
         plans = self.model.plan_config.num_plans
         if args.num_generations > plans:

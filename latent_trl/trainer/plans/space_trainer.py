@@ -64,7 +64,9 @@ class PlanSpaceTrainer(PlanTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = own_config(args, PlanSpaceConfig, "plans")
-        self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
+        self.caller = None
+        if reward_funcs is not None:
+            self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.is_fluent = is_fluent
         self.report: PlanReport | None = None
         self.alternatives: dict[int, list[Alternative]] = {}

@@ -138,13 +138,16 @@ def begun(folder: Path) -> bool:
     return (folder / "stages.json").exists() or any(newest_whole_checkpoint(one) for one in folders)
 
 
-def run(words: list[str], log: Path, kill: tuple[signal.Signals, float] | None = None) -> int:
-    with open(log, "ab") as output:
+def run(words: list[str], log: Path, kill: tuple[signal.Signals, int, float] | None = None) -> int:
+    """Exit code of a process; one to be killed is sent a signal some seconds after so many lines of its log."""
+    with open(log, "wb") as output:
         process = subprocess.Popen(words, stdout=output, stderr=output)
         if kill is not None:
-            number, after = kill
+            number, lines, seconds = kill
+            while process.poll() is None and log.read_bytes().count(b"'loss'") < lines:
+                time.sleep(0.02)
             try:
-                process.wait(after)
+                process.wait(seconds)
             except subprocess.TimeoutExpired:
                 process.send_signal(number)
         return process.wait(600)
@@ -174,7 +177,7 @@ def test_runs_that_are_killed_at_random_end_as_if_they_had_not_been(model, disk,
         for attempt in range(100):
             last = attempt == KILLS or time.monotonic() > end
             number = generator.choice(list(ENDS))
-            kill = None if last else (number, generator.uniform(0.4, 1.0) * seconds)
+            kill = None if last else (number, generator.randrange(5), generator.uniform(0, 2))
             server.respond = Misbehaving()
             code = run(command(model, disk, server.url, name), log, kill)
             kills += code != 0

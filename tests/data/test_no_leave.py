@@ -233,11 +233,11 @@ def test_commands_open_neither(secret, tmp_path, checkpoint_without_pictures, ca
         output = ["--output", str(tmp_path / "a.html")]
         assert main(["atlas", checkpoint_without_pictures, str(rows), "--split", "train", *output]) == 1
         row = {"prompt": USER, "completion": SAID, "images": [cell], "answer": "red"}
-        rows.write_text((json.dumps(row) + "\n") * 4)
+        rows.write_text((json.dumps(row) + "\n") * 16)
         for command in ("learn", "sft", "grpo", "ppo", "rloo"):
             words = [command, "--model_name_or_path", checkpoint_without_pictures, "--dataset_name", str(rows)]
             words += ["--output_dir", str(tmp_path / command), "--use_cpu", "true", "--save_strategy", "no"]
-            words += ["--per_device_train_batch_size", "2"]
+            words += ["--per_device_train_batch_size", "8"]
             words += ["--reward_funcs", "exact_match"] if command in ("grpo", "ppo", "rloo") else []
             words += ["--stages", "policy"] if command == "learn" else []
             assert main(words) == 1, command

@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ...data.bad_rows import BadRows
 from ...data.collator import LatentActionDataCollator
-from ...data.mixing import MixedRows
+from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
@@ -81,8 +81,11 @@ class LearningMixin(ComponentTrainingMixin):
     resumed run goes on bit by bit, in the middle of a logging interval too.
     """
 
+    data_collator: MixedRowsCollator
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self.held_out_metrics, **kwargs)
+        self.bad_rows = self.data_collator.bad_rows
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
         self.model_accepts_loss_kwargs = True
 
@@ -103,8 +106,8 @@ class LearningMixin(ComponentTrainingMixin):
         batches = [self._prepare_inputs(batch) for batch in batches]
         return batches, self.whole_update(batches) if batches else None
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
-        return super().get_eval_dataloader(evaluation_rows(eval_dataset))
+    def usable_rows(self, dataset: Any, name: str) -> MixedRows:
+        return self.data_collator.usable(evaluation_rows(dataset, name))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Trainer gathers what it takes for predictions and labels, and drops the rows that fill up a last batch.

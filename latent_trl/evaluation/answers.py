@@ -80,7 +80,7 @@ def answer(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     ends = end_tokens(model, tokenizer, generate_kwargs)
-    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends}
+    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends, "output_cache": False}
     caller = None if reward is None else RewardCaller.of(reward)
     rows = OpenedRows.of(rows)
     result = Answers()

@@ -59,6 +59,7 @@ def best_of_n(
                 max_new_tokens=max_new_tokens,
                 **{**generate_kwargs, "action_do_sample": True, "eos_token_id": ends},
                 num_return_sequences=n,
+                output_cache=False,
                 return_dict_in_generate=True,
             )
             found = candidates_of(output, inputs["input_ids"].shape[1], tokenizer, ends)

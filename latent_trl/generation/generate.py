@@ -76,8 +76,8 @@ class LatentActionGenerationMixin:
             forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
             action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
             output_context_states (`bool`, defaults to `False`): Also return states and positions.
-            output_cache (`bool`, defaults to `True`): Also return the cache, where `return_dict_in_generate=True`. It holds
-                all rows, so all are computed until the last text has ended: without it mixed lengths take less time.
+            output_cache (`bool`, defaults to `True`): Also return the cache, where `return_dict_in_generate=True`. It
+                holds all rows, so all are computed until the last text has ended: without it mixed lengths take less.
             cuda_graphs (`bool`, *optional*): Record a step of text model and policy as CUDA graphs, and replay them for
                 the rest of the text, with a static cache: the same law, several times as fast where the host's launches
                 are the limit. By default wherever it can be done and the text may have at least 16 tokens.

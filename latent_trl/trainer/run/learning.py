@@ -13,6 +13,7 @@ from transformers.utils import logging
 from ...data.bad_rows import BadRows
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
+from ...data.reading import StoredRows
 from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
@@ -30,7 +31,7 @@ def evaluation_rows(dataset: Any, name: str = "eval_dataset") -> Any:
     Raises:
         ValueError: When one lacks the columns or is empty; names the set.
     """
-    if dataset is None or isinstance(dataset, (str, MixedRows)):
+    if dataset is None or isinstance(dataset, (str, MixedRows, StoredRows)):
         return dataset
     if isinstance(dataset, dict):
         return {key: evaluation_rows(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
@@ -89,6 +90,10 @@ class LearningMixin(ComponentTrainingMixin):
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
         self.model_accepts_loss_kwargs = True
 
+    def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
+        """A batch of the collator's, of a training or an evaluation set, on the device, as the loss reads it."""
+        return self._prepare_inputs(batch)
+
     def whole_update(self, batches: list[dict[str, Any]]) -> Any:
         """What the loss of each of `batches`, those of one update on this process, must know of the others."""
         raise NotImplementedError
@@ -103,7 +108,7 @@ class LearningMixin(ComponentTrainingMixin):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
+        batches = [self.prepared(batch, training=True) for batch in batches]
         return batches, self.whole_update(batches) if batches else None
 
     def usable_rows(self, dataset: Any, name: str) -> MixedRows:
@@ -111,7 +116,7 @@ class LearningMixin(ComponentTrainingMixin):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Trainer gathers what it takes for predictions and labels, and drops the rows that fill up a last batch.
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.prepared(inputs, training=False)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(objective=self.held_out_sums, batch=inputs).loss
         return None, sums[..., 0], sums[..., 1]

@@ -5,8 +5,8 @@ Tokens a second of rollouts: our own loop with and without ended rows leaving, T
     python benchmarks/rollout.py --preset smollm --quick                    # tiny sizes, to see that it runs
 
 All answer the same prompts with as many tokens: of equal lengths, and of mixed ones, evenly spread. Arms alternate in
-one process; figures are medians over `--repeats`, after `--warmup`. Prompts are text: a picture is encoded once a prompt
-whatever generates. `engine` and `vllm` are measured where vLLM is installed; theirs is the time of the engine's process.
+one process; figures are medians over `--repeats`, after `--warmup`. Prompts are text: a picture is encoded once a
+prompt, whatever generates. Engines are measured where vLLM is installed, in this process.
 """
 
 import argparse

@@ -11,6 +11,7 @@ COMMANDS = {
     "grpo": ("grpo", "GRPO, Dr.GRPO, DAPO and BNPO over codes"),
     "rloo": ("rloo", "RLOO over codes"),
     "ppo": ("ppo", "PPO over codes"),
+    "distill": ("distill", "teach what a policy says to its backbone alone: a plain model"),
     "generate": ("generate", "answer one prompt, with the codes behind the words"),
     "chat": ("chat", "talk to a model, see its codes, and answer again from any of them"),
     "studio": ("studio", "a page in the browser: ask, see codes, and answer again from any token"),

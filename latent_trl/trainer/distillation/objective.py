@@ -100,4 +100,3 @@ def divergence(
     ]
     kl, same = map(torch.cat, zip(*parts, strict=True))
     return kl, same
-

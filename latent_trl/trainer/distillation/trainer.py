@@ -1,9 +1,10 @@
 """A plain model out: the backbone is taught to say by itself what the policy says through codes."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig
 from transformers import (
@@ -134,8 +135,10 @@ class LatentActionDistillationTrainer(LearningMixin, Trainer):
         config.action_temperature, config.action_top_k, config.action_top_p = law.temperature, law.top_k, law.top_p
         return config
 
-    def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        """The policy's own answers to a batch of prompts. Those of an evaluation are a function of the seed alone."""
+    def prepared(self, batch: dict[str, Any], place: int | None) -> dict[str, Any]:
+        """The policy's own answers to a batch of prompts: a function of the seed, and in training of the step."""
+        when = [0] if place is None else [1, self.state.global_step, place]
+        seed = int(np.random.default_rng([*when, self.args.seed, self.args.process_index]).integers(2**31))
         source = GenerateSource(
             self.model_wrapped,
             self.accelerator,
@@ -144,9 +147,8 @@ class LatentActionDistillationTrainer(LearningMixin, Trainer):
             self.ends,
             keep_states=True,
         )
-        with self.teacher(), nullcontext() if training else torch.random.fork_rng():
-            if not training:
-                torch.manual_seed(self.args.seed)
+        with self.teacher(), torch.random.fork_rng():
+            torch.manual_seed(seed)
             try:
                 samples = answers(batch["rows"], 1, self.reader, source)
             except FloatingPointError as error:

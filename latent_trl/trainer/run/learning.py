@@ -90,8 +90,10 @@ class LearningMixin(ComponentTrainingMixin):
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
         self.model_accepts_loss_kwargs = True
 
-    def prepared(self, batch: dict[str, Any], training: bool) -> dict[str, Any]:
-        """A batch of the collator's, of a training or an evaluation set, on the device, as the loss reads it."""
+    def prepared(self, batch: dict[str, Any], place: int | None) -> dict[str, Any]:
+        """A batch of the collator's on the device, as the loss reads it; `place` is its number in the update, or `None`
+        in an evaluation. Trainer restores random states only afterwards when it resumes: none may be drawn from here.
+        """
         return self._prepare_inputs(batch)
 
     def whole_update(self, batches: list[dict[str, Any]]) -> Any:
@@ -108,7 +110,7 @@ class LearningMixin(ComponentTrainingMixin):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self.prepared(batch, training=True) for batch in batches]
+        batches = [self.prepared(batch, place) for place, batch in enumerate(batches)]
         return batches, self.whole_update(batches) if batches else None
 
     def usable_rows(self, dataset: Any, name: str) -> MixedRows:
@@ -116,7 +118,7 @@ class LearningMixin(ComponentTrainingMixin):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Trainer gathers what it takes for predictions and labels, and drops the rows that fill up a last batch.
-        inputs = self.prepared(inputs, training=False)
+        inputs = self.prepared(inputs, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(objective=self.held_out_sums, batch=inputs).loss
         return None, sums[..., 0], sums[..., 1]

@@ -1,7 +1,7 @@
 """
 Tokens a second of rollouts: our own loop with and without ended rows leaving, TRL's `generate`, and vLLM's engines.
 
-    OMP_NUM_THREADS=1 python benchmarks/rollout.py --preset mini --clock cpu --json rollout_mini.json
+    OMP_NUM_THREADS=1 python benchmarks/rollout.py --preset micro --clock cpu --json rollout_micro.json
     python benchmarks/rollout.py --preset smollm --quick                    # tiny sizes, to see that it runs
 
 All answer the same prompts with as many tokens: of equal lengths, and of mixed ones, evenly spread. Arms alternate in
@@ -187,7 +187,7 @@ def ratios(speeds: dict[str, dict[str, list[float]]]) -> list[list[Any]]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
+    parser.add_argument("--preset", choices=sorted(PRESETS), default="micro")
     parser.add_argument("--json", help="file to write")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--warmup", type=int, default=1)

@@ -5,8 +5,8 @@ Tokens a second of rollouts: our own loop with and without ended rows leaving, T
     python benchmarks/rollout.py --preset smollm --quick                    # tiny sizes, to see that it runs
 
 All answer the same prompts with as many tokens: of equal lengths, and of mixed ones, evenly spread. Arms alternate in
-one process; figures are medians over `--repeats`, after `--warmup`. Prompts are text: a picture is encoded once a
-prompt, whatever generates. Engines are measured where vLLM is installed, in this process.
+one process; figures are medians over `--repeats`, after `--warmup` with short texts. Prompts are text: a picture is
+encoded once a prompt, whatever generates. Engines are measured where vLLM is installed, in this process.
 """
 
 import argparse
@@ -84,6 +84,8 @@ class Rollouts:
 
         longest = self.preset.prompt_characters + 64 + 2 * self.preset.completion_length
         options: dict[str, Any] = {"max_model_len": longest, "enforce_eager": True, "max_num_seqs": self.rows}
+        # All prompts in one step: on a CPU vLLM takes no seeded request whose prompt is cut.
+        options["max_num_batched_tokens"] = self.rows * longest
         options |= {"dtype": str(self.preset.dtype).removeprefix("torch."), "skip_tokenizer_init": True}
         backbone.save_pretrained(folder)
         self.llm = LLM(str(folder), **options)
@@ -165,6 +167,7 @@ def measure(preset: Preset, device: torch.device, repeats: int, warmup: int, sho
         lengths = drawn_lengths(preset, shortest)
         for repeat in tqdm(range(-warmup, repeats), desc="rollout", unit="repeat"):
             for kind, wanted in lengths.items():
+                wanted = wanted if repeat >= 0 else wanted.clamp(max=shortest)
                 for name, arm in rollouts.arms.items():
                     torch.manual_seed(repeat + warmup)
                     taken, _ = seconds(lambda arm=arm, wanted=wanted: arm(wanted))

@@ -88,9 +88,10 @@ def what_is_kept(
     Returns:
         `dict`: By name of who says, and of the figure.
     """
-    rows, found = OpenedRows.of(rows), {}
+    rows = OpenedRows.of(rows)
+    found: dict[str, dict[str, float]] = {}
     with_references = "reference" in rows.column_names
-    options = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+    options: dict[str, Any] = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     for name in SAYS:
         with nullcontext() if name == "plain model" else model.peft_backbone.disable_adapter():
             torch.manual_seed(seed)

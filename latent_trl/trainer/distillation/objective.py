@@ -72,6 +72,7 @@ class DistillationLosses:
         with torch.no_grad():
             logits, _, _ = PolicyPass(self.encoder)(model, rollout)
             probs = self.law.log_probs(logits[mask], self.law.support(logits[mask])).exp()
+            assert rollout.context_states is not None, "the samples carry the states of the backbone without adapter"
             states = rollout.context_states[:, width - 1 :][mask].to(logits.device)
             wanted = teacher_law(model, states, probs, self.teacher)
         attention_mask = torch.cat([rollout.prompt_mask, rollout.completion_mask], dim=1)[:, :-1]

@@ -105,6 +105,7 @@ class LatentActionDistillationTrainer(LearningMixin, Trainer):
             raise ValueError("Distillation runs on one device or under DDP, and not under FSDP or DeepSpeed.")
         self.law = args.action_law()
         self.reader = PromptReader.of(self)
+        self.bad_rows = self.reader.bad_rows
         self.ends = end_tokens(model, self.tokenizer, {}) or []
         self.generation_config = self._generation_config()
         self.losses = DistillationLosses(self.reader.encoder, self.law, args.teacher)
@@ -113,8 +114,8 @@ class LatentActionDistillationTrainer(LearningMixin, Trainer):
         # Codes are followed here, not learned.
         return "ignore"
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
-        return super().get_eval_dataloader(stored(eval_dataset))
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        return self.reader.usable(stored(dataset, name))
 
     @contextmanager
     def teacher(self) -> Iterator[LatentActionModel]:

@@ -13,7 +13,6 @@ from transformers.utils import logging
 from ...data.bad_rows import BadRows
 from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
-from ...data.reading import StoredRows
 from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
@@ -31,7 +30,7 @@ def evaluation_rows(dataset: Any, name: str = "eval_dataset") -> Any:
     Raises:
         ValueError: When one lacks the columns or is empty; names the set.
     """
-    if dataset is None or isinstance(dataset, (str, MixedRows, StoredRows)):
+    if dataset is None or isinstance(dataset, (str, MixedRows)):
         return dataset
     if isinstance(dataset, dict):
         return {key: evaluation_rows(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
@@ -86,7 +85,8 @@ class LearningMixin(ComponentTrainingMixin):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self.held_out_metrics, **kwargs)
-        self.bad_rows = self.data_collator.bad_rows
+        if isinstance(self.data_collator, MixedRowsCollator):
+            self.bad_rows = self.data_collator.bad_rows
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
         self.model_accepts_loss_kwargs = True
 

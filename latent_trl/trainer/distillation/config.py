@@ -19,9 +19,9 @@ class LatentActionDistillationConfig(TrainingArguments):
     Configuration of [`LatentActionDistillationTrainer`]. Inherits all of transformers' `TrainingArguments`.
 
     Args:
-        teacher (`str`, defaults to `"mixture"`):
-            The law over tokens that is taught: `"mixture"`, \\\( \sum_a \pi(a \mid s) \, p(x \mid s, a) \\); or
-            `"spoken"`, in which a code puts all on its likeliest token, as `generate` does.
+        teacher (`str`, defaults to `"spoken"`):
+            The law over tokens that is taught: `"spoken"`, in which a code puts all on its likeliest token, as
+            `generate` does; or `"mixture"`, \\( \sum_a \pi(a \mid s) \, p(x \mid s, a) \\).
         action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
         defaults to `1.0`):
             The law of the codes, in the samples and in what is taught.
@@ -42,7 +42,7 @@ class LatentActionDistillationConfig(TrainingArguments):
             `"skip"` the update, log `skipped_updates`, and stop after 20 in a row.
     """
 
-    teacher: str = "mixture"
+    teacher: str = "spoken"
     action_temperature: float = 1.0
     action_top_k: int = 0
     action_top_p: float = 1.0

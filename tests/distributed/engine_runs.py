@@ -1,0 +1,116 @@
+"""Small runs of every trainer, pictures and text mixed, and what they end with."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+
+sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
+
+import learning_runs  # noqa: E402
+from learning_runs import build_sft, build_space, paired_rows, picture, text_rows, turn  # noqa: E402
+from tiny_models import latent, latent_config  # noqa: E402
+
+import latent_trl  # noqa: E402
+from latent_trl.generation.choice import ActionChoice  # noqa: E402
+
+RL = ("grpo", "rloo", "ppo")
+# Rows of different lengths; the second process's share of some batches is text alone, so are whole batches.
+IMAGES = (1, 0, 2, 0, 0, 1, 0, 0)
+# Without its large epsilon, Adam turns rounding errors of gradients near zero into whole steps.
+EXACT = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1}
+# Rows of an update, over all processes.
+ROWS = 4
+
+
+def draw_alike(choice: ActionChoice, probs: torch.Tensor) -> torch.Tensor:
+    """Codes by a number that depends on the sample's place in its group and on the step alone, on any process."""
+    step = choice.__dict__.setdefault("drawn", 0)
+    choice.drawn = step + 1
+    copy = torch.arange(len(probs)) // (len(probs) // choice.copies)
+    number = 0.05 + 0.9 * ((copy * 0.37 + step * 0.61) % 1.0)
+    return (probs.cumsum(dim=-1) < number[:, None]).sum(dim=-1).clamp(max=probs.shape[1] - 1)
+
+
+def letters(completions, **columns):
+    return [float(len(set(str(completion)))) for completion in completions]
+
+
+def prompt_rows(count: int = 16) -> Dataset:
+    """Prompts with 0, 1 and 2 pictures."""
+    rows = []
+    for i in range(count):
+        pictures = [picture(10 * i + k) for k in range(IMAGES[i % len(IMAGES)])]
+        rows.append({"prompt": [turn("user", "what " * (1 + i % 3) + f"is {i}?")], "images": pictures})
+    return Dataset.from_list(rows)
+
+
+def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", **options: Any):
+    """
+    A trainer with `rows` rows a process and batch.
+
+    Args:
+        kind (`str`): `"space"`, `"sft"`, `"grpo"`, `"rloo"` or `"ppo"`.
+        tuned (`str`): What of the backbone is trained: `"frozen"`, `"lora"` or `"layers"`.
+    """
+    adapter = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False) if tuned == "lora" else None
+    options = {**EXACT, "per_device_train_batch_size": rows, **options}
+    if kind in ("space", "sft"):
+        options = {"train_sampling_strategy": "sequential", **options}
+    if kind == "space":
+        steps = {f"{stage}_max_steps": options.pop("max_steps", 3) for stage in learning_runs.STAGES}
+        data = {"paired": paired_rows(16, IMAGES), "text": text_rows(16)}
+        return build_space(folder, family=family, **data, **steps, **options)
+    if kind == "sft":
+        if tuned == "layers":
+            options["trained_layers"] = ["model.language_model.layers.2", "lm_head"]
+        return build_sft(folder, family=family, rows=paired_rows(16, IMAGES), peft_config=adapter, **options)
+    torch.manual_seed(0)
+    model, tiny = latent(family, latent_config())
+    name = f"LatentAction{kind.upper()}"
+    options = {
+        "use_cpu": True,
+        "bf16": False,
+        "steps_per_generation": 1,
+        "num_iterations": 2,
+        "max_completion_length": 5,
+        "learning_rate": 1e-2,
+        "beta": 0.05,
+        "disable_tqdm": True,
+        "max_steps": 4,
+        "save_strategy": "no",
+        "train_backbone": adapter is not None,
+        "num_generations": 1 if kind == "ppo" else 2,
+        **options,
+    }
+    args = getattr(latent_trl, f"{name}Config")(str(folder), **options)
+    return getattr(latent_trl, f"{name}Trainer")(
+        model, letters, args, train_dataset=prompt_rows(), processing_class=tiny.processor, peft_config=adapter
+    )
+
+
+def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
+    """Trained and frozen tensors, gathered; empty on all processes but the first."""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    else:
+        weights = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    return {name: tensor.detach().clone() for name, tensor in (weights or {}).items()}
+
+
+def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any]) -> None:
+    """Trains, saves, and leaves the weights in `result.pt`."""
+    ActionChoice._draw = draw_alike
+    ActionChoice._draw_together = lambda choice, probs, wanted: draw_alike(choice, probs)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    resume = options.pop("resume", None)
+    trainer = build(kind, tuned, folder, rows, **options)
+    trainer.train(resume_from_checkpoint=resume)
+    weights = whole_weights(trainer)
+    history = getattr(trainer, "history", None) or trainer.state.log_history
+    trainer.save_model(str(Path(folder) / "saved"))
+    if trainer.accelerator.is_main_process:
+        torch.save({"weights": weights, "logs": learning_runs.logs(history)}, Path(folder) / "result.pt")

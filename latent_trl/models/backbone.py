@@ -14,6 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapter import plain_names
+from .blank_picture import BlankPicture
 
 VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
 
@@ -105,6 +106,8 @@ class Backbone:
         self.text_config = model.config.get_text_config(decoder=True)
         self.hidden_size: int = self.text_config.hidden_size
         self.vision_token_ids = vision_token_ids(model.config)
+        # Set by who trains on several processes that shard the tensors.
+        self.blank_picture: BlankPicture | None = None
         _keep_unpacked(model)
         self.before_head = self.base
         self.final_norm, self.state_rms, self.plain_head = self._probe()
@@ -215,11 +218,13 @@ class Backbone:
                 for which the head is run on the last position.
             inputs: Further inputs of the model, such as `pixel_values`, or `position_ids` to impose.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.blank_picture is not None and self.blank_picture.is_needed(inputs):
+            return self._encode_with_blank(input_ids, attention_mask, completion_mask, with_aux_loss, inputs)
         types = inputs.get("token_type_ids")
         if completion_mask is not None and types is not None:
             inputs["token_type_ids"] = types.masked_fill(completion_mask.bool() & (types == 0), self.completion_type)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = self.positions(input_ids, attention_mask, **inputs)
         shared = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
@@ -229,6 +234,19 @@ class Backbone:
                 return replace(calls[-1], aux_loss=aux_loss)
             self.base(**shared)
         return calls[-1]
+
+    def _encode_with_blank(self, input_ids, attention_mask, completion_mask, with_aux_loss, inputs) -> DecoderCall:
+        """[`encode`] of a batch of text with a blank picture's row below it, which is taken off again."""
+        assert self.blank_picture is not None
+        (rows, length), inputs = input_ids.shape, dict(inputs)
+        # Text is no prompt to be read both ways.
+        inputs["completion_mask"] = torch.ones_like(input_ids) if completion_mask is None else completion_mask
+        ids, mask, inputs = self.blank_picture.below(input_ids, attention_mask, inputs)
+        call = self.encode(ids, mask, with_aux_loss=with_aux_loss, **inputs)
+        positions = call.position_ids
+        if positions is not None:
+            positions = positions[..., :rows, :length] if positions.shape[-2] > 1 else positions[..., :length]
+        return replace(call, states=call.states[:rows, :length], position_ids=positions)
 
     @cached_property
     def completion_type(self) -> int:

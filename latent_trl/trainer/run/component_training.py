@@ -15,6 +15,7 @@ from ...data.bad_rows import BadRows
 from ...models.adapter import fitting_tensors, read_adapter
 from ...models.component import check_state
 from ...models.latent_action_model import LatentActionModel
+from .engines import check_engine, prepare_model
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
 from .output_folder import (
@@ -152,6 +153,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_kernels(kwargs["args"])
         check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
+        check_engine(self.accelerator)
+        prepare_model(self)
         self.add_callback(RestoreRun(self))
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from torch.distributed.tensor import DTensor
+from trl.models import unwrap_model_for_generation
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
@@ -15,15 +17,16 @@ from learning_runs import build_sft, build_space, paired_rows, picture, text_row
 from tiny_models import latent, latent_config  # noqa: E402
 
 import latent_trl  # noqa: E402
+from latent_trl.data.prompts import PromptEncoder  # noqa: E402
 from latent_trl.generation.choice import ActionChoice  # noqa: E402
+from latent_trl.trainer.run.engines import engine_record  # noqa: E402
 
 RL = ("grpo", "rloo", "ppo")
 # Rows of different lengths; the second process's share of some batches is text alone, so are whole batches.
 IMAGES = (1, 0, 2, 0, 0, 1, 0, 0)
 # Without its large epsilon, Adam turns rounding errors of gradients near zero into whole steps.
 EXACT = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1}
-# Rows of an update, over all processes.
-ROWS = 4
+SAVES = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 1}
 
 
 def draw_alike(choice: ActionChoice, probs: torch.Tensor) -> torch.Tensor:
@@ -57,11 +60,11 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
         tuned (`str`): What of the backbone is trained: `"frozen"`, `"lora"` or `"layers"`.
     """
     adapter = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False) if tuned == "lora" else None
-    options = {**EXACT, "per_device_train_batch_size": rows, **options}
+    options = {**EXACT, **SAVES, "per_device_train_batch_size": rows, **options}
     if kind in ("space", "sft"):
         options = {"train_sampling_strategy": "sequential", **options}
     if kind == "space":
-        steps = {f"{stage}_max_steps": options.pop("max_steps", 3) for stage in learning_runs.STAGES}
+        steps = {f"{stage}_max_steps": options.pop("max_steps", 4) for stage in learning_runs.STAGES}
         data = {"paired": paired_rows(16, IMAGES), "text": text_rows(16)}
         return build_space(folder, family=family, **data, **steps, **options)
     if kind == "sft":
@@ -81,7 +84,6 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
         "beta": 0.05,
         "disable_tqdm": True,
         "max_steps": 4,
-        "save_strategy": "no",
         "train_backbone": adapter is not None,
         "num_generations": 1 if kind == "ppo" else 2,
         **options,
@@ -101,16 +103,36 @@ def whole_weights(trainer: Any) -> dict[str, torch.Tensor]:
     return {name: tensor.detach().clone() for name, tensor in (weights or {}).items()}
 
 
-def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any]) -> None:
-    """Trains, saves, and leaves the weights in `result.pt`."""
+def greedy(model: Any, processing_class: Any) -> torch.Tensor:
+    """Greedy answers to prompts with and without a picture."""
+    encoder = PromptEncoder(processing_class)
+    batch = encoder.collate([encoder({"_row": i, **row}) for i, row in enumerate(prompt_rows(3))])
+    return model.generate(**batch, max_new_tokens=6, action_do_sample=False)
+
+
+def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any], resume: str | None = None) -> None:
+    """Trains, saves, and leaves in `result.pt` what the run ended with."""
     ActionChoice._draw = draw_alike
     ActionChoice._draw_together = lambda choice, probs, wanted: draw_alike(choice, probs)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    resume = options.pop("resume", None)
     trainer = build(kind, tuned, folder, rows, **options)
     trainer.train(resume_from_checkpoint=resume)
-    weights = whole_weights(trainer)
     history = getattr(trainer, "history", None) or trainer.state.log_history
+    result = {
+        "weights": whole_weights(trainer),
+        "logs": [{k: v for k, v in row.items() if k != "step_time"} for row in learning_runs.logs(history)],
+        "engine": engine_record(trainer)["engine"],
+        "sharded": is_sharded(trainer),
+    }
+    # All processes answer the same prompts.
+    with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
+        result["answers"] = greedy(model, trainer.processing_class)
     trainer.save_model(str(Path(folder) / "saved"))
     if trainer.accelerator.is_main_process:
-        torch.save({"weights": weights, "logs": learning_runs.logs(history)}, Path(folder) / "result.pt")
+        torch.save(result, Path(folder) / "result.pt")
+
+
+def is_sharded(trainer: Any) -> bool:
+    """Whether this process holds a part alone of some tensors."""
+    parameters = trainer.accelerator.unwrap_model(trainer.model).parameters()
+    return any(isinstance(p, DTensor) or "ds_numel" in vars(p) for p in parameters)

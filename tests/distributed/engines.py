@@ -16,6 +16,7 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+DEEPSPEED = ("zero2", "zero3")
 CONFIG_OF = {
     "ddp": CONFIGS / "cpu" / "multi_gpu.yaml",
     "fsdp2": CONFIGS / "cpu" / "fsdp2.yaml",
@@ -87,4 +88,7 @@ def launch(engine: str | None, function: Callable[..., Any], *args: Any, process
         debug_launcher(partial(_start, function), args, num_processes=1)
         return
     with patch_environment(**environment(engine)):
+        if engine in DEEPSPEED:
+            # Here, and not in each process: it takes seconds.
+            import deepspeed  # noqa: F401
         debug_launcher(partial(_start, function), args, num_processes=processes)

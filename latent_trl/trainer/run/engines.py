@@ -1,17 +1,22 @@
 """What the distributed engines must be told of a latent action model, and what is not to be had with them."""
 
 import os
+from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
 from transformers import ProcessorMixin
 
+from ...checkpoint.files import read_json
 from ...data.prompts import PromptEncoder
 from ...models.blank_picture import BlankPicture
 from ...models.latent_action_model import LatentActionModel
 
+# What a checkpoint says of the run that wrote it.
+ENGINE_FILE = "engine.json"
 # Pixels of a side: more than any image processor's patch.
 BLANK_SIZE = 64
 
@@ -36,7 +41,7 @@ def check_engine(accelerator: Accelerator) -> None:
                 "`cpu/multi_gpu.yaml`."
             )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != processes:
+    if "LOCAL_RANK" in os.environ and launched != processes:
         raise ValueError(
             f"{launched} processes were launched, and each takes itself for one of {processes}: they would all train "
             "the same in one folder. On the CPU set `ACCELERATE_USE_CPU=true`."
@@ -46,6 +51,41 @@ def check_engine(accelerator: Accelerator) -> None:
 def is_zero3(trainer: Any) -> bool:
     """Whether DeepSpeed shards the parameters of a trainer's model."""
     return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
+def engine_record(trainer: Any) -> dict[str, Any]:
+    """Which engine a trainer runs under, as plain JSON values."""
+    state = trainer.accelerator.state
+    record = {"engine": "one process or DDP", "processes": state.num_processes}
+    if trainer.is_deepspeed_enabled:
+        record["engine"] = f"DeepSpeed ZeRO-{state.deepspeed_plugin.zero_stage}"
+    elif trainer.is_fsdp_enabled:
+        record["engine"] = f"FSDP{state.fsdp_plugin.fsdp_version}"
+    return record
+
+
+def check_same_engine(trainer: Any, checkpoint: str | Path) -> None:
+    """
+    Raises `ValueError` for a checkpoint of another engine, whose optimizer this run cannot read: Trainer would go on
+    without its moments, and not say so. DeepSpeed's is read by as many processes as wrote it.
+    """
+    path = Path(checkpoint) / ENGINE_FILE
+    if not path.is_file():
+        return
+    written, own = read_json(path), engine_record(trainer)
+    same = written["engine"] == own["engine"]
+    if same and (written["processes"] == own["processes"] or not trainer.is_deepspeed_enabled):
+        return
+    raise ValueError(
+        f"{checkpoint} was written under {written['engine']} by {written['processes']} process(es), and this run is "
+        f"{own['processes']} under {own['engine']}, which cannot read the optimizer of the other. Go on as the run "
+        "began, or start a new one from its model: `LatentActionModel.from_pretrained`."
+    )
+
+
+def elements(parameter: torch.nn.Parameter) -> int:
+    """Of the whole tensor: ZeRO-3 leaves a process one without any, and says here how many there are."""
+    return vars(parameter).get("ds_numel", parameter.numel())
 
 
 def prepare_model(trainer: Any) -> None:

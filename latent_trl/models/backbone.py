@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -56,6 +57,32 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
         model.state_dict()
 
 
+def _check_at_hand(model: PreTrainedModel) -> None:
+    """Raises `ValueError` where tensors that are needed now are elsewhere: offloaded, or sharded by ZeRO-3."""
+    if model.device.type == "meta":
+        raise ValueError(
+            "The first tensors of `backbone` are offloaded, so no device can be told by them. Give its input embedding "
+            "and its vision tower a device in `device_map`; layers behind them may be offloaded."
+        )
+    sharded = next((name for name, p in model.named_parameters() if "ds_numel" in vars(p)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"`backbone` is sharded by ZeRO-3 already ({sharded!r} has no elements here), as transformers makes models "
+            "once a trainer's arguments are there. Load it before those, or give the trainer the checkpoint's name."
+        )
+
+
+@contextmanager
+def _at_hand(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values of a tensor of the model's state dict, fetched where accelerate has offloaded them."""
+    if not tensor.is_meta:
+        yield tensor
+        return
+    module, _, own = name.rpartition(".")
+    with align_module_device(model.get_submodule(module), torch.device("cpu")):
+        yield getattr(model.get_submodule(module), own)
+
+
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
     """The model whose last states the head reads. What `get_decoder` gives may be a head, or have one of its own."""
     decoder = model.get_decoder()
@@ -100,6 +127,7 @@ class Backbone:
                 "that the decoder reads. Pass a model of the decoder alone (`AutoModelForCausalLM`, "
                 "`AutoModelForImageTextToText`)."
             )
+        _check_at_hand(model)
         self.model = model
         self.decoder = _text_model(model)
         self.base = model.base_model
@@ -275,12 +303,13 @@ class Backbone:
             return None
         digest = hashlib.sha256()
         plain = plain_names(self.model)
-        named = {plain[name]: tensor for name, tensor in self.model.state_dict().items() if name in plain}
-        for name, tensor in sorted(named.items()):
+        named = {plain[name]: (name, tensor) for name, tensor in self.model.state_dict().items() if name in plain}
+        for name, (own, tensor) in sorted(named.items()):
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             step = max(1, tensor.numel() // 64)
-            sample = tensor.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
+            with _at_hand(self.model, own, tensor) as values:
+                sample = values.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(sample.to(through).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()

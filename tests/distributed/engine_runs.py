@@ -1,5 +1,7 @@
 """Small runs of every trainer, pictures and text mixed, and what they end with."""
 
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -8,6 +10,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
@@ -57,7 +60,7 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
 
     Args:
         kind (`str`): `"space"`, `"sft"`, `"grpo"`, `"rloo"` or `"ppo"`.
-        tuned (`str`): What of the backbone is trained: `"frozen"`, `"lora"` or `"layers"`.
+        tuned (`str`): What of the backbone is trained: `"frozen"`, `"lora"`, `"layers"` or `"vision"`.
     """
     adapter = LoraConfig(r=2, lora_alpha=4, init_lora_weights=False) if tuned == "lora" else None
     options = {**EXACT, **SAVES, "per_device_train_batch_size": rows, **options}
@@ -70,6 +73,8 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
     if kind == "sft":
         if tuned == "layers":
             options["trained_layers"] = ["model.language_model.layers.2", "lm_head"]
+        elif tuned == "vision":
+            options["trained_layers"] = ["model.vision_tower", "model.multi_modal_projector"]
         return build_sft(folder, family=family, rows=paired_rows(16, IMAGES), peft_config=adapter, **options)
     torch.manual_seed(0)
     model, tiny = latent(family, latent_config())
@@ -88,9 +93,11 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
         "num_generations": 1 if kind == "ppo" else 2,
         **options,
     }
+    anchor = text_rows(32) if "anchor_coef" in options else None
     args = getattr(latent_trl, f"{name}Config")(str(folder), **options)
+    data = {"train_dataset": prompt_rows(), "anchor_dataset": anchor}
     return getattr(latent_trl, f"{name}Trainer")(
-        model, letters, args, train_dataset=prompt_rows(), processing_class=tiny.processor, peft_config=adapter
+        model, letters, args, processing_class=tiny.processor, peft_config=adapter, **data
     )
 
 
@@ -110,12 +117,41 @@ def greedy(model: Any, processing_class: Any) -> torch.Tensor:
     return model.generate(**batch, max_new_tokens=6, action_do_sample=False)
 
 
+def end_early(trainer: Any) -> None:
+    """Lets half of the tokens end a completion, so that processes generate for different numbers of steps."""
+    ends = list(range(10, len(trainer._tokenizer), 2))
+    trainer.eos_token_ids = trainer.generation_config.eos_token_id = [*trainer.eos_token_ids, *ends]
+
+
+class KillAt(TrainerCallback):
+    """Kills the last process at a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step and args.process_index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any], resume: str | None = None) -> None:
-    """Trains, saves, and leaves in `result.pt` what the run ended with."""
+    """
+    Trains, saves, and leaves in `result.pt` what the run ended with.
+
+    Args:
+        options (`dict`): Of the trainer; `early_ends` lets completions end at different lengths, and `killed_at` kills
+            the last process at a step.
+    """
+    options = dict(options)
+    early_ends, killed_at = options.pop("early_ends", False), options.pop("killed_at", None)
     ActionChoice._draw = draw_alike
     ActionChoice._draw_together = lambda choice, probs, wanted: draw_alike(choice, probs)
     Path(folder).mkdir(parents=True, exist_ok=True)
     trainer = build(kind, tuned, folder, rows, **options)
+    if early_ends:
+        end_early(trainer)
+    if killed_at is not None:
+        trainer.add_callback(KillAt(killed_at))
     trainer.train(resume_from_checkpoint=resume)
     history = getattr(trainer, "history", None) or trainer.state.log_history
     result = {

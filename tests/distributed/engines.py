@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,8 @@ from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu
 
 CONFIGS = Path(__file__).parents[2] / "examples" / "accelerate_configs"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
+# Seconds that a run may take on a busy machine.
+LONGEST = 900
 DEEPSPEED = ("zero2", "zero3")
 CONFIG_OF = {
     "ddp": CONFIGS / "cpu" / "multi_gpu.yaml",
@@ -74,21 +77,31 @@ def let_engines_run_on_the_cpu() -> None:
     AcceleratorState.__init__ = init
 
 
-def _start(function: Callable[..., Any], *args: Any) -> None:
+def _start(function: Callable[..., Any], on_the_cpu: bool, *args: Any) -> None:
+    # Processes that wait for each other for ever are ended.
+    signal.alarm(LONGEST)
     torch.set_num_threads(1)
     os.environ["LOCAL_RANK"] = str(torch.distributed.get_rank())
     os.environ["RANK"] = os.environ["LOCAL_RANK"]
-    let_engines_run_on_the_cpu()
+    if on_the_cpu:
+        let_engines_run_on_the_cpu()
     function(*args)
 
 
-def launch(engine: str | None, function: Callable[..., Any], *args: Any, processes: int = 2) -> None:
-    """Calls `function(*args)` in so many processes of an engine; without one, in a single plain process."""
+def launch(
+    engine: str | None, function: Callable[..., Any], *args: Any, processes: int = 2, on_the_cpu: bool = True
+) -> None:
+    """
+    Calls `function(*args)` in processes of an engine; without one, in a single plain process.
+
+    Args:
+        on_the_cpu (`bool`, defaults to `True`): Whether the engine is let run there.
+    """
     if engine is None:
-        debug_launcher(partial(_start, function), args, num_processes=1)
+        debug_launcher(partial(_start, function, on_the_cpu), args, num_processes=1)
         return
     with patch_environment(**environment(engine)):
         if engine in DEEPSPEED:
             # Here, and not in each process: it takes seconds.
             import deepspeed  # noqa: F401
-        debug_launcher(partial(_start, function), args, num_processes=processes)
+        debug_launcher(partial(_start, function, on_the_cpu), args, num_processes=processes)

@@ -97,6 +97,12 @@ def prepare_model(trainer: Any) -> None:
     if isinstance(trainer.processing_class, ProcessorMixin) and model.config.vision_token_ids:
         model.backbone_view.blank_picture = blank_picture(trainer.processing_class)
     if is_zero3(trainer):
+        if vars(trainer.args).get("ds3_gather_for_generation") is False:
+            raise ValueError(
+                "`ds3_gather_for_generation=False` gathers the layers for each token of a rollout, and the codes are "
+                "chosen between them, where DeepSpeed does not see it. Leave it out, or keep the backbone whole (DDP, "
+                "ZeRO-2)."
+            )
         _keep_for_the_pass(model)
 
 

@@ -1,7 +1,7 @@
 """
-What latent actions on a large backbone take on several GPUs: memory, bytes on the wire, and rollout machines. Arithmetic
-over the sizes of Qwen2.5-VL; nothing is run. `scaling.py --held-out` fits the same counts of work to measured seconds,
-and predicts a size that was not fitted.
+What latent actions on a large backbone take on several GPUs: memory, bytes on the wire, and rollout machines.
+Arithmetic over the sizes of Qwen2.5-VL; nothing is run. `scaling.py --held-out` fits the same counts of work to
+measured seconds, and predicts a size that was not fitted.
 
     python benchmarks/cost_model.py
 """
@@ -99,8 +99,7 @@ def memory(layout: Layout, engine: str, gpus: int, step: Step, reference: bool =
     Bytes on one GPU at the peak of an update with a frozen backbone, without activations.
 
     Args:
-        engine (`str`): `"DDP"`, `"DDP, 4-bit"`, `"FSDP2"`, `"ZeRO-2"`, `"ZeRO-3"` (all of it gathered for a rollout), or
-            `"ZeRO-3, rollouts elsewhere"`.
+        engine (`str`): One of `ENGINES`. `"ZeRO-3"` gathers all of the model for a rollout.
         reference (`bool`): Whether there is a policy to measure from (`beta`), which no engine shards.
     """
     policy, others, backbone = layout.policy, layout.others * BF16, layout.backbone * BF16

@@ -1,7 +1,6 @@
 """Every trainer under every engine: the weights of one process, a checkpoint that one process reads, exact resuming."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch

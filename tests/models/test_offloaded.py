@@ -21,7 +21,8 @@ def saved(tmp_path_factory):
 def offloaded(folder, *parts: str):
     """The backbone with these parts on the disk."""
     parts = [f"model.{part}" for part in parts]
-    named = ["model.embed_tokens", "model.rotary_emb", "model.norm", *(f"model.layers.{i}" for i in range(3)), "lm_head"]
+    layers = [f"model.layers.{i}" for i in range(3)]
+    named = ["model.embed_tokens", "model.rotary_emb", *layers, "model.norm", "lm_head"]
     device_map = {name: "disk" if name in parts else "cpu" for name in named}
     return AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=folder / "offload")
 

@@ -88,6 +88,11 @@ def elements(parameter: torch.nn.Parameter) -> int:
     return vars(parameter).get("ds_numel", parameter.numel())
 
 
+def shards_layers(trainer: Any) -> bool:
+    """Whether processes gather the layers together, so that each must run them as often as the others."""
+    return trainer.is_fsdp_enabled or is_zero3(trainer)
+
+
 def prepare_model(trainer: Any) -> None:
     """Makes the passes of a trainer's model alike on all processes, whatever their rows are, where tensors or gradients
     are sharded; called before the engine has the model."""

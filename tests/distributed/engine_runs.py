@@ -10,16 +10,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, TrainerCallback
 from trl.models import unwrap_model_for_generation
 
 sys.path[:0] = [str(Path(__file__).parent.parent / "trainer")]
 
 import learning_runs  # noqa: E402
 from learning_runs import build_sft, build_space, paired_rows, picture, text_rows, turn  # noqa: E402
-from tiny_models import latent, latent_config  # noqa: E402
+from tiny_models import FAMILIES, latent, latent_config, perturb  # noqa: E402
 
 import latent_trl  # noqa: E402
+from latent_trl import LatentActionModel  # noqa: E402
 from latent_trl.data.prompts import PromptEncoder  # noqa: E402
 from latent_trl.generation.choice import ActionChoice  # noqa: E402
 from latent_trl.trainer.run.engines import engine_record  # noqa: E402
@@ -54,6 +55,28 @@ def prompt_rows(count: int = 16) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def four_bits(folder: str) -> tuple[Any, Any]:
+    """A model whose text model is in 4 bits, and the [`TinyModel`] of its kind."""
+    tiny = FAMILIES["llava"](hidden_size=64, intermediate_size=128)
+    own = Path(folder) / "backbone"
+    # The first process alone writes.
+    tiny.model.save_pretrained(own)
+    torch.distributed.barrier()
+    # The kernels of the CPU want widths of a multiple of 32, which the tiny vision tower has not.
+    skipped = ["lm_head", "model.vision_tower", "model.multi_modal_projector"]
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.float32,
+        llm_int8_skip_modules=skipped,
+    )
+    backbone = AutoModelForImageTextToText.from_pretrained(own, quantization_config=config, dtype=torch.float32)
+    torch.manual_seed(4)
+    model = LatentActionModel.from_backbone(backbone, latent_config()).eval()
+    perturb(model)
+    return model, tiny
+
+
 def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", **options: Any):
     """
     A trainer with `rows` rows a process and batch.
@@ -77,7 +100,7 @@ def build(kind: str, tuned: str, folder: str, rows: int, family: str = "llava", 
             options["trained_layers"] = ["model.vision_tower", "model.multi_modal_projector"]
         return build_sft(folder, family=family, rows=paired_rows(16, IMAGES), peft_config=adapter, **options)
     torch.manual_seed(0)
-    model, tiny = latent(family, latent_config())
+    model, tiny = four_bits(folder) if options.pop("four_bits", False) else latent(family, latent_config())
     name = f"LatentAction{kind.upper()}"
     options = {
         "use_cpu": True,

@@ -60,6 +60,7 @@ def test_the_command_line_starts_itself_with_a_configuration(engine, tmp_path):
         "model_name_or_path": tmp_path / "model",
         "dataset_name": tmp_path / "rows.jsonl",
         "reward_funcs": "length",
+        "reward_kwargs": json.dumps({"length": {"target": 4}}),
         "output_dir": tmp_path / "run",
         "max_steps": 2,
         "per_device_train_batch_size": 2,

@@ -25,6 +25,8 @@ CASES = {
     # A vision tower whose gradient one process alone would have.
     "vision": ("sft", "vision", 2, {}, {}),
     "anchor": ("grpo", "lora", 2, {"anchor_coef": 0.5}, None),
+    # The 4-bit layers stay whole under FSDP2, as accelerate says, and are sharded as bytes by ZeRO-3.
+    "4 bits": ("grpo", "lora", 2, {"four_bits": True}, None),
     "dynamic sampling": ("grpo", "frozen", 2, {"dynamic_sampling_rounds": 2, "early_ends": True}, None),
 }
 
@@ -34,6 +36,8 @@ def expected(tmp_path_factory):
     ended = {}
 
     def run(name: str) -> dict:
+        if name == "4 bits":
+            pytest.importorskip("bitsandbytes")
         if name not in ended:
             kind, tuned, rows, options, of_one = CASES[name]
             folder = tmp_path_factory.mktemp(name.replace(" ", "-"))
@@ -55,7 +59,9 @@ def test_what_a_run_meets_changes_nothing(engine, name, expected, tmp_path):
     kind, tuned, rows, options, _ = CASES[name]
     launch(engine, train, kind, tuned, str(tmp_path), rows, options)
     got, wanted = torch.load(tmp_path / "result.pt", weights_only=True), expected(name)
-    worst = max((got["weights"][n] - tensor).abs().max().item() for n, tensor in wanted["weights"].items())
+    # What bitsandbytes keeps beside a layer is no part of ZeRO-3's.
+    kept = {n: tensor for n, tensor in wanted["weights"].items() if ".base_layer." not in n}
+    worst = max((got["weights"][n] - tensor).abs().max().item() for n, tensor in kept.items())
     print(f"{engine} {name}: {worst:.1e}")
     assert worst < 1e-5
     lengths = [row["completions/mean_length"] for row in got["logs"] if "completions/mean_length" in row]

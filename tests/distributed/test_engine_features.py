@@ -24,7 +24,7 @@ CASES = {
     ),
     # A vision tower whose gradient one process alone would have.
     "vision": ("sft", "vision", 2, {}, {}),
-    "anchor": ("grpo", "lora", 2, {"anchor_coef": 0.5}, None),
+    "anchor": ("grpo", "frozen", 2, {"anchor_coef": 0.5}, None),
     # The 4-bit layers stay whole under FSDP2, as accelerate says, and are sharded as bytes by ZeRO-3.
     "4 bits": ("grpo", "lora", 2, {"four_bits": True}, None),
     "dynamic sampling": ("grpo", "frozen", 2, {"dynamic_sampling_rounds": 2, "early_ends": True}, None),

@@ -125,7 +125,7 @@ def test_deepspeed_refuses_what_it_would_do_otherwise(tmp_path):
 @pytest.mark.distributed
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_checkpoint_of_another_engine_is_refused(engine, tmp_path):
-    launch(engine, train, "sft", "lora", str(tmp_path / "run"), 2, {})
+    launch(engine, train, "sft", "lora", str(tmp_path / "run"), 2, {"save_total_limit": None})
     checkpoint = str(tmp_path / "run" / "checkpoint-3")
     launch("ddp", attempt, "sft", str(tmp_path / "again"), {}, checkpoint)
     for error in errors(tmp_path / "again"):
@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_engine_is_refused(engine, tmp_path):
 def test_sft_of_two_processes_is_gone_on_with_by_one(tmp_path):
     """The optimizer's moments are the same on both, and the rows of an update too."""
     launch(None, train, "sft", "lora", str(tmp_path / "one"), 4, {})
-    launch("ddp", train, "sft", "lora", str(tmp_path / "two"), 2, {"max_steps": 4})
+    launch("ddp", train, "sft", "lora", str(tmp_path / "two"), 2, {"save_total_limit": None})
     shutil.rmtree(tmp_path / "two" / "saved")
     launch(None, train, "sft", "lora", str(tmp_path / "two"), 4, {}, str(tmp_path / "two" / "checkpoint-3"))
     got, wanted = (torch.load(tmp_path / name / "result.pt", weights_only=True) for name in ("two", "one"))

@@ -155,8 +155,9 @@ def training_help(prog: str, arguments: type, config: str) -> str:
     lines += ["", f"training, of {config}:", *map(described, trained)]
     end = (
         "Options may be written with _ or with -. A YAML file has the same names, and flags win over it. Loading and "
-        "adapters are TRL's: --dtype, --load_in_4bit, --use_peft, --lora_r, ... --help-all lists all options, those "
-        "of transformers and TRL included."
+        "adapters are TRL's: --dtype, --load_in_4bit, --use_peft, --lora_r, ... So is --accelerate_config with a file "
+        "or a name (fsdp2, zero2, zero3, multi_gpu): the command starts itself on several processes, and "
+        "--num_processes says how many. --help-all lists all options, those of transformers and TRL included."
     )
     return "\n".join([*lines, "", *textwrap.wrap(end, WIDTH)])
 

@@ -27,6 +27,7 @@ from ..rollout.source import GenerateSource, RolloutSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
 from ..run.defaults import settle_rate
+from ..run.engines import shards_layers
 from ..run.loading import load_named_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from ..run.state import ExactResumeMixin
@@ -156,6 +157,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.pad_to_multiple_of or 1,
             self.args.offload_context_states,
         )
+        if shards_layers(self):
+            # Processes would pass prompts and completions in other numbers of calls, as their completions end.
+            rollout.prompt_index = torch.arange(len(samples))
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         ended = ended_by_itself(samples, ends).to(rollout.completion_mask.device)
         if self.mask_truncated_completions:

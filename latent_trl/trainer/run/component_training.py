@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
@@ -15,6 +16,7 @@ from ...data.bad_rows import BadRows
 from ...models.adapter import fitting_tensors, read_adapter
 from ...models.component import check_state
 from ...models.latent_action_model import LatentActionModel
+from .engines import check_engine, elements, prepare_model
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
 from .output_folder import (
@@ -50,8 +52,8 @@ def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_p
     for name, parameter in model.backbone.named_parameters():
         if name in wanted and parameter.is_floating_point():
             parameter.requires_grad_(True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = get_model_param_count(model, trainable_only=True)
+    total = get_model_param_count(model)
     if not trained:
         raise ValueError("No parameter is left to train: check the components and the backbone's layers named.")
     what = [*components, *(["backbone"] if wanted else [])]
@@ -152,6 +154,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_kernels(kwargs["args"])
         check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
+        check_engine(self.accelerator)
+        prepare_model(self)
         self.add_callback(RestoreRun(self))
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
@@ -220,14 +224,18 @@ class ComponentTrainingMixin(HubTrainingMixin):
             return self._train_alone(resume_from_checkpoint, **kwargs)
 
     def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the components, what is trained of the backbone, and Adam's two moments."""
+        """
+        About what a checkpoint takes: the components, what is trained of the backbone, and Adam's two moments. FSDP and
+        DeepSpeed write all of the model a second time.
+        """
         model = self.accelerator.unwrap_model(self.model)
         components = [getattr(model, name) for name in model.component_classes]
         kept = {id(p): p for module in components if module is not None for p in module.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         kept.update((id(p), p) for p in trained)
-        moments = 2 * sum(4 * p.numel() for p in trained) if self.args.optim.startswith("adamw_torch") else 0
-        return sum(p.numel() * p.element_size() for p in kept.values()) + moments
+        moments = 2 * sum(4 * elements(p) for p in trained) if self.args.optim.startswith("adamw_torch") else 0
+        again = list(model.parameters()) if self.is_fsdp_enabled or self.is_deepspeed_enabled else []
+        return sum(elements(p) * p.element_size() for p in [*kept.values(), *again]) + moments
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if self.args.should_save:

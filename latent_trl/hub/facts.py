@@ -191,8 +191,8 @@ class PlansReport:
 
     Args:
         over (`str`): What they answered, such as `"60 held-out prompts"`.
-        plans (`list[dict]`): Of each: `plan`, its number; `reward`, the mean of its answers, and `chosen`, for how many
-            prompts it was chosen, or `None`; `answers`, pairs of text and count, the most frequent first.
+        plans (`list[dict]`): Of each: `plan`, its number; `reward`, the mean of its answers, and `chosen`, the share of
+            prompts for which it is the choice, or `None`; `answers`, pairs of text and count, the most frequent first.
     """
 
     over: str

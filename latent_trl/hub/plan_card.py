@@ -91,11 +91,11 @@ def plan_answers(report: PlansReport | None) -> str:
             [
                 one["plan"],
                 "not measured" if reward is None else float(reward),
-                "not measured" if chosen is None else chosen,
+                "not measured" if chosen is None else f"{chosen:.0%}",
                 Markup(", ".join(answers)),
             ]
         )
-    head = ["plan", "mean reward", "times chosen", "what it says most often"]
+    head = ["plan", "mean reward", "chosen for", "what it says most often"]
     return f"In {cell(report.over)}:\n\n" + table(head, rows)
 
 

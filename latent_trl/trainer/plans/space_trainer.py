@@ -16,7 +16,7 @@ from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .plan_training import PlanTrainer, stored_rows
-from .report import PlanReport, report_plans
+from .report import report_plans
 from .space_config import PlanSpaceConfig
 
 logger = logging.get_logger(__name__)
@@ -51,6 +51,7 @@ class PlanSpaceTrainer(PlanTrainer):
     """
 
     _tag_names = ["latent-trl", "plans"]
+    _name = "Learning of plans"
 
     def __init__(
         self,
@@ -66,7 +67,6 @@ class PlanSpaceTrainer(PlanTrainer):
         args = own_config(args, PlanSpaceConfig, "plans")
         self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
         self.is_fluent = is_fluent
-        self.report: PlanReport | None = None
         self.alternatives: dict[int, list[Alternative]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(

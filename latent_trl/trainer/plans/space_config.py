@@ -17,10 +17,13 @@ class PlanSpaceConfig(TrainingArguments):
             Most tokens of a prompt, visual ones included; a longer one is an error.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
-        branch_top_k (`int`, defaults to `6`), branch_min_prob (`float`, defaults to `0.02`), max_branches (`int`,
-        defaults to `16`):
-            Of the alternatives of the backbone ([`~latent_trl.plans.branching.branch_answers`]). Lower the probability
-            where right words are rare.
+        branch_top_k (`int`, defaults to `6`):
+            Tokens of a step that are looked at for alternatives, the greedy one among them
+            ([`~latent_trl.plans.branching.branch_answers`]).
+        branch_min_prob (`float`, defaults to `0.02`):
+            Least probability of a token that an alternative begins with. Lower it where right words are rare.
+        max_branches (`int`, defaults to `16`):
+            Alternatives of a prompt beside the greedy answer.
         answers_per_prompt (`int`, defaults to `5`):
             Answers of a prompt that are assigned in one step, drawn anew each time. At most K.
         assignment_temperature (`float`, defaults to `0.3`):

@@ -17,6 +17,9 @@ class PlanSpaceConfig(TrainingArguments):
             Most tokens of a prompt, visual ones included; a longer one is an error.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        answers_column (`str`, *optional*):
+            Column of a row's answers, a text, a list of texts or TRL's `completion`, which are learned in place of the
+            backbone's own alternatives. Rows with the same prompt share theirs.
         branch_top_k (`int`, defaults to `6`):
             Tokens of a step that are looked at for alternatives, the greedy one among them
             ([`~latent_trl.plans.branching.branch_answers`]).
@@ -42,6 +45,7 @@ class PlanSpaceConfig(TrainingArguments):
     max_completion_length: int = 32
     max_prompt_length: int | None = None
     image_root: str | None = None
+    answers_column: str | None = None
     branch_top_k: int = 6
     branch_min_prob: float = 0.02
     max_branches: int = 16

@@ -114,12 +114,12 @@ def under_plans(args: argparse.Namespace, messages: list, images: list) -> int:
         row = {"prompt": messages, "images": images, **(as_dict("columns", args.columns) or {})}
         texts, ids = [reply.text for reply in replies], [reply.token_ids for reply in replies]
         scores = score_answers(reward_of(args), [row] * len(replies), texts, ids)
-        for reply, score in zip(replies, scores, strict=True):
-            reply.reward = score if score == score else None
-        scored = [reply for reply in replies if reply.reward is not None]
+        scored = [i for i, score in enumerate(scores) if score == score]
         if not scored:
             raise ValueError("No reward function could score any of the answers: all returned None.")
-        replies = [max(scored, key=lambda reply: reply.reward)]
+        best = max(scored, key=lambda i: scores[i])
+        replies[best].reward = scores[best]
+        replies = [replies[best]]
     show(args, replies, coloured)
     return 0
 

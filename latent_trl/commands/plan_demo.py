@@ -185,7 +185,7 @@ def main(argv: list[str]) -> int:
     for name, value in result.reward.items():
         table.add_row(name, f"{value:.3f}")
     console.print(table)
-    for name, value in (("Page", page), ("Plans", args.output_dir / "model")):
-        console.print(f"{name + ':':<8}{value}", highlight=False, soft_wrap=True)
+    for what, place in (("Page", page), ("Plans", args.output_dir / "model")):
+        console.print(f"{what + ':':<8}{place}", highlight=False, soft_wrap=True)
     console.print(f"{sum(result.seconds.values()):.0f} s in all", highlight=False)
     return 0

@@ -122,9 +122,10 @@ class PlanMeasurement:
         _, self.measured.swapped, ids = self.answers("Another picture", swapped, plans)
         for name, other in self.scores(self.rows, self.measured.swapped, ids).items():
             self.figures[f"reward/{name}, another picture"] = interval(other)
-            pairs = [(a, b) for a, b in zip(kept[name], other, strict=True) if a == a and b == b]
-            if pairs:
-                self.figures[f"reward/{name}, gain by the picture"] = paired_bootstrap(*zip(*pairs, strict=True))
+            both = [i for i, (a, b) in enumerate(zip(kept[name], other, strict=True)) if a == a and b == b]
+            if both:
+                gain = paired_bootstrap([kept[name][i] for i in both], [other[i] for i in both])
+                self.figures[f"reward/{name}, gain by the picture"] = gain
 
     def ceiling(self) -> None:
         """The best reward of a prompt over all plans, beside a random plan, the best single one, and the backbone."""

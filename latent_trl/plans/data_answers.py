@@ -48,8 +48,8 @@ def data_answers(
 
 def _texts(row: dict[str, Any], column: str) -> list[str]:
     """The answers of a row."""
-    value = row.get(column)
-    every = value if isinstance(value, (list, tuple)) else [value]
+    value: Any = row.get(column)
+    every: Any = value if isinstance(value, (list, tuple)) else [value]
     if every and all(isinstance(one, dict) for one in every):
         # A conversation is one answer.
         every = ["".join(part for message in every for part in texts_of(message))]

@@ -12,7 +12,7 @@ from latent_trl.plans.engine import engine_arguments, plan_requests
 from latent_trl.plans.model import PlanModel
 
 pytestmark = pytest.mark.vllm
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytest.importorskip("vllm.lora", reason="vLLM is not installed")
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -28,7 +28,6 @@ FAMILIES = {
     "Gemma2": {**HEADS, "query_pre_attn_scalar": 32, "sliding_window": 8, "tie_word_embeddings": True},
     "Qwen3": HEADS,
     "Phi3": SIZES,
-    "Olmo2": SIZES,
 }
 
 

@@ -11,6 +11,7 @@ COMMANDS = {
     "grpo": ("grpo", "GRPO, Dr.GRPO, DAPO and BNPO over codes"),
     "rloo": ("rloo", "RLOO over codes"),
     "ppo": ("ppo", "PPO over codes"),
+    "distill": ("distill", "teach what a policy says to its backbone alone: a plain model"),
     "bandit": ("bandit", "RL over plans: which plan to hold for a prompt"),
     "generate": ("generate", "answer one prompt, with the codes or the plan behind the words"),
     "chat": ("chat", "talk to a model, see its codes or plans, and answer again with others"),

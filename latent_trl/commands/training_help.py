@@ -36,6 +36,10 @@ COMMON = {
         *("model_name_or_path", "dataset_name", "image_root", "output_dir", "max_steps", "num_train_epochs"),
         *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
     ),
+    "distill": (
+        *("model_name_or_path", "dataset_name", "image_root", "output_dir", "max_steps", "learning_rate"),
+        *("per_device_train_batch_size", "max_completion_length", "merge_adapter", "reward_funcs"),
+    ),
     "grpo": RL_COMMON,
     "rloo": RL_COMMON,
     "ppo": (*RL_COMMON, "value_learning_rate"),

@@ -15,7 +15,7 @@ from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .bandit_config import PlanBanditConfig
-from .plan_training import PlanTrainer, PromptRows, stored_rows
+from .plan_training import PlanTrainer, PromptRows
 from .replay import Replay, padded_states
 from .report import report_plans, summed_rewards
 
@@ -62,7 +62,7 @@ class PlanBanditTrainer(PlanTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = own_config(args, PlanBanditConfig, "plan-bandit")
-        self.caller = RewardCaller(reward_funcs)
+        self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.reward_func_names = self.caller.names
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
         plans = self.model.plan_config.num_plans
@@ -79,6 +79,8 @@ class PlanBanditTrainer(PlanTrainer):
 
     def before_training(self) -> None:
         self.model.chooser_is_trained = True
+        places = self.usable_places(self.train_dataset, "train_dataset")
+        self.rows = PromptRows(self.train_dataset, self.args.image_root, places)
 
     def after_training(self) -> None:
         if self.eval_dataset is None:
@@ -174,7 +176,7 @@ class PlanBanditTrainer(PlanTrainer):
     ) -> dict[str, float]:
         """The mean reward of the greedy answers under the plans that the chooser finds the best."""
         own = eval_dataset is None
-        rows = stored_rows(self.eval_dataset if own else eval_dataset, "eval_dataset", self.args.image_root)
+        rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
         prompts = [self.encoder(row) for row in rows]
         size = self.args.rollout_batch_size
         states = [one for i in range(0, len(prompts), size) for one in self._states(prompts[i : i + size])]

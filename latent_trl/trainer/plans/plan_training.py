@@ -9,8 +9,9 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
 from ...checkpoint.plan_files import PLAN_CONFIG
+from ...data.bad_rows import BadRows
 from ...data.prompts import PromptEncoder
-from ...data.reading import OpenedRows
+from ...data.reading import OpenedRows, StoredRows
 from ...generation.answers import end_tokens
 from ...hub.facts import CodebookReport, Evaluation
 from ...plans.model import PlanModel
@@ -31,14 +32,15 @@ class PromptRows(Dataset):
     """
 
     def __init__(self, rows: Any, image_root: str | None, places: list[int] | None = None):
-        self.rows = OpenedRows(rows, image_root)
-        self.places = list(range(len(self.rows))) if places is None else places
+        opened = OpenedRows(rows, image_root)
+        self.places = list(range(len(opened))) if places is None else places
+        self.rows = opened.only(self.places)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[self.places[index]], "_index": self.places[index]}
+        return {**self.rows[index], "_index": self.places[index]}
 
 
 class PlanTrainer(HubTrainingMixin, Trainer):
@@ -82,6 +84,10 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             processing_class = load_processing_class(model)
         self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
         self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
+        sources = [StoredRows(train_dataset)]
+        if eval_dataset is not None:
+            sources.append(StoredRows(eval_dataset, "eval_dataset"))
+        self.bad_rows = BadRows(args.on_bad_row, args.output_dir, sources)
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.rows_in_use: list[int] | None = None
         model.requires_grad_(False)
@@ -98,6 +104,17 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             callbacks=callbacks,
         )
 
+    def usable_places(self, dataset: Any, name: str) -> list[int]:
+        """Numbers of the rows of a set that can be used; all, unless bad ones are skipped."""
+        return self.bad_rows.usable_places(StoredRows(dataset, name), self.encoder)
+
+    def evaluated_rows(self, dataset: Any) -> list[dict[str, Any]]:
+        """Rows of an evaluation set that can be used, with their pictures opened."""
+        check_prompts(dataset, "eval_dataset")
+        opened = OpenedRows(dataset, self.args.image_root, "eval_dataset")
+        opened = opened.only(self.usable_places(dataset, "eval_dataset"))
+        return [opened[i] for i in range(len(opened))]
+
     def before_training(self) -> None:
         """Called before the first step: what a trainer needs to know of its prompts."""
 
@@ -111,9 +128,11 @@ class PlanTrainer(HubTrainingMixin, Trainer):
         Raises:
             ValueError: When `output_dir` is in use by another run, holds checkpoints of an earlier one that is not to
                 be resumed, or none to resume.
+            RowError: For a row that cannot be used, as `on_bad_row` says.
             CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
         """
         folder = self.args.output_dir
+        self.bad_rows.preflight(self.encoder, seed=self.args.seed)
         with only_run(self.accelerator, folder):
             clear_run_folder(folder)
             raise_together(None if resume_from_checkpoint else earlier_run(folder))
@@ -141,6 +160,7 @@ class PlanTrainer(HubTrainingMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
+            logs |= self.bad_rows.figures()
             self.figures.clear()
         super().log(logs, start_time)
 
@@ -192,10 +212,3 @@ def check_prompts(dataset: Any, name: str) -> None:
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     if "prompt" not in columns:
         raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")
-
-
-def stored_rows(dataset: Any, name: str, image_root: str | None) -> list[dict[str, Any]]:
-    """All rows of `dataset` with their pictures opened."""
-    check_prompts(dataset, name)
-    opened = OpenedRows(dataset, image_root)
-    return [opened[i] for i in range(len(opened))]

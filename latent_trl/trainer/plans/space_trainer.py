@@ -16,7 +16,7 @@ from ...plans.data_answers import data_answers
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
-from .plan_training import PlanTrainer, stored_rows
+from .plan_training import PlanTrainer
 from .report import report_plans
 from .space_config import PlanSpaceConfig
 
@@ -67,7 +67,9 @@ class PlanSpaceTrainer(PlanTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = own_config(args, PlanSpaceConfig, "plans")
-        self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
+        self.caller = None
+        if reward_funcs is not None:
+            self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.is_fluent = is_fluent
         self.alternatives: dict[int, list[Alternative]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
@@ -111,11 +113,12 @@ class PlanSpaceTrainer(PlanTrainer):
         return [[one for one in answers if one.ended] for answers in found]
 
     def before_training(self) -> None:
-        found = self._branch(OpenedRows(self.train_dataset, self.args.image_root))
-        self.alternatives = dict(enumerate(found))
+        places = self.usable_places(self.train_dataset, "train_dataset")
+        found = self._branch(OpenedRows(self.train_dataset, self.args.image_root).only(places))
+        self.alternatives = dict(zip(places, found, strict=True))
         # Prompts with one answer are pooled where the answers are those of data.
         least = 2 if self.args.answers_column is None else 1
-        kept = [i for i, answers in enumerate(found) if len(answers) >= least]
+        kept = [place for place, answers in self.alternatives.items() if len(answers) >= least]
         check_alternatives(found, len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
@@ -163,7 +166,7 @@ class PlanSpaceTrainer(PlanTrainer):
         `output_dir`.
         """
         own = eval_dataset is None
-        rows = stored_rows(self.eval_dataset if own else eval_dataset, "eval_dataset", self.args.image_root)
+        rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
         if not own or self._held_out_alternatives is None:
             alternatives = [[one.text for one in answers] for answers in self._branch(rows)]
             if own:

@@ -83,6 +83,7 @@ class GenerateSource:
                 generation_config=self.generation_config,
                 num_return_sequences=copies,
                 output_context_states=self.keep_states,
+                output_cache=False,
                 return_dict_in_generate=True,
             )
         width = inputs["input_ids"].shape[1]

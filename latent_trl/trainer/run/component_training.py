@@ -11,6 +11,7 @@ from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
 from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_weights
+from ...data.bad_rows import BadRows
 from ...models.adapter import fitting_tensors, read_adapter
 from ...models.component import check_state
 from ...models.latent_action_model import LatentActionModel
@@ -140,6 +141,8 @@ class RestoreRun(TrainerCallback):
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
+    # What becomes of rows that cannot be used.
+    bad_rows: BadRows
     # The checkpoint that the run goes on from.
     resumed_from: str | None = None
     # The folder of the run that this trainer has made, if any.
@@ -163,6 +166,26 @@ class ComponentTrainingMixin(HubTrainingMixin):
         """As `Trainer.add_callback`; raises `ValueError` for those that copy or follow the whole model."""
         check_callbacks([callback])
         super().add_callback(callback)
+
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        """An evaluation set, called `name`, as the trainer reads it: of the rows that can be used."""
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        """As `Trainer.get_eval_dataloader`. Skipped rows are left out, so that figures are means over the others."""
+        given = self.eval_dataset
+        # One process lists the rows, and the others find them listed.
+        with self.accelerator.main_process_first():
+            if isinstance(eval_dataset, str):
+                name = f"eval_dataset[{eval_dataset!r}]"
+                self.eval_dataset = {eval_dataset: self.usable_rows(given[eval_dataset], name)}
+            else:
+                rows = given if eval_dataset is None else eval_dataset
+                eval_dataset = None if rows is None else self.usable_rows(rows, "eval_dataset")
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.eval_dataset = given
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
@@ -285,4 +308,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | self.health.figures() if "loss" in logs else logs, start_time)
+        super().log(logs | self.run_figures() if "loss" in logs else logs, start_time)
+
+    def run_figures(self) -> dict[str, float]:
+        """What is logged of a run beside its loss: skipped updates since the last time, and skipped rows so far."""
+        return self.health.figures() | self.bad_rows.figures()

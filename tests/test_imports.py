@@ -18,7 +18,7 @@ ALLOWED = {
     "data": {"models"},
     "sizing": {"checkpoint", "generation", "models"},
     "rewards": {"data"},
-    "plans": {"checkpoint", "data", "generation", "models"},
+    "plans": {"checkpoint", "data", "generation", "hub", "models"},
     "search": {"data", "generation", "models", "rewards"},
     "evaluation": {"checkpoint", "data", "generation", "hub", "models", "rewards", "search"},
     "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search"},

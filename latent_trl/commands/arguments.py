@@ -70,6 +70,7 @@ class LearnArguments(DataArguments):
 
     text_dataset_name: str | None = field(default=None, metadata={"help": "conversations without images; as above"})
     text_dataset_split: str = field(default="train", metadata={"help": "its split"})
+    kind: str = field(default="codes", metadata={"help": "codes, one a token; or plans, one an answer: see its help"})
     num_codes: int = field(default=128, metadata={"help": "K, the number of latent actions"})
     policy_layers: int | None = field(default=None, metadata={"help": "decoder layers of the policy; 8 if not given"})
     inverse_dynamics_layers: int | None = field(
@@ -98,7 +99,11 @@ class LearnArguments(DataArguments):
     def model_fields(self) -> dict[str, Any]:
         """Keyword arguments of `LatentActionConfig`."""
         names = [f.name for f in fields(LearnArguments) if f.name not in _names(DataArguments)]
-        values = {n: getattr(self, n) for n in names if not n.startswith("text_dataset") and not n.endswith("_layers")}
+        values = {
+            n: getattr(self, n)
+            for n in names
+            if not n.startswith("text_dataset") and not n.endswith(("_layers", "kind"))
+        }
         for part in ("inverse_dynamics", "policy"):
             name, layers = f"{part}_decoder", getattr(self, f"{part}_layers")
             decoder = as_dict(name, values[name])
@@ -111,8 +116,8 @@ class LearnArguments(DataArguments):
 
 
 @dataclass
-class RewardArguments(DataArguments):
-    """Reinforcement learning over codes."""
+class RewardedArguments(DataArguments):
+    """Reinforcement learning."""
 
     reward_funcs: list[str] = field(
         default_factory=list,
@@ -121,16 +126,22 @@ class RewardArguments(DataArguments):
     reward_kwargs: str | None = field(
         default=None, metadata={"help": """options of rewards that are classes, JSON: '{"length": {"target": 20}}'"""}
     )
-    anchor_dataset_name: str | None = field(
-        default=None, metadata={"help": "conversations on which the policy stays, with --anchor_coef; as above"}
-    )
-    anchor_dataset_split: str = field(default="train", metadata={"help": "its split"})
 
     def rewards(self) -> list[Any]:
         """The reward functions, by [`~latent_trl.commands.loading.load_rewards`]."""
         from .loading import load_rewards
 
         return load_rewards(self.reward_funcs, as_dict("reward_kwargs", self.reward_kwargs))
+
+
+@dataclass
+class RewardArguments(RewardedArguments):
+    """Reinforcement learning over codes."""
+
+    anchor_dataset_name: str | None = field(
+        default=None, metadata={"help": "conversations on which the policy stays, with --anchor_coef; as above"}
+    )
+    anchor_dataset_split: str = field(default="train", metadata={"help": "its split"})
 
     def anchor_rows(self):
         """Conversations to stay on, or `None` when none were named."""
@@ -201,12 +212,21 @@ class CommandParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         words = [_with_dashes(word) for word in (sys.argv[1:] if args is None else args)]
         found, unknown = self.parse_known_args(words, namespace)
+        options = {word.partition("=")[0] for word in words}
+        found.given = {action.dest for action in self._actions if options & set(action.option_strings)}
         if unknown:
             refuse_unknown(self.prog, unknown[0], [o for action in self._actions for o in action.option_strings])
         return found
 
     def error(self, message: str):
         raise UsageError(self.prog, f"{message}. See `{self.prog} --help`.")
+
+
+def refuse_given(prog: str, args: argparse.Namespace, names: tuple[str, ...], reason: str) -> None:
+    """Raises [`UsageError`] when an option of these names was given, whatever its value."""
+    wrong = [f"--{name.replace('_', '-')}" for name in names if name in args.given]
+    if wrong:
+        raise UsageError(prog, f"`{wrong[0]}` {reason}")
 
 
 def _with_dashes(word: str) -> str:

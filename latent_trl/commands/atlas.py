@@ -1,4 +1,4 @@
-"""`latent-trl atlas MODEL DATA`: one HTML page that shows what each code does."""
+"""`latent-trl atlas MODEL DATA`: one HTML page that shows what each code or plan does."""
 
 import argparse
 from pathlib import Path
@@ -10,7 +10,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="latent-trl atlas",
         description="Draws a codebook on one self-contained HTML page: usage, tokens, contexts, transitions, a map, "
-        "and what an answer becomes when one code is forced.",
+        "and what an answer becomes when one code is forced; or what each plan says.",
     )
     parser.add_argument("model", help="folder or Hub id of latent actions")
     parser.add_argument("dataset", help="prompts: " + DATASET)
@@ -23,7 +23,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=48, help="(%(default)s)")
     parser.add_argument(
-        "--forced-prompts", type=at_least(1), default=6, help="on which each code is forced (%(default)s)"
+        "--forced-prompts",
+        type=at_least(1),
+        default=6,
+        help="on which each code is forced, or each plan is shown (%(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     return parser.parse_args(argv)
@@ -36,12 +39,17 @@ def main(argv: list[str] | None = None) -> int:
     from ..data.reading import OpenedRows
     from ..evaluation.atlas import make_atlas, write_atlas
     from .loading import load_model, load_processor
+    from .plan_atlas import draw_plans
+    from .plan_loading import is_plan_model
     from .progress import console, progress_bars
     from .rows import load_rows
 
     logging.set_verbosity_error()
     rows = load_rows(args.dataset, args.split, limit=args.limit, purpose="prompts")
     rows = OpenedRows(rows, args.image_root)
+    if is_plan_model(args.model):
+        console.print(f"The page is {draw_plans(args, rows)}", highlight=False, soft_wrap=True)
+        return 0
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
         task = bars.add_task("Atlas", total=len(rows) + min(args.forced_prompts, len(rows)), figures="")

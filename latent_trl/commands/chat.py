@@ -2,9 +2,10 @@
 
 import argparse
 from collections.abc import Callable
+from typing import Any
 
-from .arguments import CommandParser
-from .replies import Reply, add_sampling
+from .arguments import CommandParser, refuse_given
+from .replies import OF_PLANS, add_sampling
 
 HELP = """\
 /codes            show the last answer token by token: step, code, token
@@ -18,12 +19,17 @@ HELP = """\
 /new              a new conversation
 /quit             leave"""
 
+OF_PLANS_HELP = """\
+/plans            what every plan answers to the last message
+/plan N           answer again under plan N, and hold it from now on
+/plan             the plan that the chooser finds the best, from now on"""
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="latent-trl chat",
         description="Talk to a latent action model.",
-        epilog="While talking:\n" + HELP,
+        epilog="While talking:\n" + HELP + "\n\nWith plans, in the place of what is about codes:\n" + OF_PLANS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("model", help="folder or Hub id of latent actions")
@@ -43,6 +49,8 @@ class Chat:
         system (`str`, *optional*): A system message.
     """
 
+    help = HELP
+
     def __init__(self, answerer, console, system: str | None = None):
         self.answerer, self.console, self.system = answerer, console, system
         self.colours = True
@@ -52,7 +60,18 @@ class Chat:
         self.messages = [{"role": "system", "content": self.system}] if self.system else []
         self.images: list = []
         self.pending: list = []
-        self.last: Reply | None = None
+        self.last: Any = None
+
+    def actions(self) -> dict[str, Callable[..., None]]:
+        """What can be asked for, by name."""
+        return {
+            "codes": self.show_codes,
+            "again": self.again,
+            "greedy": lambda: setattr(self.answerer.args, "greedy", True),
+            "sample": lambda: setattr(self.answerer.args, "greedy", False),
+            "temperature": self.set_temperature,
+            "colour": lambda: setattr(self, "colours", not self.colours),
+        }
 
     def hear(self, line: str) -> bool:
         """Acts on one line of the user's. Returns whether to go on."""
@@ -66,15 +85,10 @@ class Chat:
         if name in ("quit", "exit", "q"):
             return False
         commands: dict[str, Callable[..., None]] = {
-            "codes": self.show_codes,
-            "again": self.again,
+            **self.actions(),
             "image": self.show_image,
-            "greedy": lambda: setattr(self.answerer.args, "greedy", True),
-            "sample": lambda: setattr(self.answerer.args, "greedy", False),
-            "temperature": self.set_temperature,
-            "colour": lambda: setattr(self, "colours", not self.colours),
             "new": self.new,
-            "help": lambda: self.console.print(HELP, markup=False, highlight=False),
+            "help": lambda: self.console.print(self.help, markup=False, highlight=False),
         }
         if name not in commands:
             self.problem(f"no command /{name}; /help lists them")
@@ -114,6 +128,10 @@ class Chat:
             (reply,) = self.answerer(self.messages, self.images, forced=forced, on_token=show)
         finally:
             self.console.print()
+        self.keep(reply)
+
+    def keep(self, reply: Any) -> None:
+        """Puts the answer into the conversation."""
         self.last = reply
         self.messages.append({"role": "assistant", "content": reply.text})
 
@@ -162,14 +180,24 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from rich.console import Console
 
-    from .replies import load_answerer
+    from .plan_loading import is_plan_model
 
     console = Console()
-    chat = Chat(load_answerer(args), console, args.system)
+    if is_plan_model(args.model):
+        from .plan_chat import PlanChat
+        from .plan_replies import load_plan_answerer
+
+        chat: Chat = PlanChat(load_plan_answerer(args, "latent-trl chat"), console, args.system, args.plan)
+        what = f"{len(chat.answerer.plans)} plans"
+    else:
+        from .replies import load_answerer
+
+        refuse_given("latent-trl chat", args, OF_PLANS, f"is for plans, and {args.model!r} has codes a token.")
+        chat = Chat(load_answerer(args), console, args.system)
+        what = f"{chat.answerer.model.config.num_codes} codes"
     if args.image:
         chat.show_image(args.image)
-    codes = chat.answerer.model.config.num_codes
-    console.print(f"{codes} codes. /help lists what can be done, /quit leaves.", highlight=False)
+    console.print(f"{what}. /help lists what can be done, /quit leaves.", highlight=False)
     while True:
         try:
             line = input("> ")

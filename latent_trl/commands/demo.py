@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -78,7 +79,6 @@ class DemoResult:
 
 def find_folder(relative: Path) -> Path:
     """A folder of the repository, looked for in the current directory and beside the package."""
-    # In a clone the name stays the one that checkpoints were written with.
     for root in (Path(), Path(__file__).resolve().parents[2]):
         if (root / relative).is_dir():
             return root / relative
@@ -329,6 +329,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="start RL from a learned model (default folder: %(const)s)",
     )
     parser.add_argument("--output-dir", type=Path, default=Path("outputs") / "demo")
+    parser.add_argument("--plans", action="store_true", help="plans in place of codes; see `demo --plans --help`")
     for name, default in asdict(DemoSettings()).items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=type(default), default=default, help="(%(default)s)")
     args = parser.parse_args(argv)
@@ -340,6 +341,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if "--plans" in argv:
+        from .plan_demo import main as plan_demo
+
+        return plan_demo([word for word in argv if word != "--plans"])
     args = parse(argv)
     settings = args.settings
     start = time.perf_counter()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .arguments import DATASET, CommandParser, at_least
+from .arguments import DATASET, CommandParser, at_least, refuse_given
 
 # Those of `latent_trl.evaluation.perplexity`, which imports torch.
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
@@ -41,6 +41,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--perplexity", nargs="+", default=[], choices=LAWS, metavar="LAW", help=PERPLEXITY)
     parser.add_argument("--reference", default="reference", metavar="COLUMN", help="for --perplexity (%(default)s)")
     parser.add_argument("--image-ablation", action="store_true", help="also answer with another row's picture")
+    parser.add_argument(
+        "--code-ceiling",
+        type=at_least(1),
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="also the best reward over all codes at each of the first N steps (1), or over all plans",
+    )
+    parser.add_argument("--plan", type=at_least(0), metavar="N", help="hold this plan, where the model has plans")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all figures and answers")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
     parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
@@ -53,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--samples must be at least 2: one answer has nothing to differ from")
     if args.image_ablation and not args.reward_funcs:
         parser.error("--image-ablation compares rewards: give --reward-funcs")
+    if args.code_ceiling and not args.reward_funcs:
+        parser.error("--code-ceiling is of rewards: give --reward-funcs")
     if args.embedder and not args.samples:
         parser.error("--embedder compares samples: give --samples")
     return args
@@ -114,6 +125,11 @@ def interval(values: list[float], statistic=None):
     return bootstrap_interval(kept) if statistic is None else bootstrap_interval(kept, statistic)
 
 
+def largest(values: list[float]) -> float:
+    """The largest of the values that are there; NaN where there is none."""
+    return max((value for value in values if value == value), default=float("nan"))
+
+
 def diversity(texts: list[list[str]], embedder: str | None) -> dict[str, Any]:
     """Figures of several samples for each prompt: each is worked out for every prompt, and then averaged."""
     from ..evaluation.diversity import distinct_n, inverse_mean, mean_pairwise_cosine, self_bleu, vendi_score
@@ -160,6 +176,8 @@ class Measurement:
         kept = self.answers_and_codes()
         if self.args.image_ablation:
             self.image_ablation(kept)
+        if self.args.code_ceiling:
+            self.code_ceiling(kept)
         if self.args.samples:
             self.samples()
         if self.args.judge:
@@ -214,6 +232,24 @@ class Measurement:
             pairs = [(a, b) for a, b in zip(kept[name], other) if a == a and b == b]
             if pairs:
                 self.figures[f"reward/{name}, gain by the picture"] = paired_bootstrap(*zip(*pairs))
+
+    def code_ceiling(self, kept: dict[str, list[float]]) -> None:
+        """The best reward of a prompt over all codes at each of the first steps, the most likely ones among them."""
+        from ..evaluation.answers import Answers
+        from ..evaluation.code_ceiling import forced_answers
+
+        steps, bar = self.args.code_ceiling, self._bar("All codes", len(self.rows))
+        found = forced_answers(
+            self.model, self.processor, self.rows, steps, max_new_tokens=self.args.max_new_tokens, progress=bar
+        )
+        rows = [self.rows[i] for i, of_prompt in enumerate(found) for _ in of_prompt.texts]
+        every = Answers([t for one in found for t in one.texts], token_ids=[i for one in found for i in one.token_ids])
+        for name, reward in self.rewards.items():
+            scores = score(reward, rows, every)
+            count = len(scores) // len(found)
+            groups = [[*scores[i * count : (i + 1) * count], own] for i, own in enumerate(kept[name])]
+            where = "the first step" if steps == 1 else f"one of the first {steps} steps"
+            self.figures[f"reward/{name}, best code at {where}"] = interval([largest(group) for group in groups])
 
     def samples(self) -> None:
         """Diversity of sampled answers, and their rewards; a prompt with an answer that was not scored is left out."""
@@ -276,13 +312,14 @@ class Measurement:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    from rich.table import Table
     from transformers.utils import logging
 
     from ..data.reading import OpenedRows
     from .arguments import as_dict
     from .loading import load_model, load_processor, load_rewards
-    from .progress import console, progress_bars
+    from .plan_evaluate import measure_plans
+    from .plan_loading import is_plan_model
+    from .progress import progress_bars
     from .rows import check_reward_columns, load_rows
 
     logging.set_verbosity_error()
@@ -290,12 +327,27 @@ def main(argv: list[str] | None = None) -> int:
     rewards = load_rewards(args.reward_funcs, as_dict("reward_kwargs", args.reward_kwargs)) if args.reward_funcs else []
     check_reward_columns(rewards, rows, args.dataset)
     rows = OpenedRows(rows, args.image_root)
+    if is_plan_model(args.model):
+        measured = measure_plans(args, rows, rewards)
+        report(args, len(rows), measured)
+        return 0
+    refuse_given("latent-trl evaluate", args, ("plan",), f"is for plans, and {args.model!r} has codes a token.")
     if args.perplexity and args.reference not in rows.column_names:
         raise ValueError(f"`--reference` must be one of {rows.column_names}, got {args.reference!r}.")
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
         measured = Measurement(model, load_processor(model, args.backbone), rows, rewards, args, bars).run()
-    table = Table(title=f"{args.model} on {len(rows)} prompts of {args.dataset}, {args.split}")
+    report(args, len(rows), measured)
+    return 0
+
+
+def report(args: argparse.Namespace, prompts: int, measured: Any) -> None:
+    """Prints all figures, and writes them with the answers where that was asked for."""
+    from rich.table import Table
+
+    from .progress import console
+
+    table = Table(title=f"{args.model} on {prompts} prompts of {args.dataset}, {args.split}")
     table.add_column("figure")
     table.add_column("value [95 %]", justify="right")
     for name, value in measured.figures.items():
@@ -306,4 +358,3 @@ def main(argv: list[str] | None = None) -> int:
 
         write_json(measured, args.output)
         console.print(f"All figures and answers: {args.output}", highlight=False)
-    return 0

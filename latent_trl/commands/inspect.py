@@ -22,6 +22,8 @@ def facts_table(found):
     """Base model, sizes and stage."""
     from rich.table import Table
 
+    from ..hub.facts import is_of_plans
+
     record = found.record
     base = record.get("base_model_name_or_path") or "made in memory"
     fingerprint = record.get("backbone_fingerprint")
@@ -30,15 +32,44 @@ def facts_table(found):
         "base model": base,
         "its commit": record.get("base_model_revision") or "unknown",
         "fingerprint": f"{fingerprint[:16]}…" if isinstance(fingerprint, str) else "none",
+        **(plan_facts(record) if is_of_plans(record) else code_facts(record)),
+        "schema": record.get("schema_version"),
+    }
+    table = Table(title="Plans" if is_of_plans(record) else "Latent actions", show_header=False)
+    for name, value in rows.items() if record else [("source", rows["source"])]:
+        table.add_row(name, _plain(value))
+    return table
+
+
+def code_facts(record) -> dict[str, object]:
+    described = record.get("data_description")
+    return {
         "codes": f"{record.get('num_codes')} of width {record.get('hidden_size')}",
         "read-out": record.get("read_out"),
         "stage": record.get("stage"),
-        "data": json.dumps(record.get("data_description") or {}) if record.get("data_description") else "not described",
-        "schema": record.get("schema_version"),
+        "data": json.dumps(described) if described else "not described",
     }
-    table = Table(title="Latent actions", show_header=False)
-    for name, value in rows.items() if record else [("source", rows["source"])]:
-        table.add_row(name, _plain(value))
+
+
+def plan_facts(record) -> dict[str, object]:
+    return {
+        "plans": f"{record.get('num_plans')} of rank {record.get('rank')}, from layer {record.get('depth')} on",
+        "LoRA below them": "in the folder `adapter`" if record.get("has_adapter") else "none",
+    }
+
+
+def plans_table(found):
+    """What each plan says."""
+    from rich.table import Table
+
+    table = Table(title=f"Plans, {found.report.plans.over}")
+    for name, justify in (("plan", "right"), ("mean reward", "right"), ("chosen for", "right"), ("says", "left")):
+        table.add_column(name, justify=justify)
+    for one in found.report.plans.plans:
+        reward, chosen = one.get("reward"), one.get("chosen")
+        said = ", ".join(f"{text!r} × {count}" for text, count in one.get("answers", [])[:3])
+        values = (one["plan"], "-" if reward is None else f"{reward:.3f}", "-" if chosen is None else f"{chosen:.0%}")
+        table.add_row(*map(_plain, (*values, said)))
     return table
 
 
@@ -90,6 +121,7 @@ def to_json(found) -> str:
             "config": {name: value for name, value in found.record.items() if name != "layer_shapes"},
             "components": parts,
             "usage": found.usage,
+            "plans": found.report.to_dict()["plans"],
             "evaluation": found.report.to_dict()["evaluation"],
             "problems": found.problems,
         },
@@ -101,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from rich.console import Console
 
+    from ..hub.facts import is_of_plans
     from ..hub.pull import inspect
     from .rows import check_exists
 
@@ -113,7 +146,12 @@ def main(argv: list[str] | None = None) -> int:
     console.print(facts_table(found))
     console.print(components_table(found, args.shapes))
     usage = found.usage
-    if usage:
+    if is_of_plans(found.record):
+        if found.report.plans:
+            console.print(plans_table(found))
+        else:
+            console.print("Plans: what they say was not kept with the weights")
+    elif usage:
         dead = usage["codes"] - usage["used"]
         console.print(
             f"Codebook: {usage['used']:.0f} of {usage['codes']} codes in use, perplexity {usage['perplexity']:.1f}, "

@@ -37,7 +37,7 @@ def load_model(name: str, backbone: str | None = None, is_trainable: bool = Fals
     model = LatentActionModel.from_pretrained(
         name, backbone=given, is_trainable=is_trainable, **({} if given is not None else backbone_kwargs)
     )
-    return model if quantized else _placed(model)
+    return model if quantized else placed(model)
 
 
 def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
@@ -64,12 +64,17 @@ def check_latent_actions(name: str, backbone: str | None = None) -> None:
         ValueError: When it holds something else.
     """
     from ..checkpoint.files import CONFIG_FILE
+    from ..checkpoint.plan_files import PLAN_CONFIG
 
     check_exists(name, "model")
     folder = Path(name).expanduser()
     if not folder.is_dir():
         return
     if not (folder / CONFIG_FILE).is_file():
+        if (folder / PLAN_CONFIG).is_file():
+            raise ValueError(
+                f"{name!r} holds plans, and this command is for codes a token. RL over plans is `latent-trl bandit`."
+            )
         inside = sorted(child.name for child in folder.iterdir() if (child / CONFIG_FILE).is_file())
         if inside:
             raise ValueError(f"{name!r} holds the models {inside}: name one of them, such as '{folder / inside[-1]}'.")
@@ -100,7 +105,8 @@ def is_latent_action_model(name: str) -> bool:
     return True
 
 
-def _placed(model):
+def placed(model):
+    """The model, on a GPU where there is one."""
     import torch
 
     return model.to("cuda") if torch.cuda.is_available() else model

@@ -113,6 +113,8 @@ class BarCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if isinstance(self.bars, ProgressLines):
             self.bars.end()
+            # What is evaluated after training is logged too.
+            self.task = None
 
 
 def draw_with(trainer: Trainer, callback: BarCallback) -> Trainer:

@@ -39,6 +39,12 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--ban", type=codes, default=[], metavar="CODES", help="codes never to take: 3,17")
     parser.add_argument("--bias", type=biases, default={}, metavar="CODE=X,...", help="added to logits: 5=2.0,9=-1")
+    parser.add_argument("--plan", type=at_least(0), metavar="N", help="the plan to hold, where the model has plans")
+
+
+# Options that a model of plans cannot follow, and those for plans alone.
+OF_CODES = ("temperature", "top_k", "top_p", "greedy", "seed", "ban", "bias", "samples", "force", "tree")
+OF_PLANS = ("plan", "all_plans")
 
 
 def codes(text: str) -> list[int]:

@@ -43,8 +43,21 @@ COMMON = {
     "grpo": RL_COMMON,
     "rloo": RL_COMMON,
     "ppo": (*RL_COMMON, "value_learning_rate"),
+    "plans": (
+        *("model_name_or_path", "dataset_name", "eval_dataset_name", "reward_funcs", "image_root", "output_dir"),
+        *("num_plans", "depth", "branch_min_prob", "max_steps", "per_device_train_batch_size", "max_completion_length"),
+    ),
+    "bandit": (
+        *("model_name_or_path", "dataset_name", "reward_funcs", "eval_dataset_name", "image_root", "output_dir"),
+        *("max_steps", "learning_rate", "rollout_prompts", "num_generations", "max_completion_length"),
+    ),
 }
 MODEL = "folder or Hub id of latent actions"
+MODELS = {
+    "learn": "folder or Hub id: a backbone, or latent actions to learn on",
+    "plans": "folder or Hub id: a backbone, or plans to learn on",
+    "bandit": "folder or Hub id of plans",
+}
 ENTRY = re.compile(r"(?P<names>\w+(?: \([^()]*\))?(?:,\s+\w+(?: \([^()]*\))?)*):\s+(?P<text>.*)", re.DOTALL)
 
 
@@ -65,7 +78,7 @@ class Option:
 @cache
 def config_classes() -> dict[str, ast.ClassDef]:
     """Every class of a trainer's configuration file."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(TRAINER_FOLDER.glob("*/config.py"))]
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in sorted(TRAINER_FOLDER.glob("*/*config.py"))]
     return {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
@@ -126,7 +139,7 @@ def field_meanings(docstring: str) -> dict[str, str]:
 def training_help(prog: str, arguments: type, config: str) -> str:
     """The help of a training command: what everyone sets, then the rest, each option once."""
     command = prog.split()[-1]
-    model = "folder or Hub id: a backbone, or latent actions to learn on" if command == "learn" else MODEL
+    model = MODELS.get(command, MODEL)
     options = {"model_name_or_path": Option("model_name_or_path", model)}
     for one in fields(arguments):
         default = one.default if isinstance(one.default, (str, int, float)) else None
@@ -143,7 +156,7 @@ def training_help(prog: str, arguments: type, config: str) -> str:
     shown = {option.name for option in common}
     rest = [options[name] for name in options if name in of_command - shown]
     trained = [options[name] for name in own if name not in shown | of_command]
-    rewards = " --reward_funcs NAME" if "reward_funcs" in options else ""
+    rewards = " --reward_funcs NAME" if "reward_funcs" in options and command != "plans" else ""
     lines = [f"usage: {prog} --config FILE.yaml [OPTIONS]"]
     lines += [
         f"       {prog} --model_name_or_path MODEL --dataset_name DATA",

@@ -278,6 +278,11 @@ def _code_codes(shown: list[int], action_ids: list[list[int]]) -> Heat:
 
 def write_atlas(atlas: Atlas, path: Path) -> Path:
     """Writes the page, which needs no other file and no network. Returns `path`."""
+    return render_page(TEMPLATE, atlas, Path(path))
+
+
+def render_page(template: str, atlas: Any, path: Path) -> Path:
+    """Writes a page from a template of this folder. Returns `path`."""
     try:
         from jinja2 import Environment, PackageLoader
     except ImportError as error:
@@ -286,7 +291,6 @@ def write_atlas(atlas: Atlas, path: Path) -> Path:
         loader=PackageLoader("latent_trl.evaluation", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.globals.update(code_colour=code_colour, visible=visible)
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(environment.get_template(TEMPLATE).render(atlas=atlas), encoding="utf-8")
+    path.write_text(environment.get_template(template).render(atlas=atlas), encoding="utf-8")
     return path

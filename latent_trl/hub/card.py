@@ -1,6 +1,5 @@
 """Model cards: every sentence is made from a fact of the checkpoint, and what is not known is said in a line."""
 
-import json
 import re
 from pathlib import Path
 from string import Template
@@ -8,14 +7,23 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
-from .facts import CodebookReport, ComponentFacts, TrainingReport, TrainingRun, component_facts, read_record
+from .facts import (
+    CodebookReport,
+    ComponentFacts,
+    TrainingReport,
+    TrainingRun,
+    component_facts,
+    is_of_plans,
+    read_record,
+)
+from .markdown import Markup, base_model_link, cell, code_span, hub_id, one_line, quoted, table
+from .plan_card import ORIGIN, plan_answers, plan_components, plan_limits, plan_snippet, plan_summary
 from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves, segments
 from .secrets import hide_secrets
 
 CARD_FILE = "README.md"
 PLOT_FILES = (CURVES_FILE, CODES_FILE)
 TEMPLATE = Path(__file__).with_name("card_template.md")
-HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 NO_MATPLOTLIB = "Plots are left out: matplotlib was not installed where this card was made."
 PURPOSE = {
     "codebook": "the latent actions",
@@ -27,11 +35,6 @@ PURPOSE = {
     "adapter": "PEFT adapter of the base model",
     "backbone": "tensors of the base model that were trained",
 }
-
-
-def hub_id(name: str | None) -> str | None:
-    """`name` where it can be a Hub id, and is not a folder."""
-    return name if name and HUB_ID.fullmatch(name) and not Path(name).is_dir() else None
 
 
 def write_card(
@@ -74,19 +77,36 @@ def write_card(
         (folder / name).unlink(missing_ok=True)
     curves = draw_curves(runs, folder / CURVES_FILE)
     codes = codebook is not None and draw_codes(codebook, folder / CODES_FILE)
+    source = f"The base model: {base_model_source}\n\n" if base_model_source else ""
+    place, has_processor = repo_id or folder.name, _has_processor(folder)
+    if is_of_plans(record):
+        said = {
+            "kind": "Plans",
+            "origin": ORIGIN,
+            "summary": plan_summary(record, parts),
+            "components": plan_components(parts),
+            "snippet": source + plan_snippet(record, parts, place, has_processor),
+            "codebook": plan_answers(report.plans),
+            "limits": plan_limits(record),
+        }
+    else:
+        said = {
+            "kind": "Codebook",
+            "origin": "The method is",
+            "summary": _summary(record, parts),
+            "components": _components(parts),
+            "snippet": source + _snippet(record, parts, place, has_processor),
+            "codebook": _codebook(codebook, runs, codes),
+            "limits": _limits(record),
+        }
     body = Template(TEMPLATE.read_text(encoding="utf-8")).substitute(
-        title=_cell(title),
-        summary=_summary(record, parts),
-        components=_components(parts),
-        snippet=(f"The base model: {base_model_source}\n\n" if base_model_source else "")
-        + _snippet(record, parts, repo_id or folder.name, _has_processor(folder)),
+        title=cell(title),
         training=_training(runs, record),
         curves=_curves(runs, curves),
-        codebook=_codebook(codebook, runs, codes),
         evaluation=_evaluation(report),
         hyperparameters=_hyperparameters(runs),
-        limits=_limits(record),
         versions=_versions(record),
+        **said,
     )
     body = re.sub(r"\n{3,}", "\n\n", body)
     text = hide_secrets(f"---\n{metadata.to_yaml()}\n---\n\n{body}")
@@ -109,15 +129,21 @@ def card_metadata(
     """The YAML block: library, base model, task, data sets, tags, licence and evaluation results."""
     task = "image-text-to-text" if record.get("vision_token_ids") or not record else "text-generation"
     stage = record.get("stage", "none")
-    own = ["latent-actions", *(["reinforcement-learning"] if stage == "rl" else []), *(["trl"] if report.runs else [])]
+    kind = ["plans"] if is_of_plans(record) else []
+    own = [
+        "latent-actions",
+        *kind,
+        *(["reinforcement-learning"] if stage == "rl" else []),
+        *(["trl"] if report.runs else []),
+    ]
     results = [
         EvalResult(
             task_type=task,
-            dataset_type=_line(one.dataset),
-            dataset_name=_line(one.dataset),
-            dataset_split=_line(one.split),
-            metric_type=_line(one.metric),
-            metric_name=_line(one.metric),
+            dataset_type=one_line(one.dataset),
+            dataset_name=one_line(one.dataset),
+            dataset_split=one_line(one.split),
+            metric_type=one_line(one.metric),
+            metric_name=one_line(one.metric),
             metric_value=one.value,
         )
         for one in report.evaluation
@@ -130,7 +156,7 @@ def card_metadata(
         datasets=list(dict.fromkeys(name for name in datasets if hub_id(name))) or None,
         tags=list(dict.fromkeys([*own, *tags])),
         language=language,
-        model_name=_line(title) if results else None,
+        model_name=one_line(title) if results else None,
         eval_results=results or None,
         **licence,
     )
@@ -144,56 +170,16 @@ def _has_processor(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("processor_config.json", "tokenizer_config.json"))
 
 
-class _Markup(str):
-    """Text that is Markdown already."""
-
-
-def _cell(value: Any) -> str:
-    """A value for a Markdown table: one line, nothing that the page would take for markup."""
-    if isinstance(value, _Markup):
-        return value
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return re.sub(r"[\\`|\[]", r"\\\g<0>", _line(text)[:160]).replace("<", "&lt;")
-
-
-def _line(text: Any) -> str:
-    """A text in one line, without characters that no page shows."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(text).split()))
-
-
-def _code(text: Any) -> str:
-    """A short text between back-ticks."""
-    return "`" + _line(text)[:60].replace("`", "'").replace("|", "\\|") + "`"
-
-
-def _quoted(text: Any) -> str:
-    """A text as Python and JSON write it: it cannot end the line, nor the block of code."""
-    return json.dumps(_line(text), ensure_ascii=False)
-
-
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(lines + ["| " + " | ".join(map(_cell, row)) + " |" for row in rows])
-
-
-def _base(record: dict[str, Any]) -> str:
-    name = record.get("base_model_name_or_path")
-    if hub_id(name):
-        sha = record.get("base_model_revision")
-        return f"[{name}](https://huggingface.co/{name})" + (f" at commit {_code(sha)}" if sha else "")
-    return f"the local model {_code(Path(name).name)}" if name else "a model that was made in memory"
-
-
 def _summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
     if not record:
-        return f"Components of a latent action model, to be loaded one by one: {', '.join(map(_code, parts))}."
+        return f"Components of a latent action model, to be loaded one by one: {', '.join(map(code_span, parts))}."
     kind = "vision-language" if record.get("vision_token_ids") else "language"
-    k, width = _cell(record.get("num_codes")), _cell(record.get("hidden_size"))
-    stage, read_out = _code(record.get("stage", "none")), _code(record.get("read_out"))
+    k, width = cell(record.get("num_codes")), cell(record.get("hidden_size"))
+    stage, read_out = code_span(record.get("stage", "none")), code_span(record.get("read_out"))
     lines = [
         f"A latent action space for a {kind} model: in place of the next token, the model chooses one of **{k} codes** "
-        f"of width {width}, and the token follows from the code. Learned on {_base(record)}, whose weights are not in "
-        f"this repository. Stage reached: {stage}; read-out: {read_out}."
+        f"of width {width}, and the token follows from the code. Learned on {base_model_link(record)}, whose weights "
+        f"are not in this repository. Stage reached: {stage}; read-out: {read_out}."
     ]
     if "policy" not in parts:
         lines.append("There is no policy here: the codebook is for training one.")
@@ -202,15 +188,15 @@ def _summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
 
 def _components(parts: dict[str, ComponentFacts]) -> str:
     rows = [
-        [_Markup(_code(f"{name}/")), PURPOSE.get(name, ""), f"{part.parameters:,}", ", ".join(part.dtypes)]
+        [Markup(code_span(f"{name}/")), PURPOSE.get(name, ""), f"{part.parameters:,}", ", ".join(part.dtypes)]
         for name, part in parts.items()
     ]
-    return _table(["folder", "what it is", "parameters", "dtype"], rows) + "\n\nAll weights are safetensors."
+    return table(["folder", "what it is", "parameters", "dtype"], rows) + "\n\nAll weights are safetensors."
 
 
 def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str, has_processor: bool) -> str:
     if not record or not {"policy", "codebook", "world_model"} <= set(parts):
-        lines = ["from latent_trl import Codebook", "", f"codebook = Codebook.from_pretrained({_quoted(repo)})"]
+        lines = ["from latent_trl import Codebook", "", f"codebook = Codebook.from_pretrained({quoted(repo)})"]
         lines.append("print(codebook.weight.shape)  # one row a code")
         if "codebook" not in parts:
             return "Load each component with its class's `from_pretrained`, such as `LatentActionPolicy`."
@@ -228,11 +214,11 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
         "",
     ]
     if local:
-        lines.append(f"backbone = {backbone}.from_pretrained({_quoted(base)})  # what it was learned on")
+        lines.append(f"backbone = {backbone}.from_pretrained({quoted(base)})  # what it was learned on")
     given = ", backbone=backbone" if local else ""
     lines += [
-        f"model = LatentActionModel.from_pretrained({_quoted(repo)}{given})",
-        f"processor = {auto}.from_pretrained({_quoted(repo if has_processor else base)})",
+        f"model = LatentActionModel.from_pretrained({quoted(repo)}{given})",
+        f"processor = {auto}.from_pretrained({quoted(repo if has_processor else base)})",
         f'messages = [{{"role": "user", "content": "{question}"}}]',
         "inputs = processor.apply_chat_template(",
         '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
@@ -260,23 +246,23 @@ def _training(runs: list[TrainingRun], record: dict[str, Any]) -> str:
     lines = []
     for number, run in enumerate(runs, 1):
         names = [str(name) for name in run.data.get("datasets", [])]
-        what = ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" if hub_id(n) else _code(n) for n in names)
+        what = ", ".join(f"[{n}](https://huggingface.co/datasets/{n})" if hub_id(n) else code_span(n) for n in names)
         sizes = [f"{run.data[key]:,} {label}" for key, label in (("rows", "rows"), ("text_rows", "text-only rows"))
                  if isinstance(run.data.get(key), int)]  # fmt: skip
         data = " of ".join(part for part in (" and ".join(sizes), what) if part)
         steps = ", ".join(
-            f"{_cell(rows[-1]['step'])} steps{_of_stage(rows[-1])}" for rows in segments(run) if "step" in rows[-1]
+            f"{cell(rows[-1]['step'])} steps{_of_stage(rows[-1])}" for rows in segments(run) if "step" in rows[-1]
         )
-        line = f"{number}. **{_cell(run.method)}** trained {', '.join(map(_cell, run.trained)) or 'the components'}"
+        line = f"{number}. **{cell(run.method)}** trained {', '.join(map(cell, run.trained)) or 'the components'}"
         line += f" on {data}" if data else ""
         line += f", {steps}" if steps else ""
-        line += f"; rewards: {', '.join(map(_cell, run.reward_functions))}" if run.reward_functions else ""
+        line += f"; rewards: {', '.join(map(cell, run.reward_functions))}" if run.reward_functions else ""
         lines.append(line + "." + _ends(run))
     return "\n".join(lines)
 
 
 def _of_stage(row: dict[str, Any]) -> str:
-    return f" of {_cell(row['stage'])}" if row.get("stage") else ""
+    return f" of {cell(row['stage'])}" if row.get("stage") else ""
 
 
 def _ends(run: TrainingRun) -> str:
@@ -306,7 +292,7 @@ def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: b
         return said + (f", with perplexity {perplexity:.1f}." if _is_number(perplexity) else ".")
     dead = codebook.dead
     lines = [
-        f"In {_cell(codebook.over)}: **{codebook.used} of {len(codebook.counts)} codes** in use, perplexity "
+        f"In {cell(codebook.over)}: **{codebook.used} of {len(codebook.counts)} codes** in use, perplexity "
         f"**{codebook.perplexity:.1f}**, {len(dead)} dead codes"
         + (f" ({', '.join(map(str, dead[:24]))}{', …' if len(dead) > 24 else ''})." if dead else ".")
     ]
@@ -317,12 +303,12 @@ def _codebook(codebook: CodebookReport | None, runs: list[TrainingRun], drawn: b
     rows = []
     for entry in codebook.codes:
         code = int(entry["code"])
-        tokens = ", ".join(f"{_code(repr(str(token)))} × {int(count)}" for token, count in entry.get("tokens", []))
+        tokens = ", ".join(f"{code_span(repr(str(token)))} × {int(count)}" for token, count in entry.get("tokens", []))
         examples = " / ".join(str(text) for text in entry.get("examples", []))
-        rows.append([code, codebook.counts[code], _Markup(tokens) or "not kept", examples or "not kept"])
+        rows.append([code, codebook.counts[code], Markup(tokens) or "not kept", examples or "not kept"])
     if rows:
         head = ["code", "times", "tokens most often emitted", "answers that it occurs in"]
-        lines.append("The codes most used:\n\n" + _table(head, rows))
+        lines.append("The codes most used:\n\n" + table(head, rows))
     return "\n\n".join(lines)
 
 
@@ -337,15 +323,15 @@ def _evaluation(report: TrainingReport) -> str:
     for one in report.evaluation:
         bounds = f"{one.low:.4g} to {one.high:.4g}" if one.low is not None and one.high is not None else "not measured"
         rows.append([one.dataset, one.split, one.metric, float(one.value), bounds, one.interval or "", one.note or ""])
-    return _table(["data set", "split", "metric", "value", "interval", "of", "note"], rows)
+    return table(["data set", "split", "metric", "value", "interval", "of", "note"], rows)
 
 
 def _hyperparameters(runs: list[TrainingRun]) -> str:
     tables = []
     for number, run in enumerate(runs, 1):
         if run.hyperparameters:
-            rows = [[_Markup(_code(name)), value] for name, value in sorted(run.hyperparameters.items())]
-            tables.append(f"{number}. {_cell(run.method)}\n\n" + _table(["setting", "value"], rows))
+            rows = [[Markup(code_span(name)), value] for name, value in sorted(run.hyperparameters.items())]
+            tables.append(f"{number}. {cell(run.method)}\n\n" + table(["setting", "value"], rows))
     return "\n\n".join(tables) or "No settings were kept with these weights."
 
 
@@ -366,5 +352,5 @@ def _versions(record: dict[str, Any]) -> str:
     versions = record.get("package_versions")
     versions = versions if isinstance(versions, dict) else {}
     return "\n".join(
-        f"- {_cell(name)}: {_cell(version)}" for name, version in {"latent_trl": __version__, **versions}.items()
+        f"- {cell(name)}: {cell(version)}" for name, version in {"latent_trl": __version__, **versions}.items()
     )

@@ -3,11 +3,13 @@
 import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, get_origin, get_type_hints
 
 from ..checkpoint.files import (
+    ADAPTER_FOLDER,
     CONFIG_FILE,
     CONFIG_NAME,
     REPORT_FILE,
@@ -17,14 +19,39 @@ from ..checkpoint.files import (
     read_json,
     tensor_metadata,
 )
+from ..checkpoint.plan_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHOOSER_FILE,
+    PLAN_CONFIG,
+    PLAN_FOLDER,
+    plan_folder,
+    plan_folders,
+)
 
 COMPONENT_FOLDERS = ("codebook", "projector", "policy", "world_model", "inverse_dynamics", "value_head")
 TENSOR_FILES = {
     **{name: f"{name}/{WEIGHTS_NAME}" for name in COMPONENT_FOLDERS},
-    "adapter": "adapter/adapter_model.safetensors",
+    ADAPTER_FOLDER: f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}",
     "backbone": f"backbone/{WEIGHTS_NAME}",
 }
 MAX_HISTORY = 400
+MAX_PLANS = 10_000
+
+
+def part_file(part: str) -> str | None:
+    """The tensor file of a part of a checkpoint, by its name: a component, a plan or the chooser; `None` for others."""
+    if PLAN_FOLDER.fullmatch(part):
+        return f"{part}/{ADAPTER_WEIGHTS}"
+    return CHOOSER_FILE if part == "chooser" else TENSOR_FILES.get(part)
+
+
+def part_files(names: Iterable[str]) -> dict[str, str]:
+    """Of the names of a checkpoint's files, those that hold tensors, by the part's name."""
+    names = set(names)
+    parts = [*TENSOR_FILES, "chooser", *sorted({name.split("/")[0] for name in names if "/" in name})]
+    found = {part: part_file(part) for part in parts}
+    return {part: file for part, file in found.items() if file in names}
 
 
 @dataclass
@@ -158,12 +185,28 @@ class CodebookReport:
 
 
 @dataclass
+class PlansReport:
+    """
+    What plans say.
+
+    Args:
+        over (`str`): What they answered, such as `"60 held-out prompts"`.
+        plans (`list[dict]`): Of each: `plan`, its number; `reward`, the mean of its answers, and `chosen`, the share of
+            prompts for which it is the choice, or `None`; `answers`, pairs of text and count, the most frequent first.
+    """
+
+    over: str
+    plans: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
 class TrainingReport:
     """`training_report.json`: the runs, the usage of codes and the figures that a checkpoint travels with."""
 
     runs: list[TrainingRun] = field(default_factory=list)
     codebook: CodebookReport | None = None
     evaluation: list[Evaluation] = field(default_factory=list)
+    plans: PlansReport | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -172,11 +215,12 @@ class TrainingReport:
     def from_dict(cls, record: dict[str, Any]) -> "TrainingReport":
         """Raises [`CheckpointError`] for another shape, or values of the wrong type."""
         try:
-            codebook = record.get("codebook")
+            codebook, plans = record.get("codebook"), record.get("plans")
             report = cls(
                 runs=[_checked(TrainingRun, run) for run in record.get("runs", [])],
                 codebook=None if codebook is None else _checked(CodebookReport, codebook),
                 evaluation=[_checked(Evaluation, one) for one in record.get("evaluation", [])],
+                plans=None if plans is None else _checked(PlansReport, plans),
             )
         except (TypeError, ValueError, AttributeError) as error:
             raise CheckpointError(f"The training report has a value that cannot be used: {error}.") from error
@@ -186,6 +230,8 @@ class TrainingReport:
             _describes_code(one, len(report.codebook.counts)) for one in report.codebook.codes
         ):
             raise CheckpointError("The training report has a value that cannot be used: `codes` describe no codes.")
+        if report.plans and not all(map(_describes_plan, report.plans.plans)):
+            raise CheckpointError("The training report has a value that cannot be used: `plans` describe no plans.")
         return report
 
     @classmethod
@@ -210,15 +256,25 @@ def _checked(kind: type, record: dict[str, Any]):
     return value
 
 
+def _describes_plan(one: Any) -> bool:
+    """Whether an entry of `PlansReport.plans` is what the class says."""
+    if not isinstance(one, dict) or type(one.get("plan")) is not int:
+        return False
+    numbers = [one.get("reward"), one.get("chosen")]
+    return _are_counted(one.get("answers", [])) and all(n is None or isinstance(n, (int, float)) for n in numbers)
+
+
+def _are_counted(pairs: Any) -> bool:
+    return isinstance(pairs, list) and all(
+        isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[1]) is int for pair in pairs
+    )
+
+
 def _describes_code(one: Any, number: int) -> bool:
     """Whether an entry of `CodebookReport.codes` is what the class says."""
     if not isinstance(one, dict) or type(one.get("code")) is not int or not 0 <= one["code"] < number:
         return False
-    tokens, examples = one.get("tokens", []), one.get("examples", [])
-    pairs = isinstance(tokens, list) and all(
-        isinstance(pair, (list, tuple)) and len(pair) == 2 and type(pair[1]) is int for pair in tokens
-    )
-    return pairs and isinstance(examples, list)
+    return _are_counted(one.get("tokens", [])) and isinstance(one.get("examples", []), list)
 
 
 def thinned(history: list[dict[str, Any]], limit: int = MAX_HISTORY) -> list[dict[str, Any]]:
@@ -263,11 +319,11 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
     """
     folder = Path(folder)
     given = headers or {}
-    files = {
-        name: folder / file
-        for name, file in TENSOR_FILES.items()
-        if file in given or (has_folder(folder, name) and (folder / file).exists())
-    }
+    here = [name for name in (*TENSOR_FILES, *(plan_folders(folder) if folder.is_dir() else ()))]
+    names = {file for name in here if has_folder(folder, name) and (folder / (file := part_file(name) or "")).exists()}
+    if (folder / CHOOSER_FILE).exists():
+        names.add(CHOOSER_FILE)
+    files = {name: folder / file for name, file in part_files(names | set(given)).items()}
     if not files and (folder / WEIGHTS_NAME).exists():
         kind = read_json(folder / CONFIG_NAME).get("component")
         files = {str(kind): folder / WEIGHTS_NAME}
@@ -275,7 +331,7 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
     for name, path in files.items():
         file = path.relative_to(folder).as_posix()
         metadata = given[file] if file in given else tensor_metadata(path)
-        config_file = path.with_name("adapter_config.json" if name == "adapter" else CONFIG_NAME)
+        config_file = path.with_name(ADAPTER_CONFIG if path.name == ADAPTER_WEIGHTS else CONFIG_NAME)
         found[name] = ComponentFacts(
             {tensor: shape for tensor, (_, shape) in metadata.items()},
             sorted({dtype for dtype, _ in metadata.values()}),
@@ -285,6 +341,17 @@ def component_facts(folder: str | Path, headers: dict[str, Header] | None = None
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
-    """`latent_action_config.json` as it is; empty where a folder holds bare components."""
-    path = Path(folder) / CONFIG_FILE
-    return read_json(path) if path.is_file() else {}
+    """`latent_action_config.json` or `plan_config.json` as it is; empty where a folder holds bare components."""
+    path = next((Path(folder) / name for name in (CONFIG_FILE, PLAN_CONFIG) if (Path(folder) / name).is_file()), None)
+    return {} if path is None else read_json(path)
+
+
+def is_of_plans(record: dict[str, Any]) -> bool:
+    """Whether a record is that of a folder of plans."""
+    return "num_plans" in record
+
+
+def recorded_plans(record: dict[str, Any]) -> list[str]:
+    """The folders of the plans of which a record speaks; at least one, or that of a damaged record."""
+    count = record.get("num_plans")
+    return [plan_folder(plan) for plan in range(min(count, MAX_PLANS) if type(count) is int and count > 0 else 1)]

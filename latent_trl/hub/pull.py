@@ -20,16 +20,20 @@ from ..checkpoint.files import (
     check_inside,
     check_token,
 )
+from ..checkpoint.plan_files import PLAN_CONFIG
 from .facts import (
     COMPONENT_FOLDERS,
-    TENSOR_FILES,
     ComponentFacts,
     Header,
     TrainingReport,
     component_facts,
+    is_of_plans,
+    part_file,
+    part_files,
     read_record,
+    recorded_plans,
 )
-from .push import check_publishable, is_published
+from .push import check_publishable, is_owned, is_published
 
 LOW_PERPLEXITY = 2.0
 
@@ -42,8 +46,10 @@ def _files_of(api: HfApi, repo_id: str, revision: str | None) -> tuple[str, list
     large = [name for name in names if name.endswith(".json") and entries[name].size > MAX_JSON_BYTES]
     if large and any(name.split("/")[-1] != "tokenizer.json" for name in large):
         raise CheckpointError(f"{repo_id}: {large} are larger than {MAX_JSON_BYTES:,} bytes. Nothing was downloaded.")
-    if not set(names) & {CONFIG_FILE, *TENSOR_FILES.values()}:
-        raise CheckpointError(f"{repo_id} at {sha} has neither {CONFIG_FILE} nor a component: not a checkpoint.")
+    if not ({CONFIG_FILE, PLAN_CONFIG} & set(names) or part_files(names)):
+        raise CheckpointError(
+            f"{repo_id} at {sha} has neither {CONFIG_FILE} nor {PLAN_CONFIG} nor a component: not a checkpoint."
+        )
     return sha, names
 
 
@@ -72,12 +78,13 @@ def pull_folder(
     check_token(token)
     sha, names = _files_of(HfApi(library_name="latent-trl", token=token), repo_id, revision)
     if components is not None:
-        unknown = [name for name in components if TENSOR_FILES.get(name) not in names]
+        unknown = [name for name in components if part_file(name) not in names]
         if unknown:
             raise ValueError(f"`components` {unknown} are not in {repo_id}.")
-        names = [name for name in names if name.split("/")[0] in components]
+        names = [name for name in names if name.split("/")[0].removesuffix(".safetensors") in components]
     snapshot = fetch_snapshot(repo_id, revision=sha, token=token, cache_dir=cache_dir, allow_patterns=names)
-    with atomic_folder(Path(folder), OWNED_NAMES) as staging:
+    owned = {*OWNED_NAMES, *(path.name for path in Path(folder).glob("*") if is_owned(path.name))}
+    with atomic_folder(Path(folder), owned) as staging:
         for name in names:
             check_inside(snapshot / name, snapshot)
             (staging / name).parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +100,7 @@ class Inspection:
 
     Args:
         source (`str`): Folder or Hub id; `commit` (`str`, *optional*) of the latter.
-        record (`dict`): `latent_action_config.json`; empty for bare components.
+        record (`dict`): `latent_action_config.json` or `plan_config.json`; empty for bare components.
         parts (`dict`): [`ComponentFacts`] by folder.
         report (`TrainingReport`): Runs, usage of codes and evaluation.
         problems (`list[str]`): What does not fit together, or is known to be bad.
@@ -131,6 +138,9 @@ def _is_number(value: Any) -> bool:
 
 def _problems(record: dict[str, Any], parts: dict[str, ComponentFacts], report: TrainingReport) -> list[str]:
     found = []
+    absent = [plan for plan in recorded_plans(record) if plan not in parts] if is_of_plans(record) else []
+    if absent:
+        found.append(f"{PLAN_CONFIG} speaks of {record['num_plans']} plans, and {absent[:5]} have no tensors")
     names = record.get("components")
     names = [name for name in names if isinstance(name, str)] if isinstance(names, list) else []
     for name in names:
@@ -173,7 +183,7 @@ def inspect(
     repo_id, api = str(repo_or_folder), HfApi(library_name="latent-trl", token=token)
     sha, names = _files_of(api, repo_id, revision)
     headers: dict[str, Header] = {}
-    for file in sorted(set(names) & set(TENSOR_FILES.values())):
+    for file in sorted(part_files(names).values()):
         try:
             metadata = retried(api.parse_safetensors_file_metadata, repo_id, file, revision=sha)
         except (SafetensorsParsingError, NotASafetensorsRepoError) as error:

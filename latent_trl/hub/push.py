@@ -16,10 +16,18 @@ from ..checkpoint.files import (
     CheckpointError,
     check_token,
     read_config,
+    read_json,
     tensor_metadata,
 )
+from ..checkpoint.plan_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    CHOOSER_FILE,
+    PLAN_CONFIG,
+    PLAN_FOLDER,
+)
 from .card import CARD_FILE, PLOT_FILES, write_card
-from .facts import TENSOR_FILES, component_facts
+from .facts import TENSOR_FILES, component_facts, part_file, part_files, recorded_plans
 from .secrets import check_no_secret
 
 logger = logging.getLogger(__name__)
@@ -31,12 +39,20 @@ PROCESSOR_FILES = re.compile(
     r"vocab\.txt|[\w.-]+\.model|additional_chat_templates/[\w.-]+\.jinja"
 )
 PART_FILES = re.compile(rf"({'|'.join(TENSOR_FILES)})/(config|adapter_config)\.json|{'|'.join(TENSOR_FILES.values())}")
-TOP_FILES = re.compile("|".join(map(re.escape, (CONFIG_FILE, REPORT_FILE, CARD_FILE, *PLOT_FILES, "LICENSE"))))
+PLAN_FILES = re.compile(rf"{PLAN_FOLDER.pattern}/({re.escape(ADAPTER_CONFIG)}|{re.escape(ADAPTER_WEIGHTS)})")
+TOP_FILES = re.compile(
+    "|".join(map(re.escape, (CONFIG_FILE, PLAN_CONFIG, CHOOSER_FILE, REPORT_FILE, CARD_FILE, *PLOT_FILES, "LICENSE")))
+)
 
 
 def is_published(name: str) -> bool:
     """Whether a file of this name, relative to the checkpoint, goes to the Hub and comes from it."""
-    return any(pattern.fullmatch(name) for pattern in (TOP_FILES, PROCESSOR_FILES, PART_FILES))
+    return any(pattern.fullmatch(name) for pattern in (TOP_FILES, PROCESSOR_FILES, PART_FILES, PLAN_FILES))
+
+
+def is_owned(name: str) -> bool:
+    """Whether a file or folder at the top of a checkpoint is one of its parts, which go with it."""
+    return name in {*OWNED_NAMES, PLAN_CONFIG, CHOOSER_FILE} or PLAN_FOLDER.fullmatch(name) is not None
 
 
 def published_files(folder: str | Path) -> dict[str, Path]:
@@ -71,8 +87,15 @@ def check_publishable(folder: str | Path) -> None:
         absent = [name for name in names if not (folder / TENSOR_FILES[name]).is_file()]
         if absent:
             raise CheckpointError(f"{folder / CONFIG_FILE} names {absent}, which the folder does not hold.")
-    elif not any((folder / file).is_file() for file in TENSOR_FILES.values()):
-        raise CheckpointError(f"{folder} has neither {CONFIG_FILE} nor a folder of a component: nothing to publish.")
+    elif (folder / PLAN_CONFIG).is_file():
+        plans = recorded_plans(read_json(folder / PLAN_CONFIG))
+        absent = [name for name in plans if not (folder / f"{part_file(name)}").is_file()]
+        if absent:
+            raise CheckpointError(f"{folder / PLAN_CONFIG} speaks of {absent}, which the folder does not hold.")
+    elif not part_files(path.relative_to(folder).as_posix() for path in folder.glob("*/*")):
+        raise CheckpointError(
+            f"{folder} has neither {CONFIG_FILE} nor {PLAN_CONFIG} nor a folder of a component: nothing to publish."
+        )
     for facts in component_facts(folder).values():
         if not facts.shapes:
             raise CheckpointError(f"{folder} has a part without tensors.")
@@ -120,7 +143,7 @@ def push_folder(
     operations: list[Any] = [CommitOperationAdd(name, str(path)) for name, path in files.items()]
     parts = {name.split("/")[0] for name in files if "/" in name}
     for name in sorted(there - set(files)):
-        if name.split("/")[0] in OWNED_NAMES and (whole or name.split("/")[0] in parts):
+        if is_owned(name.split("/")[0]) and (whole or name.split("/")[0] in parts):
             operations.append(CommitOperationDelete(name, is_folder=False))
     return api.create_commit(
         repo_id,
@@ -144,19 +167,20 @@ def push_model(
     **kwargs: Any,
 ) -> CommitInfo:
     """
-    Saves a [`LatentActionModel`] into a temporary folder with a card and uploads it. A card that the repository has
-    already stays, unless `title`, `license` or `tags` are given.
+    Saves a [`LatentActionModel`] or a [`PlanModel`] into a temporary folder with a card and uploads it. A card that the
+    repository has already stays, unless `title`, `license` or `tags` are given.
 
     Args:
-        model (`LatentActionModel`): The model.
+        model (`LatentActionModel` or `PlanModel`): The model.
         repo_id (`str`): `"user/name"`.
-        components (`list[str]`, *optional*): Names of the components to upload. All that are there by default.
+        components (`list[str]`, *optional*): Names of the components of a `LatentActionModel` to upload. All that are
+            there by default.
         title, license, tags: Of the card, as in [`write_card`].
         kwargs: As in [`push_folder`].
     """
     check_token(kwargs.get("token"))
     with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder, components=components)
+        model.save_pretrained(folder, **({} if components is None else {"components": components}))
         write_card(folder, repo_id=repo_id, title=title, license=license, tags=tags)
         keep = title is None and license is None and not tags
         return push_folder(folder, repo_id, **{"keep_card": keep, **kwargs})

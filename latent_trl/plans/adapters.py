@@ -8,11 +8,10 @@ import torch
 from torch import nn
 
 from ..checkpoint.files import CheckpointError, read_json, read_weights
+from ..checkpoint.plan_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.backbone import Backbone
-from .targets import features
+from .targets import base_layer, features
 
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 
 
@@ -36,7 +35,7 @@ class PlanAdapters(nn.Module):
         self.num_plans = num_plans
         self.rank = rank
         modules = [view.model.get_submodule(name) for name in targets]
-        self.fan_in_fan_out = any(type(module).__name__ == "Conv1D" for module in modules)
+        self.fan_in_fan_out = any(type(base_layer(module)).__name__ == "Conv1D" for module in modules)
         generator = torch.Generator().manual_seed(seed)
         device = view.model.device
         self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
@@ -123,8 +122,3 @@ class PlanAdapters(nn.Module):
         if tensors:
             raise CheckpointError(f"{folder} has tensors of other linear maps: {sorted(tensors)[:3]}.")
         return found
-
-
-def plan_folder(plan: int) -> str:
-    """The name of a plan's folder, and of its adapter: `plan_00`, `plan_01`, ..."""
-    return f"plan_{plan:02d}"

@@ -5,8 +5,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from ..checkpoint.files import CheckpointError, read_json
+from ..checkpoint.plan_files import PLAN_CONFIG
+from ..models.checkpoint import package_versions
 
-PLAN_CONFIG = "plan_config.json"
 SCHEMA_VERSION = 1
 
 
@@ -29,6 +30,10 @@ class PlanConfig:
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): The backbone, and its
             commit on the Hub. Filled in by [`PlanModel`].
         backbone_fingerprint (`str`, *optional*): Of the backbone's tensors. Filled in by [`PlanModel`].
+        vision_token_ids (`list[int]`, *optional*): Of the backbone's visual tokens; empty for a text model. Filled in
+            by [`PlanModel`].
+        has_adapter (`bool`, defaults to `False`): Whether the backbone carries a LoRA, which is saved in the folder
+            `adapter`. Filled in by [`PlanModel`].
     """
 
     num_plans: int = 16
@@ -42,6 +47,8 @@ class PlanConfig:
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
     backbone_fingerprint: str | None = None
+    vision_token_ids: list[int] | None = None
+    has_adapter: bool = False
 
     def __post_init__(self):
         for name, least in (("num_plans", 2), ("rank", 1), ("chooser_layers", 1), ("chooser_size", 4)):
@@ -52,7 +59,7 @@ class PlanConfig:
             raise ValueError(f"`init_std` must be above 0, or all plans are the same; got {self.init_std!r}.")
 
     def save(self, folder: str | Path) -> None:
-        record = {"schema_version": SCHEMA_VERSION, **asdict(self)}
+        record = {"schema_version": SCHEMA_VERSION, **asdict(self), "package_versions": package_versions()}
         (Path(folder) / PLAN_CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @classmethod
@@ -64,6 +71,8 @@ class PlanConfig:
         record = read_json(Path(folder) / PLAN_CONFIG)
         if record.pop("schema_version", None) != SCHEMA_VERSION:
             raise CheckpointError(f"{folder} was not written as version {SCHEMA_VERSION} of the format of plans.")
+        # For people and the card.
+        record.pop("package_versions", None)
         unknown = record.keys() - {field.name for field in fields(cls)}
         if unknown:
             raise CheckpointError(f"{Path(folder) / PLAN_CONFIG} has unknown fields: {sorted(unknown)}.")

@@ -5,45 +5,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.download import cached_commit
-from ..checkpoint.files import PROCESSOR_PATTERNS, PROCESSOR_RECORDS, CheckpointError, read_weights, resolve_folder
 from ..data.prompts import EncodedPrompt, PromptEncoder
 from ..generation.exclusive import exclusive
 from ..models.backbone import Backbone
-from ..models.checkpoint import load_backbone
-from ..models.component import load_state
-from .adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PlanAdapters, plan_folder
+from .adapters import PlanAdapters
+from .base_adapter import BaseAdapter
+from .checkpoint import PlanCheckpointMixin
 from .chooser import PlanChooser, chosen_layers, prompt_states
-from .configuration import PLAN_CONFIG, PlanConfig
+from .configuration import PlanConfig
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
 from .targets import plan_targets
 
-CHOOSER_FILE = "chooser.safetensors"
-# What is downloaded of a repository.
-PLAN_PATTERNS = (
-    *(PLAN_CONFIG, CHOOSER_FILE, f"plan_*/{ADAPTER_CONFIG}", f"plan_*/{ADAPTER_WEIGHTS}", "README.md"),
-    *PROCESSOR_PATTERNS,
-)
 
-
-class PlanModel(nn.Module):
+class PlanModel(PlanCheckpointMixin, nn.Module):
     """
     A frozen causal or image-text-to-text model, K plans, and the chooser among them. A plan is held for a whole answer
     and is active at every position of the row, the prompt's included, as an adapter of PEFT or of an engine with
     multi-LoRA is. Below `depth` the states do not depend on it.
 
     Args:
-        backbone (`PreTrainedModel`): It is frozen, and stays in evaluation mode.
+        backbone (`PreTrainedModel` or `PeftModel`): It is frozen, and stays in evaluation mode. A `PeftModel` is a
+            backbone with a LoRA, beside which plans are learned; it is saved with them.
         config (`PlanConfig`, *optional*): K, depth, rank. It is copied.
 
     Raises:
-        ValueError: For a `depth` that leaves no layer, `target_modules` that name none, or a backbone that carries an
-            adapter.
+        ValueError: For a `depth` that leaves no layer, `target_modules` that name none, or a backbone that carries
+            another adapter than one LoRA of a `PeftModel`.
 
     Example:
 
@@ -53,9 +45,11 @@ class PlanModel(nn.Module):
     ```
     """
 
-    def __init__(self, backbone: PreTrainedModel, config: PlanConfig | None = None):
+    def __init__(self, backbone: PreTrainedModel | PeftModel, config: PlanConfig | None = None):
         super().__init__()
         config = replace(config or PlanConfig())
+        self.base_adapter = BaseAdapter.of(backbone)
+        backbone = backbone if self.base_adapter is None else self.base_adapter.backbone
         self.backbone = backbone.requires_grad_(False).eval()
         self.view = Backbone(backbone)
         if config.depth is None:
@@ -65,6 +59,8 @@ class PlanModel(nn.Module):
         config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         # A quantised backbone has no fingerprint of its own.
         config.backbone_fingerprint = self.view.fingerprint() or config.backbone_fingerprint
+        config.vision_token_ids = self.view.vision_token_ids
+        config.has_adapter = self.base_adapter is not None
         self.plan_config = config
         self.plans = PlanAdapters(self.view, targets, config.num_plans, config.rank, config.init_std, config.seed)
         self.chooser_layers = chosen_layers(self.view, config.chooser_layers)
@@ -73,6 +69,8 @@ class PlanModel(nn.Module):
             width = len(self.chooser_layers) * self.view.hidden_size
             self.chooser = PlanChooser(width, config.num_plans, config.chooser_size).to(backbone.device)
         self.chooser_is_trained = False
+        # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
+        self.training_report: dict[str, Any] = {}
         # Where a processing class was saved beside the plans.
         self.processor_folder: Path | None = None
 
@@ -269,72 +267,3 @@ class PlanModel(nn.Module):
                 f"rows; got {plan_ids.tolist()}."
             )
         return plan_ids
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """
-        Writes the record, one folder in PEFT's format for each plan, and the chooser if it has been trained. The
-        backbone is named, not copied.
-        """
-        with atomic_folder(Path(folder), {CHOOSER_FILE}) as staging:
-            self.plan_config.save(staging)
-            for plan in range(self.plan_config.num_plans):
-                self.plans.save_plan(plan, staging / plan_folder(plan), self.plan_config.base_model_name_or_path)
-            if self.chooser_is_trained:
-                tensors = {name: tensor.cpu().contiguous() for name, tensor in self.chooser.state_dict().items()}
-                save_file(tensors, staging / CHOOSER_FILE, metadata={"format": "pt"})
-
-    def load_folder(self, folder: str | Path) -> None:
-        """
-        Copies plans and chooser of a folder into this model.
-
-        Raises:
-            CheckpointError: When they do not fit it, or were made for another backbone. It is then as it was.
-        """
-        folder = Path(folder)
-        record = PlanConfig.load(folder)
-        if not self.view.fits([record.backbone_fingerprint]):
-            raise CheckpointError(
-                f"The plans in {folder} were learned on another backbone ({record.base_model_name_or_path}): its "
-                "tensors differ from this one's. Load that backbone, or learn plans on this one."
-            )
-        if record.num_plans != self.plan_config.num_plans:
-            raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.plan_config.num_plans}.")
-        numbers = range(self.plan_config.num_plans)
-        plans = [self.plans.read_plan(plan, folder / plan_folder(plan)) for plan in numbers]
-        chooser = read_weights(folder / CHOOSER_FILE) if (folder / CHOOSER_FILE).is_file() else None
-        if chooser is not None:
-            load_state(self.chooser, chooser, str(folder / CHOOSER_FILE))
-            self.chooser_is_trained = True
-        with torch.no_grad():
-            for plan, tensors in zip(numbers, plans, strict=True):
-                for parameter, tensor in tensors:
-                    parameter[plan].copy_(tensor)
-
-    @classmethod
-    def from_pretrained(
-        cls, name_or_path: str | Path, backbone: PreTrainedModel | None = None, revision: str | None = None, **kwargs
-    ) -> "PlanModel":
-        """
-        A model from a folder or a Hub id.
-
-        Args:
-            name_or_path (`str` or `Path`): Where [`~PlanModel.save_pretrained`] wrote.
-            backbone (`PreTrainedModel`, *optional*): The backbone; by default the one that is named there is loaded.
-            revision (`str`, *optional*): Of the Hub's repository.
-            kwargs: For loading the backbone, such as `dtype`.
-
-        Raises:
-            CheckpointError: When files are missing or damaged, or the plans are of another backbone.
-        """
-        folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
-        config = PlanConfig.load(folder)
-        if backbone is None:
-            if not config.base_model_name_or_path:
-                raise ValueError("`backbone` must be given: the plans were learned on one that has no name.")
-            options = {"revision": config.base_model_revision, **kwargs}
-            backbone = load_backbone(config.base_model_name_or_path, **options)
-        model = cls(backbone, config)
-        model.load_folder(folder)
-        if any((folder / name).is_file() for name in PROCESSOR_RECORDS):
-            model.processor_folder = folder
-        return model

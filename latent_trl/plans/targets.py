@@ -1,19 +1,34 @@
 """Where plans attach: the linear maps of a text model that write to its residual stream."""
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..models.backbone import Backbone
 from ..models.decoder_stack import decoder_layers
 
 
+def base_layer(module: nn.Module) -> nn.Module:
+    """The layer that PEFT has put another around, or the layer itself."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def is_linear(module: nn.Module) -> bool:
-    """Whether PEFT's LoRA takes the module for a linear map."""
+    """Whether PEFT's LoRA takes the module for a linear map, one that it adapts already among them."""
+    module = base_layer(module)
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+def linear_maps(module: nn.Module) -> list[nn.Module]:
+    """The linear maps of a module, itself among them; of one that carries a LoRA the whole, and not its parts."""
+    if is_linear(module):
+        return [module]
+    return [found for child in module.children() for found in linear_maps(child)]
 
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear map."""
+    module = base_layer(module)
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     return module.nx, module.nf
@@ -38,8 +53,6 @@ def plan_targets(view: Backbone, depth: int, target_modules: list[str] | None = 
         raise ValueError(
             f"`depth` must be in 0 ... {len(layers) - 1}, for a text model of {len(layers)} layers; got {depth}."
         )
-    if any(".base_layer" in name for name, _ in view.model.named_modules()):
-        raise ValueError("`backbone` carries an adapter of PEFT. Merge it first: `model = model.merge_and_unload()`.")
     names = {module: name for name, module in view.model.named_modules()}
     if target_modules is None:
         found = _residual_writers(view, layers[depth:])
@@ -47,11 +60,11 @@ def plan_targets(view: Backbone, depth: int, target_modules: list[str] | None = 
         found = [
             module
             for layer in layers[depth:]
-            for module in layer.modules()
-            if is_linear(module) and any(f".{names[module]}".endswith(f".{end}") for end in target_modules)
+            for module in linear_maps(layer)
+            if any(f".{names[module]}".endswith(f".{end}") for end in target_modules)
         ]
     if not found:
-        linear = sorted({names[m].rsplit(".", 1)[-1] for m in layers[depth].modules() if is_linear(m)})
+        linear = sorted({names[m].rsplit(".", 1)[-1] for m in linear_maps(layers[depth])})
         raise ValueError(
             f"`target_modules={target_modules}` names no linear map of the layers from {depth} on. The first of them "
             f"has {linear}."
@@ -68,9 +81,7 @@ def _residual_writers(view: Backbone, layers: list[nn.Module]) -> list[nn.Module
         if args and args[0].ndim == 3 and len(args[0]) == 2 and features(module)[1] == view.hidden_size:
             order.append(module)
 
-    handles = [
-        module.register_forward_hook(keep) for layer in layers for module in layer.modules() if is_linear(module)
-    ]
+    handles = [module.register_forward_hook(keep) for layer in layers for module in linear_maps(layer)]
     try:
         ids = torch.tensor([[1, 2, 3], [1, 2, 3]], device=view.model.get_input_embeddings().weight.device)
         view.decoder(input_ids=ids)
@@ -82,7 +93,7 @@ def _residual_writers(view: Backbone, layers: list[nn.Module]) -> list[nn.Module
         own = {id(module) for module in layer.children() if is_linear(module)}
         last = [m for m in order if id(m) in own][-1:]
         for part in layer.children():
-            inside = {id(module) for module in part.modules()} - own
+            inside = {id(module) for module in linear_maps(part)} - own
             last += [m for m in order if id(m) in inside][-1:]
         found += last
     return found

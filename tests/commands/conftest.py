@@ -26,6 +26,23 @@ def checkpoint(tmp_path_factory):
     return str(folder)
 
 
+@pytest.fixture(scope="session")
+def plans(tmp_path_factory):
+    """Plans on the pocket VLM that no one has trained: a folder with a chooser, and one without."""
+    pytest.importorskip("easy_vqa")
+    from transformers import AutoModelForImageTextToText
+
+    from latent_trl import PlanConfig, PlanModel
+
+    backbone = AutoModelForImageTextToText.from_pretrained(POCKET, dtype="float32")
+    model = PlanModel(backbone, PlanConfig(num_plans=3, init_std=0.5))
+    folder = tmp_path_factory.mktemp("plans")
+    model.save_pretrained(folder / "bare")
+    model.chooser_is_trained = True
+    model.save_pretrained(folder / "chooser")
+    return folder
+
+
 @pytest.fixture
 def picture(tmp_path):
     from PIL import Image

@@ -18,11 +18,11 @@ import contextlib, io, json, sys, time
 start = time.perf_counter()
 from latent_trl.commands.main import COMMANDS, main
 shown = {}
-for name in [None, *COMMANDS]:
+for name in [None, *COMMANDS, "learn --kind plans", "demo --plans"]:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         try:
-            main([name, "--help"] if name else ["--help"])
+            main([*name.split(), "--help"] if name else ["--help"])
         except SystemExit as stop:
             assert not stop.code, (name, stop.code)
     shown[name or ""] = out.getvalue()
@@ -35,6 +35,8 @@ TRAINING = {
     "grpo": "LatentActionGRPOConfig",
     "rloo": "LatentActionRLOOConfig",
     "ppo": "LatentActionPPOConfig",
+    "learn --kind plans": "PlanSpaceConfig",
+    "bandit": "PlanBanditConfig",
 }
 
 

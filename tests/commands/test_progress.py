@@ -39,6 +39,19 @@ def test_a_pipe_gets_lines_while_a_job_goes_on(piped, monkeypatch):
     assert [line.split("  ")[:2] for line in lines[:3]] == [["Learn: joint", f"{n}/3"] for n in (1, 2, 3)]
 
 
+def test_what_is_logged_after_training_is_no_job(piped):
+    from types import SimpleNamespace
+
+    with progress.progress_bars() as bars:
+        callback = progress.BarCallback(bars, lambda: "Learn", {"eval_reward": "eval"})
+        state = SimpleNamespace(max_steps=1, global_step=1)
+        callback.on_train_begin(None, state, None)
+        callback.on_step_end(None, state, None)
+        callback.on_train_end(None, state, None)
+        callback.on_log(None, state, None, logs={"eval_reward": 1.0})
+    assert len(piped.getvalue().splitlines()) == 1
+
+
 def test_ninety_columns_hold_every_bar(monkeypatch):
     from latent_trl.commands.training import RL_FIGURES
 

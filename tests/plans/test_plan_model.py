@@ -153,6 +153,14 @@ def test_a_folder_gives_the_model_back(make_tiny, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir())[:2] == ["chooser.safetensors", "plan_00"]
 
 
+def test_a_folder_holds_what_was_saved_last_alone(make_tiny, tmp_path):
+    many = plan_model(make_tiny("llama"), num_plans=12)
+    many.chooser_is_trained = True
+    many.save_pretrained(tmp_path)
+    plan_model(make_tiny("llama")).save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["plan_00", "plan_01", "plan_02", "plan_config.json"]
+
+
 def test_plans_of_another_backbone_are_refused(make_tiny, tmp_path):
     plan_model(make_tiny("llama")).save_pretrained(tmp_path)
     other = make_tiny("llama").model
@@ -210,7 +218,7 @@ def test_of_a_repository_its_own_files_alone_are_asked_for_and_the_commit_of_the
     from fnmatch import fnmatch
 
     from latent_trl.checkpoint import files
-    from latent_trl.plans import model as module
+    from latent_trl.plans import checkpoint as module
 
     tiny, asked = make_tiny("llama"), {}
     tiny.model.config._name_or_path = "someone/base"
@@ -268,12 +276,70 @@ def test_a_config_serves_two_backbones(make_tiny, tmp_path):
     PlanModel.from_pretrained(tmp_path, backbone=make_tiny("llama", num_hidden_layers=5).model)
 
 
-def test_a_backbone_that_carries_an_adapter_is_refused(make_tiny):
-    from peft import LoraConfig, inject_adapter_in_model
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llava", "qwen2_5_vl"])
+def test_a_plan_stands_beside_a_lora_as_pefts_own_do(make_tiny, family, tmp_path):
+    tiny = make_tiny(family)
+    model = plan_model(with_lora(tiny))
+    assert model.plans.targets == plan_model(make_tiny(family)).plans.targets
+    model.save_pretrained(tmp_path)
+    mask = tiny.inputs["attention_mask"].bool()
+    found = logits(model, tiny.inputs, [2, 0, 1])
+    peft = PeftModel.from_pretrained(make_tiny(family).model, str(tmp_path / "adapter")).eval()
+    with torch.no_grad():
+        lora = peft(**tiny.inputs).logits
+        for row, plan in enumerate((2, 0, 1)):
+            peft.load_adapter(str(tmp_path / f"plan_{plan:02d}"), f"plan_{plan}")
+            peft.base_model.set_adapter(["default", f"plan_{plan}"])
+            together = peft(**tiny.inputs).logits
+            torch.testing.assert_close(found[row][mask[row]], together[row][mask[row]], atol=1e-5, rtol=1e-5)
+    assert (lora - make_tiny(family).model(**tiny.inputs).logits)[mask].abs().max() > 1e-3
+    assert (lora - found)[mask].abs().max() > 1e-2
 
-    model = inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), make_tiny("llama").model)
+
+def with_lora(tiny, seed=0, **options):
+    """A tiny model whose backbone carries a LoRA that does something, on layers with plans and on others."""
+    from types import SimpleNamespace
+
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules="all-linear", r=2, init_lora_weights=False, **options)
+    torch.manual_seed(seed)
+    return SimpleNamespace(model=get_peft_model(tiny.model, config), inputs=tiny.inputs)
+
+
+def test_the_lora_below_the_plans_comes_and_goes_with_them(make_tiny, tmp_path):
+    tiny = make_tiny("llama")
+    model = plan_model(with_lora(tiny))
+    model.save_pretrained(tmp_path)
+    want = model.generate(**tiny.inputs, plan_ids=1)
+    again = PlanModel.from_pretrained(tmp_path, backbone=make_tiny("llama").model)
+    assert torch.equal(again.generate(**tiny.inputs, plan_ids=1), want)
+    same = PlanModel.from_pretrained(tmp_path, backbone=with_lora(make_tiny("llama")).model)
+    assert torch.equal(same.generate(**tiny.inputs, plan_ids=1), want)
+    with pytest.raises(CheckpointError, match="learned beside another LoRA"):
+        PlanModel.from_pretrained(tmp_path, backbone=with_lora(make_tiny("llama"), seed=1).model)
+    with pytest.raises(CheckpointError, match="plans of a backbone with a LoRA, and this model is without"):
+        plan_model(make_tiny("llama")).load_folder(tmp_path)
+    plan_model(make_tiny("llama")).save_pretrained(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match="plans of a backbone without a LoRA, and this model is with"):
+        PlanModel.from_pretrained(tmp_path / "plain", backbone=with_lora(make_tiny("llama")).model)
+    plan_model(make_tiny("llama")).save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter").exists()
+
+
+def test_an_adapter_that_cannot_be_saved_with_the_plans_is_refused(make_tiny):
+    from peft import IA3Config, LoraConfig, get_peft_model, inject_adapter_in_model
+
+    config = LoraConfig(target_modules=["q_proj"])
     with pytest.raises(ValueError, match="adapter of PEFT. Merge"):
-        PlanModel(model)
+        PlanModel(inject_adapter_in_model(config, make_tiny("llama").model))
+    several = get_peft_model(make_tiny("llama").model, config)
+    several.add_adapter("other", config)
+    with pytest.raises(ValueError, match=r"carries the adapters \['default', 'other'\].*Merge"):
+        PlanModel(several)
+    other = IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    with pytest.raises(ValueError, match="IA3.*beside a LoRA alone. Merge"):
+        PlanModel(get_peft_model(make_tiny("llama").model, other))
 
 
 @pytest.mark.parametrize("option", [{"num_plans": 1}, {"rank": 0}, {"init_std": 0.0}, {"chooser_size": 0}])

@@ -49,6 +49,7 @@ class PlanBanditTrainer(PlanTrainer):
     """
 
     _tag_names = ["latent-trl", "plans", "bandit"]
+    _name = "Contextual bandit over plans"
 
     def __init__(
         self,
@@ -62,6 +63,7 @@ class PlanBanditTrainer(PlanTrainer):
     ):
         args = own_config(args, PlanBanditConfig, "plan-bandit")
         self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
+        self.reward_func_names = self.caller.names
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
         plans = self.model.plan_config.num_plans
         if args.num_generations > plans:
@@ -179,6 +181,8 @@ class PlanBanditTrainer(PlanTrainer):
         size = self.args.rollout_batch_size
         states = [one for i in range(0, len(prompts), size) for one in self._states(prompts[i : i + size])]
         plans = self._logits(states).argmax(dim=1).tolist()
+        if own:
+            self.chosen_plans = plans
         figures = {"reward": self._rewards(rows, prompts, plans).nanmean().item(), "plans": float(len(set(plans)))}
         if self.args.measure_ceiling and own:
             if self._ceiling is None:
@@ -188,7 +192,7 @@ class PlanBanditTrainer(PlanTrainer):
 
     def _measured_ceiling(self, rows: list[dict[str, Any]]) -> float:
         args = self.args
-        report = report_plans(
+        self.report = report_plans(
             self.model,
             self.encoder,
             rows,
@@ -197,7 +201,7 @@ class PlanBanditTrainer(PlanTrainer):
             reward=self.caller,
             batch_size=args.rollout_batch_size,
         )
-        return report.metrics()["ceiling"]
+        return self.report.metrics()["ceiling"]
 
     def save_run(self, folder: str | Path) -> None:
         self.replay.save(folder)

@@ -2,19 +2,23 @@
 
 import os
 from collections import defaultdict
+from dataclasses import asdict
 from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
+from ...checkpoint.plan_files import PLAN_CONFIG
 from ...data.bad_rows import BadRows
 from ...data.prompts import PromptEncoder
 from ...data.reading import OpenedRows, StoredRows
 from ...generation.answers import end_tokens
+from ...hub.facts import CodebookReport, Evaluation
 from ...plans.model import PlanModel
+from ..run.hub import HubTrainingMixin
 from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
-from ..run.whole_checkpoints import WholeCheckpointMixin
+from .report import PlanReport
 
 
 class PromptRows(Dataset):
@@ -39,7 +43,7 @@ class PromptRows(Dataset):
         return {**self.rows[index], "_index": self.places[index]}
 
 
-class PlanTrainer(WholeCheckpointMixin, Trainer):
+class PlanTrainer(HubTrainingMixin, Trainer):
     """
     A Trainer whose model is a [`PlanModel`] and whose data set are prompts. One process.
 
@@ -50,6 +54,8 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
 
     train_dataset: Any
     control: Any
+    _config_file = PLAN_CONFIG
+    _evaluated = ("eval_reward", "eval_ceiling", "eval_random_plan", "eval_backbone", "eval_coverage")
 
     def __init__(
         self,
@@ -69,11 +75,6 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
                 f"`model` must be a PlanModel, a folder or a Hub id, got {type(model).__name__}. Make one of a "
                 "backbone with `PlanModel(backbone)`."
             )
-        if args.push_to_hub:
-            raise ValueError(
-                "`push_to_hub` is not for plans. Call `trainer.save_model(folder)`, and upload that folder: `hf upload "
-                "user/name folder`."
-            )
         if args.world_size > 1:
             raise ValueError(f"Plans are trained in one process, and this run has {args.world_size}.")
         check_prompts(train_dataset, "train_dataset")
@@ -91,6 +92,9 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
         self.rows_in_use: list[int] | None = None
         model.requires_grad_(False)
         getattr(model, trained).requires_grad_(True)
+        self._trained = (trained,)
+        # What the plans say to held-out prompts, once they have been evaluated.
+        self.report: PlanReport | None = None
         super().__init__(
             model=model,
             args=args,
@@ -163,9 +167,32 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`: plans, chooser, processing class and settings."""
         folder = output_dir or self.args.output_dir
-        self.model.save_pretrained(folder)
-        self.encoder.processing_class.save_pretrained(folder)
-        self.save_arguments(folder)
+        self.record_run()
+        if self.args.should_save:
+            self.model.save_pretrained(folder)
+            self.encoder.processing_class.save_pretrained(folder)
+            self.save_arguments(folder)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def record_run(self, evaluation: list[Evaluation] | None = None, codebook: CodebookReport | None = None) -> None:
+        """As other trainers, with what each plan says."""
+        super().record_run(evaluation, codebook)
+        if self.report is not None:
+            said = {**self.model.training_report, "plans": asdict(self.report.summary(self.chosen_plans))}
+            self.model.training_report = said
+
+    # Of the last evaluation, where there is a choice: the plan of each held-out prompt.
+    chosen_plans: list[int] | None = None
+
+    def _trained_parts(self, model: Any) -> list[str]:
+        return []
+
+    def _keep_data(self, model: Any) -> None:
+        """The data are told in the report alone."""
+
+    def _rollout_usage(self, model: Any) -> None:
+        """Of plans, the report says what each says."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         self.model.load_folder(resume_from_checkpoint)

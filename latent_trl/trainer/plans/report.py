@@ -1,5 +1,6 @@
 """What the plans of a model say to held-out prompts, and what that is worth."""
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,11 +9,13 @@ from typing import Any
 import torch
 
 from ...data.prompts import PromptEncoder
+from ...hub.facts import PlansReport
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ...rewards.conversation import as_completion
 
 LONGEST_CELL = 60
+LONGEST_ANSWER = 200
 
 
 @dataclass
@@ -61,6 +64,22 @@ class PlanReport:
             figures["fluent"] = sum(whole) / len(whole)
             figures["fluent_backbone"] = sum(map(self.is_fluent, self.own)) / len(self.own)
         return figures
+
+    def summary(self, chosen: list[int] | None = None, per_plan: int = 5) -> PlansReport:
+        """What a checkpoint keeps; `chosen` is the plan of each prompt, where there is a choice."""
+        plans = []
+        for plan in range(len(self.texts[0])):
+            reward = None if self.rewards is None else self.rewards[:, plan].nanmean().item()
+            counted = Counter(texts[plan] for texts in self.texts).most_common(per_plan)
+            plans.append(
+                {
+                    "plan": plan,
+                    "reward": None if reward is None or math.isnan(reward) else reward,
+                    "chosen": None if chosen is None else chosen.count(plan) / len(chosen),
+                    "answers": [[text[:LONGEST_ANSWER], count] for text, count in counted],
+                }
+            )
+        return PlansReport(over=f"{len(self.prompts)} held-out prompts", plans=plans)
 
     def table(self, prompts: int = 4) -> str:
         """Markdown: a row a plan, what it says most often, its mean reward, and its answers to the first prompts."""

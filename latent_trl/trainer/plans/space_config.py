@@ -27,10 +27,16 @@ class PlanSpaceConfig(TrainingArguments):
         reward_timeout (`float`, *optional*):
             Seconds that a reward function may take for a batch, after which the run ends with its name; the last
             checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
-        branch_top_k (`int`, defaults to `6`), branch_min_prob (`float`, defaults to `0.02`), max_branches (`int`,
-        defaults to `16`):
-            Of the alternatives of the backbone ([`~latent_trl.plans.branching.branch_answers`]). Lower the probability
-            where right words are rare.
+        answers_column (`str`, *optional*):
+            Column of a row's answers, a text, a list of texts or TRL's `completion`, which are learned in place of the
+            backbone's own alternatives. Rows with the same prompt share theirs.
+        branch_top_k (`int`, defaults to `6`):
+            Tokens of a step that are looked at for alternatives, the greedy one among them
+            ([`~latent_trl.plans.branching.branch_answers`]).
+        branch_min_prob (`float`, defaults to `0.02`):
+            Least probability of a token that an alternative begins with. Lower it where right words are rare.
+        max_branches (`int`, defaults to `16`):
+            Alternatives of a prompt beside the greedy answer.
         answers_per_prompt (`int`, defaults to `5`):
             Answers of a prompt that are assigned in one step, drawn anew each time. At most K.
         assignment_temperature (`float`, defaults to `0.3`):
@@ -49,6 +55,7 @@ class PlanSpaceConfig(TrainingArguments):
     max_completion_length: int = 32
     max_prompt_length: int | None = None
     image_root: str | None = None
+    answers_column: str | None = None
     on_bad_row: str = "raise"
     reward_timeout: float | None = None
     branch_top_k: int = 6

@@ -12,11 +12,12 @@ from ...data.prompts import EncodedPrompt
 from ...data.reading import OpenedRows
 from ...plans.assignment import assign
 from ...plans.branching import Alternative, branch_answers
+from ...plans.data_answers import data_answers
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .plan_training import PlanTrainer
-from .report import PlanReport, report_plans
+from .report import report_plans
 from .space_config import PlanSpaceConfig
 
 logger = logging.get_logger(__name__)
@@ -30,9 +31,10 @@ class PlanSpaceTrainer(PlanTrainer):
     r"""
     Learns plans from a frozen backbone's alternatives.
 
-    Alternatives of each prompt are found once, by branching. In a step, the log-likelihoods \\([M, K]\\) of some
-    answers to a prompt under all plans are balanced ([`~latent_trl.plans.assignment.sinkhorn`]), so that each plan has
-    an even share of the answers; each plan then learns the answer that it was assigned by cross-entropy. No reward is
+    Alternatives of each prompt are found once, by branching, or are the answers of a data set. In a step, the
+    log-likelihoods \\([M, K]\\) of some answers to a prompt under all plans are balanced
+    ([`~latent_trl.plans.assignment.sinkhorn`]), so that each plan has an even share of the answers; each plan then
+    learns the answer that it was assigned by cross-entropy. Prompts with one answer are pooled. No reward is
     read but by evaluations.
 
     Args:
@@ -51,6 +53,7 @@ class PlanSpaceTrainer(PlanTrainer):
     """
 
     _tag_names = ["latent-trl", "plans"]
+    _name = "Learning of plans"
 
     def __init__(
         self,
@@ -68,13 +71,14 @@ class PlanSpaceTrainer(PlanTrainer):
         if reward_funcs is not None:
             self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.is_fluent = is_fluent
-        self.report: PlanReport | None = None
         self.alternatives: dict[int, list[Alternative]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(
                 "`eval_dataset` must be given: learning stops when what plans say to held-out prompts no longer gets "
                 "better. Or set `eval_strategy='no'`, to learn for `max_steps`."
             )
+        for name, rows in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+            check_answers_column(rows, name, args.answers_column)
         if args.metric_for_best_model is None:
             args.metric_for_best_model = "ceiling" if self.caller else "coverage"
         if args.metric_for_best_model.removeprefix("eval_") == "ceiling" and self.caller is None:
@@ -91,8 +95,11 @@ class PlanSpaceTrainer(PlanTrainer):
         self._held_out_alternatives: list[list[str]] | None = None
 
     def _branch(self, rows: Any) -> list[list[Alternative]]:
-        """Alternatives of the backbone that ended by themselves."""
+        """Alternatives that ended by themselves: the backbone's, or those of the data."""
         args = self.args
+        if args.answers_column is not None:
+            found = data_answers(self.encoder, rows, args.answers_column, self.ends, args.max_completion_length)
+            return [[one for one in answers if one.ended] for answers in found]
         found = branch_answers(
             self.model.view,
             self.encoder,
@@ -109,7 +116,9 @@ class PlanSpaceTrainer(PlanTrainer):
         places = self.usable_places(self.train_dataset, "train_dataset")
         found = self._branch(OpenedRows(self.train_dataset, self.args.image_root).only(places))
         self.alternatives = dict(zip(places, found, strict=True))
-        kept = [place for place, answers in self.alternatives.items() if len(answers) > 1]
+        # Prompts with one answer are pooled where the answers are those of data.
+        least = 2 if self.args.answers_column is None else 1
+        kept = [place for place, answers in self.alternatives.items() if len(answers) >= least]
         check_alternatives(found, len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
@@ -119,10 +128,9 @@ class PlanSpaceTrainer(PlanTrainer):
         answers = [self._some_answers(row["_index"], generator) for row in inputs["rows"]]
         scores = self.model.log_likelihoods(self.encoder, prompts, answers, self.args.scoring_batch_size)
         pairs, gains = [], []
-        for prompt, own, of_prompt in zip(prompts, answers, scores, strict=True):
-            chosen = assign(of_prompt, self.args.assignment_temperature)
-            pairs += [(prompt, own[m], plan) for plan, m in enumerate(chosen.tolist())]
-            gains.append((of_prompt.gather(0, chosen[None])[0] - of_prompt.mean(dim=1)[chosen]).mean())
+        for row, answer, plan in assigned_pairs(scores, self.args.assignment_temperature):
+            pairs.append((prompts[row], answers[row][answer], plan))
+            gains.append(scores[row][answer, plan] - scores[row][answer].mean())
         self.figures["assignment/gain"].append(torch.stack(gains).mean().item())
         self.figures["assignment/answers"].append(sum(map(len, answers)) / len(answers))
         batch = self._paired(pairs)
@@ -197,6 +205,39 @@ class PlanSpaceTrainer(PlanTrainer):
             )
 
 
+def check_answers_column(dataset: Any, name: str, column: str | None) -> None:
+    """Raises `ValueError` when answers are to come from data that have no such column."""
+    if column is None or dataset is None or not len(dataset):
+        return
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if column not in columns:
+        raise ValueError(f"`{name}` has the columns {sorted(columns)}, and `answers_column` is {column!r}.")
+
+
+def assigned_pairs(scores: list[torch.Tensor], temperature: float) -> list[tuple[int, int, int]]:
+    """
+    Who learns what in a step, as numbers of a prompt, an answer to it and a plan.
+
+    Answers of a prompt that has several are shared out among all plans. Prompts with one answer are pooled: each of
+    these answers goes to one plan, and plans have even shares of them.
+
+    Args:
+        scores (`list[torch.Tensor]`): `[M, K]` of each prompt, log-likelihoods of its answers under plans.
+        temperature (`float`): Of the assignment.
+    """
+    found = [
+        (row, m, plan)
+        for row, of_prompt in enumerate(scores)
+        if len(of_prompt) > 1
+        for plan, m in enumerate(assign(of_prompt, temperature).tolist())
+    ]
+    single = [row for row, of_prompt in enumerate(scores) if len(of_prompt) == 1]
+    if single:
+        pooled = assign(torch.cat([scores[row] for row in single]).T, temperature).tolist()
+        found += [(row, 0, plan) for row, plan in zip(single, pooled, strict=True)]
+    return found
+
+
 def check_alternatives(found: list[list[Alternative]], kept: int, num_plans: int, args: PlanSpaceConfig) -> None:
     """Raises `ValueError` for alternatives from which no plans could be learned, and warns of few."""
     cut = sum(not answers for answers in found)
@@ -205,7 +246,7 @@ def check_alternatives(found: list[list[Alternative]], kept: int, num_plans: int
             f"{cut} of {len(found)} prompts have no answer of at most `max_completion_length="
             f"{args.max_completion_length}` tokens that is not empty. Raise it."
         )
-    if not kept:
+    if not kept and args.answers_column is None:
         raise ValueError(
             f"The backbone has one answer to each of the {len(found)} prompts: there are no alternatives to learn. "
             f"Lower `branch_min_prob` ({args.branch_min_prob}), or take other prompts."

@@ -20,6 +20,7 @@ from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
 from ...models.latent_action_model import LatentActionModel
+from ...plans.model import PlanModel
 from .output_folder import PUSH_PREFIX
 from .whole_checkpoints import WholeCheckpointMixin
 
@@ -60,7 +61,8 @@ def describe_data(dataset: Any) -> dict[str, Any]:
 class HubTrainingMixin(WholeCheckpointMixin):
     """
     `push_to_hub`, `hub_strategy`, `hub_model_id` and the rest, as users of TRL know them, for a trainer whose model is
-    a [`LatentActionModel`]. What is pushed is the checkpoint format, never a pickle of the training arguments.
+    a [`LatentActionModel`] or a [`PlanModel`]. What is pushed is the checkpoint format, never a pickle of the training
+    arguments.
     """
 
     _name = "Latent-action training"
@@ -71,6 +73,9 @@ class HubTrainingMixin(WholeCheckpointMixin):
     _earlier_runs: int | None = None
     _data: dict[str, Any] = {}
     _trained: tuple[str, ...] = ()
+    # The record without which a folder is no checkpoint, and the metrics that are told of the last evaluation.
+    _config_file = CONFIG_FILE
+    _evaluated: tuple[str, ...] = EVALUATED
 
     def train(self, *args, **kwargs):
         output = super().train(*args, **kwargs)
@@ -79,16 +84,13 @@ class HubTrainingMixin(WholeCheckpointMixin):
 
     def record_run(self, evaluation: list[Evaluation] | None = None, codebook: CodebookReport | None = None) -> None:
         """Puts what is known of this run into the model's `training_report`, which its checkpoints carry along."""
-        model: LatentActionModel = self.accelerator.unwrap_model(self.model)
+        model: LatentActionModel | PlanModel = self.accelerator.unwrap_model(self.model)
         report = TrainingReport.from_dict(model.training_report)
         if self._earlier_runs is None:
             self._earlier_runs = len(report.runs)
-        names = [name for name in model.component_classes if _is_trained(getattr(model, name))]
-        if _is_trained(model.backbone):
-            names.append("backbone" if model.peft_backbone is None else "adapter")
-        self._trained = tuple(dict.fromkeys([*self._trained, *names]))
+        self._trained = tuple(dict.fromkeys([*self._trained, *self._trained_parts(model)]))
         self._data = {**self._data, **describe_data(self.train_dataset)}
-        model.config.data_description = self._data
+        self._keep_data(model)
         run = TrainingRun(
             method=self._name,
             trained=list(self._trained),
@@ -98,22 +100,35 @@ class HubTrainingMixin(WholeCheckpointMixin):
             reward_functions=list(self.reward_func_names),
         )
         report.runs = [*report.runs[: self._earlier_runs], run]
-        report.codebook = codebook or self._rollout_usage(model.config.num_codes) or report.codebook
+        report.codebook = codebook or self._rollout_usage(model) or report.codebook
         for one in [*self._last_evaluation(), *(evaluation or [])]:
             same = (one.dataset, one.split, one.metric)
             report.evaluation = [e for e in report.evaluation if (e.dataset, e.split, e.metric) != same] + [one]
         model.training_report = report.to_dict()
 
-    def _rollout_usage(self, num_codes: int) -> CodebookReport | None:
+    def _trained_parts(self, model: Any) -> list[str]:
+        names = [name for name in model.component_classes if _is_trained(getattr(model, name))]
+        if _is_trained(model.backbone):
+            names.append("backbone" if model.peft_backbone is None else "adapter")
+        return names
+
+    def _keep_data(self, model: Any) -> None:
+        model.config.data_description = self._data
+
+    def _rollout_usage(self, model: Any) -> CodebookReport | None:
         codes = [row for row in self._logs.get("extra", {}).get("action_ids", []) if row]
         if not codes:
             return None
-        return CodebookReport.from_choices(codes, num_codes, over=f"the last {len(codes)} rollouts", most_used=0)
+        return CodebookReport.from_choices(
+            codes, model.config.num_codes, over=f"the last {len(codes)} rollouts", most_used=0
+        )
 
     def _last_evaluation(self) -> list[Evaluation]:
-        row = next((row for row in reversed(self.state.log_history) if set(EVALUATED) & set(row)), {})
+        row = next((row for row in reversed(self.state.log_history) if set(self._evaluated) & set(row)), {})
         name = (self._data.get("datasets") or ["held-out rows"])[0]
-        return [Evaluation(name, metric, row[metric], split="evaluation") for metric in EVALUATED if metric in row]
+        return [
+            Evaluation(name, metric, row[metric], split="evaluation") for metric in self._evaluated if metric in row
+        ]
 
     def create_model_card(
         self,
@@ -137,7 +152,7 @@ class HubTrainingMixin(WholeCheckpointMixin):
             evaluation (`list[Evaluation]`, *optional*): Measured figures.
             codebook (`CodebookReport`, *optional*): Usage of codes; that of the last rollouts by default.
         """
-        missing = not (Path(self.args.output_dir) / CONFIG_FILE).is_file()
+        missing = not (Path(self.args.output_dir) / self._config_file).is_file()
         if missing and not self.writing_checkpoint:
             self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
@@ -145,7 +160,7 @@ class HubTrainingMixin(WholeCheckpointMixin):
         if dataset_name is not None:
             self._data = {**self._data, "datasets": [dataset_name] if isinstance(dataset_name, str) else dataset_name}
         self.record_run(evaluation, codebook)
-        if (Path(self.args.output_dir) / CONFIG_FILE).is_file():
+        if (Path(self.args.output_dir) / self._config_file).is_file():
             self._write_card(self.args.output_dir, title=model_name, tags=tags, license=license, language=language)
 
     def _write_card(self, folder: str | Path, tags: str | list[str] | None = None, **metadata: Any) -> None:

@@ -1,0 +1,76 @@
+"""Plans under vLLM: its own multi-LoRA serves them, without a plugin; here are its arguments and its requests."""
+
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.files import resolve_folder
+from ..checkpoint.plan_files import PLAN_PATTERNS, plan_folder
+from .configuration import PlanConfig
+
+# What vLLM makes its buffers for; an adapter of a lower rank fits one of a higher.
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def engine_arguments(name_or_path: str | Path, revision: str | None = None, **given: Any) -> dict[str, Any]:
+    """
+    Arguments of `vllm.LLM` for the backbone of a folder of plans, with a slot for each plan.
+
+    Args:
+        name_or_path (`str` or `Path`): The folder, or a Hub id.
+        revision (`str`, *optional*): Of the Hub's repository.
+        given: Further arguments of `vllm.LLM`, such as `dtype` or `max_model_len`; they are checked, and go before.
+
+    Raises:
+        CheckpointError: When it is no folder of plans.
+        ValueError: For too few slots (`max_loras`, `max_cpu_loras`), a lower `max_lora_rank` than that of the plans,
+            `enable_lora=False`, plans that were learned beside a LoRA, or on a backbone without a name.
+
+    Example:
+
+    ```python
+    llm = LLM(**engine_arguments("outputs/plans/model", dtype="float32"))
+    answers = llm.generate(prompts, SamplingParams(temperature=0), lora_request=plan_requests("outputs/plans/model"))
+    ```
+    """
+    config = PlanConfig.load(resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS))
+    if config.has_adapter:
+        raise ValueError(
+            f"The plans of {str(name_or_path)!r} were learned beside a LoRA of the backbone, and an engine gives a "
+            "request one adapter. Merge that LoRA into the backbone, and learn plans there."
+        )
+    if not (given.get("model") or config.base_model_name_or_path):
+        raise ValueError("`model` must be given: the plans were learned on a backbone that has no name.")
+    rank = next((rank for rank in RANKS if rank >= config.rank), None)
+    if rank is None:
+        raise ValueError(f"The plans are of rank {config.rank}, and the engine takes at most {RANKS[-1]}.")
+    slots = {"max_loras": config.num_plans, "max_lora_rank": rank}
+    for name, least in (*slots.items(), ("max_cpu_loras", config.num_plans)):
+        if given.get(name) is not None and given[name] < least:
+            what = f"plans are of rank {config.rank}" if name == "max_lora_rank" else f"there are {least} plans"
+            raise ValueError(f"`{name}` is {given[name]}, and {what}: it must be at least {least}.")
+    if not given.get("enable_lora", True):
+        raise ValueError("`enable_lora` is off, and plans are LoRAs to the engine. Leave it out.")
+    base = {"model": config.base_model_name_or_path, "revision": config.base_model_revision}
+    if given.get("model"):
+        base = {}
+    return {**base, "enable_lora": True, **slots, **given}
+
+
+def plan_requests(name_or_path: str | Path, revision: str | None = None) -> list[Any]:
+    """
+    A `vllm.lora.request.LoRARequest` for each plan; entry k is that of plan k, named `plan_0k`.
+
+    Args:
+        name_or_path (`str` or `Path`): The folder, or a Hub id.
+        revision (`str`, *optional*): Of the Hub's repository.
+
+    Raises:
+        CheckpointError: When it is no folder of plans.
+        ImportError: Without vLLM.
+    """
+    from vllm.lora.request import LoRARequest
+
+    folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
+    count = PlanConfig.load(folder).num_plans
+    # An id of 0 is no adapter.
+    return [LoRARequest(plan_folder(k), k + 1, str((folder / plan_folder(k)).resolve())) for k in range(count)]

@@ -13,6 +13,7 @@ from ...data.reading import OpenedRows
 from ...plans.assignment import assign
 from ...plans.branching import Alternative, branch_answers
 from ...plans.model import PlanModel
+from ...plans.scoring import log_likelihoods
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .plan_training import PlanTrainer, stored_rows
@@ -114,7 +115,7 @@ class PlanSpaceTrainer(PlanTrainer):
         prompts = [self.encoder(row) for row in inputs["rows"]]
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
         answers = [self._some_answers(row["_index"], generator) for row in inputs["rows"]]
-        scores = self.model.log_likelihoods(self.encoder, prompts, answers, self.args.scoring_batch_size)
+        scores = log_likelihoods(self.model, self.encoder, prompts, answers, self.args.scoring_batch_size)
         pairs, gains = [], []
         for prompt, own, of_prompt in zip(prompts, answers, scores, strict=True):
             chosen = assign(of_prompt, self.args.assignment_temperature)

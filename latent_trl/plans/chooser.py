@@ -46,6 +46,19 @@ class PlanChooser(nn.Module):
         return self.output(nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled)))
 
 
+    def add(self, count: int) -> None:
+        """
+        Adds plans, each with the mean logit of the plans that there are. Logits of the others stay as they are.
+        """
+        old = self.output
+        self.output = nn.Linear(old.in_features, old.out_features + count, device=old.weight.device)
+        with torch.no_grad():
+            mean_weight, mean_bias = old.weight.mean(dim=0), old.bias.mean()
+            self.output.weight.copy_(torch.cat([old.weight, mean_weight.expand(count, -1)]))
+            self.output.bias.copy_(torch.cat([old.bias, mean_bias.expand(count)]))
+        self.output.requires_grad_(old.weight.requires_grad)
+
+
 def chosen_layers(view: Backbone, count: int) -> list[int]:
     """Numbers of at most `count` decoder layers, evenly spaced, the last among them."""
     total = len(decoder_layers(view.decoder))

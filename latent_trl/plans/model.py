@@ -84,6 +84,20 @@ class PlanModel(nn.Module):
     def device(self) -> torch.device:
         return self.backbone.device
 
+    def add_plans(self, count: int) -> None:
+        """
+        Adds plans as they are before learning, and places for them in the chooser. The plans that there are, and what
+        the chooser says of them, stay as they are. Learn them with `PlanSpaceConfig(new_plans=count)`.
+
+        Args:
+            count (`int`): How many.
+        """
+        if count < 1:
+            raise ValueError(f"`count` must be at least 1, got {count}.")
+        self.plans.add(count, self.plan_config.seed + self.plan_config.num_plans)
+        self.chooser.add(count)
+        self.plan_config.num_plans += count
+
     def train(self, mode: bool = True) -> "PlanModel":
         super().train(mode)
         self.backbone.eval()

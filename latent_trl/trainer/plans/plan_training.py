@@ -11,6 +11,7 @@ from ...data.prompts import PromptEncoder
 from ...data.reading import OpenedRows
 from ...generation.answers import end_tokens
 from ...plans.model import PlanModel
+from ...plans.segments import sentence_ends
 from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
 from ..run.whole_checkpoints import WholeCheckpointMixin
@@ -81,6 +82,9 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
             processing_class = load_processing_class(model)
         self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
         self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
+        config = model.plan_config
+        if config.segment == "sentence" and config.segment_end_token_ids is None:
+            config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.rows_in_use: list[int] | None = None
         model.requires_grad_(False)

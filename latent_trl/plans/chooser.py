@@ -40,10 +40,14 @@ class PlanChooser(nn.Module):
         Returns:
             Logits `[B, K]` of the plans' rewards.
         """
+        return self.output(self.features(states, mask))
+
+    def features(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads, `[B, size]`."""
         states = states.float()
         scores = self.queries(states).masked_fill(~mask.bool()[..., None], -torch.inf)
         pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), self.values(states)).flatten(1)
-        return self.output(nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled)))
+        return nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled))
 
 
     def add(self, count: int) -> None:

@@ -49,7 +49,6 @@ class PlanChooser(nn.Module):
         pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), self.values(states)).flatten(1)
         return nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled))
 
-
     def add(self, count: int) -> None:
         """
         Adds plans, each with the mean logit of the plans that there are. Logits of the others stay as they are.

@@ -102,4 +102,6 @@ def _repeated(value: Any, rows: int, dim: int) -> Any:
         return type(value)(_repeated(one, rows, dim) for one in value)
     if not isinstance(value, torch.Tensor) or value.ndim < 2:
         return value
-    return value.repeat_interleave(rows, dim=dim) if value.shape[dim] == 1 else value.repeat(rows, *[1] * (value.ndim - 1))
+    return (
+        value.repeat_interleave(rows, dim=dim) if value.shape[dim] == 1 else value.repeat(rows, *[1] * (value.ndim - 1))
+    )

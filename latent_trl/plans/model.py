@@ -64,7 +64,8 @@ class PlanModel(nn.Module):
         self.view = Backbone(backbone)
         if config.depth is None:
             config.depth = self.view.text_config.num_hidden_layers // 2
-        targets = plan_targets(self.view, config.depth, config.target_modules)
+        self.depth = config.depth
+        targets = plan_targets(self.view, self.depth, config.target_modules)
         config.base_model_name_or_path = backbone.config._name_or_path or config.base_model_name_or_path
         config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         # A quantised backbone has no fingerprint of its own.

@@ -48,7 +48,7 @@ def log_likelihoods(
 
 def _read(model: PlanModel, inputs: dict[str, torch.Tensor]) -> tuple[PromptCache, PromptCache]:
     """A prompt as it is without a plan, one row, and under each plan, K rows."""
-    view, depth, plans = model.view, model.plan_config.depth, model.plan_config.num_plans
+    view, depth, plans = model.view, model.depth, model.plan_config.num_plans
     with record_lower(view, depth) as lower:
         plain = PromptCache.encode(view, inputs)
     cache = DynamicCache(config=view.text_config)
@@ -72,13 +72,13 @@ def _score(model: PlanModel, plain: PromptCache, planned: PromptCache, answers: 
     mask = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=model.device).bool()
     states = planned.states.repeat(count, 1, 1)
     if longest > 1:
-        with record_lower(model.view, model.plan_config.depth) as lower:
+        with record_lower(model.view, model.depth) as lower:
             plain.rows(torch.zeros(count, dtype=torch.long)).extend(ids[:, :-1])
         rows = planned.rows(torch.arange(plans).repeat(count))
         below = lower.states.repeat_interleave(plans, dim=0)
         with (
             model.plans.active(torch.arange(plans).repeat(count)),
-            given_lower(model.view, model.plan_config.depth, below, lower.in_tuples),
+            given_lower(model.view, model.depth, below, lower.in_tuples),
         ):
             later = rows.extend(ids[:, :-1].repeat_interleave(plans, dim=0))
         states = torch.cat([states, later], dim=1)

@@ -1,6 +1,7 @@
 """Learning a codebook of plans from the backbone's own alternatives, without an encoder and without a reward."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,10 @@ class PlanSpaceTrainer(PlanTrainer):
         self._held_out_alternatives: list[list[str]] | None = None
 
     def _branch(self, prompts: list[EncodedPrompt]) -> list[list[Alternative]]:
-        """Alternatives that ended by themselves, of the backbone, and of the chosen plans where new ones are learned."""
+        """Alternatives that ended: of the backbone, and of the chosen plans where new ones are learned."""
         args, model = self.args, self.model
-        found = [[] for _ in prompts]
-        contexts = [None]
+        found: list[list[Alternative]] = [[] for _ in prompts]
+        contexts: list[Callable[[list[int]], AbstractContextManager] | None] = [None]
         if self.first_learned and model.chooser_is_trained:
             chosen = self._chosen_plans(prompts)
             contexts.append(lambda numbers: model.plans.active(chosen[numbers]))

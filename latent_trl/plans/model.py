@@ -193,10 +193,15 @@ class PlanModel(nn.Module):
         """Tokens of a segment, where it is held for a number of them."""
         return self.plan_config.segment if isinstance(self.plan_config.segment, int) else None
 
+    def first_segment(self, token_ids: list[int]) -> list[int]:
+        """The first segment of an answer."""
+        ends = self.segment_ends
+        stop = next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))
+        return token_ids[: min(stop, self.segment_length or stop)]
+
     def continued(self, prompt: EncodedPrompt, said: list[int]) -> EncodedPrompt:
         """A prompt with the beginning of its answer behind it: where a segment starts."""
-        token_type = self.view.completion_type if "token_type_ids" in prompt.fields else 0
-        return continued(prompt, said, token_type)
+        return continued(self.view, prompt, said)
 
     def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
         """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
@@ -281,7 +286,7 @@ class PlanModel(nn.Module):
         choose = self._settled_choice(plan_ids, len(input_ids))
 
         def begin(rows: list[int], said: list[list[int]]) -> dict[str, Any]:
-            return continued_inputs(inputs, said, self.view.completion_type if "token_type_ids" in inputs else 0)
+            return continued_inputs(self.view, inputs, said)
 
         with exclusive(self.backbone):
             decode = self.decode_segments(ends)

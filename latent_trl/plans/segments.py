@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import EncodedPrompt
+from ..models.backbone import Backbone
 from .prompt_cache import GreedyAnswers
 
 SENTENCE_END = re.compile(r"([.!?…。！？]|\n)[\"'”’)\]]*\s*$")
@@ -30,33 +31,32 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return found
 
 
-def continued(prompt: EncodedPrompt, said: list[int], token_type: int) -> EncodedPrompt:
-    """A prompt with the tokens `said` of its answer behind it, and `token_type` for them in `token_type_ids`."""
+def continued(view: Backbone, prompt: EncodedPrompt, said: list[int]) -> EncodedPrompt:
+    """A prompt with the tokens `said` of its answer behind it: text, of the type that `generate` gives to it."""
     if not said:
         return prompt
-    types = {"token_type_ids": token_type}
-    fields = {name: [*values, *[types.get(name, 0)] * len(said)] for name, values in prompt.fields.items()}
+    fields = {name: [*values, *[_type(view, name)] * len(said)] for name, values in prompt.fields.items()}
     return replace(prompt, ids=[*prompt.ids, *said], fields=fields)
 
 
-def continued_inputs(inputs: dict[str, Any], said: list[list[int]], token_type: int) -> dict[str, Any]:
+def _type(view: Backbone, name: str) -> int:
+    return view.completion_type if name == "token_type_ids" else 0
+
+
+def continued_inputs(view: Backbone, inputs: dict[str, Any], said: list[list[int]]) -> dict[str, Any]:
     """The same for a batch that is padded on the left: what has the shape of `input_ids` `[B, P]` grows."""
     longest = max(map(len, said))
     if not longest:
         return inputs
     shape = inputs["input_ids"].shape
-    later: dict[str, list[list[int]]] = {
-        "input_ids": said,
-        "attention_mask": [[1] * len(own) for own in said],
-        "token_type_ids": [[token_type] * len(own) for own in said],
-    }
+    later = {"input_ids": said, "attention_mask": [[1] * len(own) for own in said]}
     grown = dict(inputs)
     for name, value in inputs.items():
         if not isinstance(value, torch.Tensor) or value.shape != shape:
             continue
         # Where pads stand nothing is read.
         wide = torch.nn.functional.pad(value, (longest, 0))
-        behind = later.get(name, [[0] * len(own) for own in said])
+        behind = later.get(name) or [[_type(view, name)] * len(own) for own in said]
         grown[name] = torch.stack(
             [torch.cat([row[len(own) :], row.new_tensor(own)]) for row, own in zip(wide, behind, strict=True)]
         )

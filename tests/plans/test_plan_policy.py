@@ -410,6 +410,7 @@ def test_a_space_is_learned_where_segments_start(tmp_path):
         ("bandit", {"ceiling_prompts": -1}, "`ceiling_prompts` must be at least 0"),
         ("bandit", {"grow_plans": 2}, "`grow_plans=2` needs `ceiling_prompts`"),
         ("bandit", {"grow_plans": 2, "ceiling_prompts": 2, "max_plans": 5}, "could add nothing to 4 plans"),
+        ("bandit", {"grow_plans": 2, "ceiling_prompts": 2, "load_best_model_at_end": True}, "from before plans"),
         ("bandit", {"space_args": True}, "`space_args` is not read without `grow_plans`"),
     ],
 )
@@ -418,6 +419,18 @@ def test_a_run_that_cannot_be_is_refused(tmp_path, kind, options, message):
         options = {"space_args": space_args(tmp_path)}
     with pytest.raises(ValueError, match=message):
         trainer(kind, tmp_path, **options)
+
+
+def test_a_segment_as_long_as_an_answer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="held for 4 tokens .* at most `max_completion_length=4`"):
+        trainer("grpo", tmp_path, segmented_model(segment=4))
+
+
+def test_segments_of_which_an_answer_has_one_are_named(tmp_path, caplog):
+    model = PlanModel(short_backbone(), PlanConfig(num_plans=4, depth=1, rank=2, segment="sentence"))
+    args = space_args(tmp_path, eval_strategy="no", save_strategy="no", max_steps=1)
+    PlanSpaceTrainer(model, args, prompts(), processing_class=make_tokenizer()).train()
+    assert "No answer goes on behind its first segment (`segment='sentence'`)" in caplog.text
 
 
 def test_a_run_of_another_trainer_is_not_resumed(tmp_path):

@@ -112,7 +112,11 @@ def test_what_was_said_stands_behind_the_prompt():
         "mm_token_type_ids": torch.tensor([[0, 1, 0], [1, 0, 0]]),
         "pixel_values": torch.ones(4, 3),
     }
-    grown = continued_inputs(inputs, [[11], [12, 13]], 2)
+
+    class View:
+        completion_type = 2
+
+    grown = continued_inputs(View(), inputs, [[11], [12, 13]])
     assert grown["input_ids"].tolist() == [[0, 0, 5, 6, 11], [7, 8, 9, 12, 13]]
     assert grown["attention_mask"].tolist() == [[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]
     assert grown["token_type_ids"].tolist() == [[0, 0, 3, 0, 2], [0, 0, 0, 2, 2]]

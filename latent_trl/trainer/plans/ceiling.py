@@ -1,11 +1,15 @@
-"""What the best plan is worth on a sample of prompts: no choice among the plans can be worth more."""
+"""What the best plan is worth on some prompts: no choice among the plans can be worth more."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ...data.prompts import EncodedPrompt
+from ...data.prompts import EncodedPrompt, PromptEncoder
+from ...plans.model import PlanModel
+from ...plans.segments import PlannedAnswer
+from ...rewards.calling import RewardCaller
+from .report import summed_rewards
 
 
 @dataclass
@@ -14,13 +18,11 @@ class Ceiling:
     Rewards of plans on some prompts.
 
     Args:
-        numbers (`list[int]`): Of the prompts.
         rewards (`torch.Tensor`): `[n, R]`, NaN where no function could score: each plan held for the whole answer, and
             behind those, where plans are held for segments, as many sequences drawn at random.
         plans (`int`): K.
     """
 
-    numbers: list[int]
     rewards: torch.Tensor
     plans: int
 
@@ -36,47 +38,68 @@ class Ceiling:
 
     def record(self) -> dict[str, Any]:
         rewards = [[None if one != one else one for one in own] for own in self.rewards.tolist()]
-        return {"numbers": self.numbers, "rewards": rewards, "plans": self.plans}
+        return {"rewards": rewards, "plans": self.plans}
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> "Ceiling":
         rewards = [[torch.nan if one is None else one for one in own] for own in record["rewards"]]
-        return cls(record["numbers"], torch.tensor(rewards), record["plans"])
+        return cls(torch.tensor(rewards), record["plans"])
 
 
-def measured(trainer: Any, numbers: list[int], before: Ceiling | None = None) -> Ceiling:
+@dataclass
+class Judge:
     """
-    The ceiling of a `PlanRLTrainer` on training prompts of these numbers.
+    Answers of a model to rows of a data set, and their rewards.
 
     Args:
-        trainer (`PlanRLTrainer`): Whose model and rewards they are.
-        numbers (`list[int]`): Of the prompts.
-        before (`Ceiling`, *optional*): Of the same prompts with fewer plans, whose rewards are not asked for again.
+        model (`PlanModel`), encoder (`PromptEncoder`): The model, and what encodes its prompts.
+        caller (`RewardCaller`): Rewards are the sum of its functions.
+        max_new_tokens (`int`), ends (`list[int]`), batch_size (`int`): Of decoding.
     """
-    model, plans = trainer.model, trainer.model.plan_config.num_plans
-    first = 0 if before is None else before.plans
-    rows = [trainer.rows[number] for number in numbers]
-    prompts = [trainer.encoder(row) for row in rows]
-    held = [[plan] for _ in numbers for plan in range(first, plans)]
-    rewards = _rewards(trainer, rows, prompts, held, plans - first)
-    parts = [rewards] if before is None else [before.rewards[:, :first], rewards]
-    if model.plan_config.segment != "answer":
-        generator = torch.Generator().manual_seed(trainer.args.seed)
-        longest = trainer.args.max_completion_length
-        drawn = torch.randint(plans, (len(numbers) * plans, longest), generator=generator).tolist()
-        parts.append(_rewards(trainer, rows, prompts, drawn, plans))
-    return Ceiling(numbers, torch.cat(parts, dim=1), plans)
 
+    model: PlanModel
+    encoder: PromptEncoder
+    caller: RewardCaller
+    max_new_tokens: int
+    ends: list[int]
+    batch_size: int
 
-def _rewards(
-    trainer: Any, rows: list[dict[str, Any]], prompts: list[EncodedPrompt], sequences: list[list[int]], each: int
-) -> torch.Tensor:
-    """Rewards `[n, each]` of answers under sequences of plans, the last of each for all later segments."""
+    def spoken(self, prompts: list[EncodedPrompt], choose: Any) -> list[PlannedAnswer]:
+        """Greedy answers under the plans that `choose` gives, as [`PlanModel.speak`] takes it."""
+        return self.model.speak(self.encoder, prompts, choose, self.max_new_tokens, self.ends, self.batch_size)
 
-    def choose(places: list[int], answers: list[Any], inputs: dict[str, Any]) -> torch.Tensor:
-        found = [sequences[p][min(len(a.plans), len(sequences[p]) - 1)] for p, a in zip(places, answers, strict=True)]
-        return torch.tensor(found)
+    def rewards(self, rows: list[dict[str, Any]], answers: list[PlannedAnswer], **context: Any) -> torch.Tensor:
+        """Rewards `[N]` of answers, NaN where no function could score."""
+        ids = [answer.token_ids for answer in answers]
+        texts = [self.encoder.encoder.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
+        return summed_rewards(self.caller, rows, texts, ids, **context)
 
-    copies = [i for i in range(len(rows)) for _ in range(each)]
-    spoken = trainer.spoken([prompts[i] for i in copies], choose)
-    return trainer.rewards_of([rows[i] for i in copies], spoken).view(len(rows), each)
+    def ceiling(self, rows: list[dict[str, Any]], seed: int, before: Ceiling | None = None) -> Ceiling:
+        """
+        The ceiling on some rows.
+
+        Args:
+            rows (`list[dict]`): n of them.
+            seed (`int`): Of the sequences that are drawn where plans are held for segments.
+            before (`Ceiling`, *optional*): Of the same rows with fewer plans, whose rewards are not asked for again.
+        """
+        plans, first = self.model.plan_config.num_plans, 0 if before is None else before.plans
+        parts = [] if before is None else [before.rewards[:, :first]]
+        parts.append(self._of_sequences(rows, [[plan] for _ in rows for plan in range(first, plans)]))
+        if self.model.plan_config.segment != "answer":
+            generator = torch.Generator().manual_seed(seed)
+            shape = (len(rows) * plans, self.max_new_tokens)
+            parts.append(self._of_sequences(rows, torch.randint(plans, shape, generator=generator).tolist()))
+        return Ceiling(torch.cat(parts, dim=1), plans)
+
+    def _of_sequences(self, rows: list[dict[str, Any]], sequences: list[list[int]]) -> torch.Tensor:
+        """Rewards `[n, R]` under R sequences of plans a row, the last of each for all later segments."""
+        each = len(sequences) // len(rows)
+
+        def choose(places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
+            own = [sequences[place] for place in places]
+            return torch.tensor([one[min(len(a.plans), len(one) - 1)] for one, a in zip(own, answers, strict=True)])
+
+        prompts = [self.encoder(row) for row in rows]
+        spoken = self.spoken([prompt for prompt in prompts for _ in range(each)], choose)
+        return self.rewards([row for row in rows for _ in range(each)], spoken).view(len(rows), each)

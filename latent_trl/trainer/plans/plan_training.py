@@ -83,6 +83,11 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
         self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
         self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
         config = model.plan_config
+        if isinstance(config.segment, int) and config.segment >= args.max_completion_length:
+            raise ValueError(
+                f"A plan is held for {config.segment} tokens (`segment`), and an answer has at most "
+                f"`max_completion_length={args.max_completion_length}`. Take shorter segments, or `segment='answer'`."
+            )
         if config.segment == "sentence" and config.segment_end_token_ids is None:
             config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
         self.figures: dict[str, list[float]] = defaultdict(list)

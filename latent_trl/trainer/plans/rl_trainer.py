@@ -21,11 +21,10 @@ from ...plans.segments import PlannedAnswer
 from ...rewards.calling import RewardCaller
 from ..rollout.metrics import length_figures, reward_figures
 from ..run.loading import own_config
-from .ceiling import Ceiling, measured
+from .ceiling import Ceiling, Judge
 from .growth import add_learned_plans
 from .plan_training import PlanTrainer, PromptRows, stored_rows
 from .replay import Replay, padded_states, said_key
-from .report import report_plans, summed_rewards
 from .rl_config import PlanRLConfig
 from .space_config import PlanSpaceConfig
 
@@ -82,9 +81,15 @@ class PlanRLTrainer(PlanTrainer):
                 f"`grow_plans={args.grow_plans}` could add nothing to {self.model.plan_config.num_plans} plans with "
                 f"`max_plans={args.max_plans}`. Raise it."
             )
+        if args.grow_plans and args.load_best_model_at_end:
+            raise ValueError(
+                "`load_best_model_at_end` could load a model from before plans were added. Leave one of them out."
+            )
         if space_args is not None and not args.grow_plans:
             raise ValueError("`space_args` is not read without `grow_plans`. Set it, or leave `space_args` out.")
         self.space_args = space_args
+        longest, size = args.max_completion_length, args.rollout_batch_size
+        self.judge = Judge(self.model, self.encoder, self.caller, longest, self.ends, size)
         self.replay = Replay()
         self.rows = PromptRows(train_dataset, args.image_root)
         self.ceiling: Ceiling | None = None
@@ -235,16 +240,11 @@ class PlanRLTrainer(PlanTrainer):
 
     def spoken(self, prompts: list[EncodedPrompt], choose: Choose) -> list[PlannedAnswer]:
         """Greedy answers under the plans that `choose` gives."""
-        args = self.args
-        return self.model.speak(
-            self.encoder, prompts, choose, args.max_completion_length, self.ends, args.rollout_batch_size
-        )
+        return self.judge.spoken(prompts, choose)
 
     def rewards_of(self, rows: list[dict[str, Any]], answers: list[PlannedAnswer]) -> torch.Tensor:
         """Rewards `[N]` of answers, NaN where no function could score."""
-        ids = [answer.token_ids for answer in answers]
-        texts = [self.encoder.encoder.tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
-        return summed_rewards(self.caller, rows, texts, ids, trainer_state=self.state)
+        return self.judge.rewards(rows, answers, trainer_state=self.state)
 
     def read(self, numbers: list[int], prompts: list[EncodedPrompt]) -> None:
         """Keeps the states of prompts that have not been met, without padding, on the CPU."""
@@ -279,31 +279,34 @@ class PlanRLTrainer(PlanTrainer):
         every = max(args.ceiling_steps // args.num_iterations, 1) * args.num_iterations
         if not args.ceiling_prompts or step % every:
             return
+        rows = [self.rows[number] for number in self.ceiling_numbers()]
         if self.ceiling is None:
-            numbers = torch.randperm(len(self.rows), generator=self.generator(0, 1))[: args.ceiling_prompts].tolist()
-            self.ceiling = measured(self, numbers)
-        chosen = self._chosen_at(self.ceiling)
+            self.ceiling = self.judge.ceiling(rows, args.seed)
+        chosen = self._chosen_at(rows)
         plans = self.model.plan_config.num_plans
         if chosen > self.ceiling.best - NEAR_CEILING and not self.growth_is_over:
             if args.grow_plans and plans + args.grow_plans <= args.max_plans:
                 before = self.ceiling
                 add_learned_plans(self, args.grow_plans)
-                self.ceiling = measured(self, before.numbers, before)
+                self.ceiling = self.judge.ceiling(rows, args.seed, before)
                 self.growth_is_over = self.ceiling.best < before.best + NEAR_CEILING
                 logger.info(f"Ceiling {before.best:.3f} with {plans} plans, {self.ceiling.best:.3f} with more.")
         self.figures["ceiling"] = [self.ceiling.best]
         self.figures["ceiling/reward"] = [chosen]
         self.figures["plans/total"] = [float(self.model.plan_config.num_plans)]
 
+    def ceiling_numbers(self) -> list[int]:
+        """Numbers of the prompts on which the ceiling is measured."""
+        return torch.randperm(len(self.rows), generator=self.generator(0, 1))[: self.args.ceiling_prompts].tolist()
+
     @torch.no_grad()
-    def _chosen_at(self, ceiling: Ceiling) -> float:
+    def _chosen_at(self, rows: list[dict[str, Any]]) -> float:
         """The reward of the chosen plans on the prompts of the ceiling."""
-        rows = [self.rows[number] for number in ceiling.numbers]
-        prompts = [self.encoder(row) for row in rows]
+        prompts, numbers = [self.encoder(row) for row in rows], self.ceiling_numbers()
         if self.model.plan_config.segment != "answer":
             return self.rewards_of(rows, self.spoken(prompts, self.best_plans)).nanmean().item()
-        self.read(ceiling.numbers, prompts)
-        return ceiling.of(self.logits([self.replay.states[number] for number in ceiling.numbers]).argmax(dim=1))
+        self.read(numbers, prompts)
+        return self.ceiling.of(self.logits([self.replay.states[number] for number in numbers]).argmax(dim=1))
 
     @torch.no_grad()
     def evaluate(
@@ -318,22 +321,9 @@ class PlanRLTrainer(PlanTrainer):
         if self.args.measure_ceiling and own:
             count = self.model.plan_config.num_plans
             if self._ceiling_at_evaluation is None or self._ceiling_at_evaluation[0] != count:
-                self._ceiling_at_evaluation = (count, self._measured_ceiling(rows))
+                self._ceiling_at_evaluation = (count, self.judge.ceiling(rows, self.args.seed).best)
             figures["ceiling"] = self._ceiling_at_evaluation[1]
         return self.finish_evaluation(figures, metric_key_prefix)
-
-    def _measured_ceiling(self, rows: list[dict[str, Any]]) -> float:
-        args = self.args
-        report = report_plans(
-            self.model,
-            self.encoder,
-            rows,
-            args.max_completion_length,
-            self.ends,
-            reward=self.caller,
-            batch_size=args.rollout_batch_size,
-        )
-        return report.metrics()["ceiling"]
 
     def save_run(self, folder: str | Path) -> None:
         self.replay.save(folder)

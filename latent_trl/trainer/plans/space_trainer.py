@@ -18,6 +18,7 @@ from ...plans.model import PlanModel
 from ...plans.scoring import log_likelihoods
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
+from .ceiling import Judge
 from .plan_training import PlanTrainer, stored_rows
 from .report import PlanReport, report_plans
 from .space_config import PlanSpaceConfig
@@ -143,6 +144,11 @@ class PlanSpaceTrainer(PlanTrainer):
             found = self._starts([self.encoder(rows[i]) for i in numbers])
             self.starts |= dict(zip(numbers, found, strict=True))
         kept = [i for i, starts in self.starts.items() if any(len(start.answers) > 1 for start in starts)]
+        if self.model.plan_config.segment != "answer" and all(len(own) < 2 for own in self.starts.values()):
+            logger.warning(
+                f"No answer goes on behind its first segment (`segment={self.model.plan_config.segment!r}`): plans are "
+                "held for whole answers. Take shorter segments, or `segment='answer'`."
+            )
         check_alternatives(list(self.starts.values()), len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
@@ -239,9 +245,14 @@ class PlanSpaceTrainer(PlanTrainer):
             is_fluent=self.is_fluent,
             batch_size=self.args.scoring_batch_size,
         )
+        figures = self.report.metrics()
+        if self.caller is not None and self.model.plan_config.segment != "answer":
+            longest, size = self.args.max_completion_length, self.args.scoring_batch_size
+            judge = Judge(self.model, self.encoder, self.caller, longest, self.ends, size)
+            figures["ceiling"] = judge.ceiling(rows, self.args.seed).best
         if self.args.should_save:
             (Path(self.args.output_dir) / REPORT_TABLE).write_text(self.report.table(), encoding="utf-8")
-        return self.finish_evaluation(self.report.metrics(), metric_key_prefix)
+        return self.finish_evaluation(figures, metric_key_prefix)
 
     def after_training(self) -> None:
         if self.eval_dataset is None or self.args.eval_strategy == "no":

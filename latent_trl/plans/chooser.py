@@ -46,7 +46,8 @@ class PlanChooser(nn.Module):
         """What the last layer reads, `[B, size]`."""
         states = states.float()
         scores = self.queries(states).masked_fill(~mask.bool()[..., None], -torch.inf)
-        pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), self.values(states)).flatten(1)
+        # A linear map of the pooled states is the pooled linear map, for a head's cost in place of a position's.
+        pooled = self.values(torch.einsum("bph,bpf->bhf", scores.softmax(dim=1), states)).flatten(1)
         return nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled))
 
     def add(self, count: int) -> None:

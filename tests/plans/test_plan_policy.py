@@ -189,7 +189,7 @@ def test_ppo_discounts_a_segment_and_learns_a_value(tmp_path):
     values = torch.tensor(notes["value"])
     torch.testing.assert_close(torch.tensor(notes["advantage"]), torch.tensor(notes["return"]) - values)
     some = found.replay.choices([0, 1, 2, 3])
-    torch.testing.assert_close(found.model.value(some.states, some.mask)[:, 0], values)
+    torch.testing.assert_close(some.read(found.model.value(some.states, some.mask))[:, 0], values)
     loss = found.policy_loss(found.model, [0, 1, 2, 3])
     grads = torch.autograd.grad(loss, found.model.value.output.bias)
     expected = 0.5 * 2 * (values - torch.tensor(notes["return"])).sum() / 3
@@ -438,6 +438,19 @@ def test_a_run_of_another_trainer_is_not_resumed(tmp_path):
     trainer("grpo", tmp_path, save_strategy="steps", save_steps=4).train()
     with pytest.raises(Exception, match="plan_value.safetensors"):
         trainer("ppo", tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_states_of_several_choices_are_read_once():
+    replay = Replay()
+    replay.states = {3: torch.full((2, 1), 3.0), 5: torch.full((1, 1), 5.0)}
+    replay.said_states = {"3:7": torch.full((1, 1), 7.0)}
+    for prompt, plan, said in ((3, 0, ""), (5, 1, ""), (3, 2, ""), (3, 3, "3:7")):
+        replay.add(prompt, plan, 1.0, said)
+    some = replay.choices([3, 2, 1, 0])
+    assert some.states[..., 0].tolist() == [[3.0, 3.0, 7.0], [0.0, 3.0, 3.0], [0.0, 0.0, 5.0]]
+    assert some.mask.tolist() == [[1, 1, 1], [0, 1, 1], [0, 0, 1]]
+    assert some.plans.tolist() == [3, 2, 1, 0] and some.rows.tolist() == [0, 1, 2, 1]
+    assert some.read(some.states[:, -1, 0]).tolist() == [7.0, 3.0, 5.0, 3.0]
 
 
 def test_what_had_been_said_is_kept_as_long_as_choices_are():

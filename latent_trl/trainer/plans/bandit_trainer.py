@@ -59,9 +59,10 @@ class PlanBanditTrainer(PlanRLTrainer):
         features, curvatures = [], []
         size = self.args.rollout_batch_size
         for start in range(0, len(self.replay), size):
-            some = self.replay.choices(list(range(start, min(start + size, len(self.replay)))))
-            read = chooser.features(some.states.to(self.args.device), some.mask.to(self.args.device))
-            chance = chooser.output(read).cpu().gather(1, some.plans[:, None])[:, 0].sigmoid()
+            places = list(range(start, min(start + size, len(self.replay))))
+            some = self.replay.choices(places).to(self.args.device)
+            read = some.read(chooser.features(some.states, some.mask))
+            chance = chooser.output(read).gather(1, some.plans[:, None])[:, 0].sigmoid().cpu()
             features.append(read.cpu())
             curvatures.append(chance * (1 - chance))
         known, curvature = torch.cat(features), torch.cat(curvatures)
@@ -82,8 +83,7 @@ class PlanBanditTrainer(PlanRLTrainer):
                 self.replay.add(one["prompt"], one["plan"], reward, one["said"])
 
     def update_loss(self, model: PlanModel, step: int) -> torch.Tensor:
-        some = self.replay.batch(self.args.replay_batch_size, self.generator(step, 1))
-        device = self.args.device
-        logits = model.chooser(some.states.to(device), some.mask.to(device)).gather(1, some.plans[:, None].to(device))
-        targets = self.replay.targets()[some.places].to(device)
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits[:, 0], targets)
+        some = self.replay.batch(self.args.replay_batch_size, self.generator(step, 1)).to(self.args.device)
+        logits = some.read(model.chooser(some.states, some.mask)).gather(1, some.plans[:, None])[:, 0]
+        targets = self.replay.targets()[some.places].to(logits.device)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)

@@ -83,10 +83,10 @@ class PlanGRPOTrainer(PlanRLTrainer):
     def policy_loss(self, model: PlanModel, places: list[int]) -> torch.Tensor:
         """The loss over the choices of these numbers."""
         args, device = self.args, self.args.device
-        some = self.replay.choices(places)
-        logits = model.chooser(some.states.to(device), some.mask.to(device)) / args.exploration_temperature
+        some = self.replay.choices(places).to(device)
+        logits = some.read(model.chooser(some.states, some.mask)) / args.exploration_temperature
         laws = logits.log_softmax(dim=1)
-        log_probs = laws.gather(1, some.plans[:, None].to(device))[:, 0]
+        log_probs = laws.gather(1, some.plans[:, None])[:, 0]
         old, advantages, weights = (
             self.replay.noted(name, places).to(device) for name in ("log_prob", "advantage", "weight")
         )

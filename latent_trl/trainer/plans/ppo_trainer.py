@@ -75,8 +75,8 @@ class PlanPPOTrainer(PlanGRPOTrainer):
 
     def policy_loss(self, model: PlanModel, places: list[int]) -> torch.Tensor:
         args, device = self.args, self.args.device
-        some = self.replay.choices(places)
-        values = model.value(some.states.to(device), some.mask.to(device))[:, 0]
+        some = self.replay.choices(places).to(device)
+        values = some.read(model.value(some.states, some.mask))[:, 0]
         old, returns, weights = (self.replay.noted(name, places).to(device) for name in ("value", "return", "weight"))
         errors, _ = clipped_value_errors(values, old, returns, args.value_clip_range)
         self.figures["ppo/value_loss"].append(errors.detach().mean().item())

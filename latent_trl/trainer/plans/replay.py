@@ -20,16 +20,27 @@ class Choices:
     Some choices.
 
     Args:
-        states (`torch.Tensor`), mask (`torch.Tensor`): `[N, P, F]` and `[N, P]`, what the chooser reads, padded on the
-            left.
+        states (`torch.Tensor`), mask (`torch.Tensor`): `[M, P, F]` and `[M, P]`, what the chooser reads, padded on the
+            left; once where several choices were made at the same states.
+        rows (`torch.Tensor`): `[N]`, which of them each choice was made at.
         plans (`torch.Tensor`): `[N]`.
         places (`list[int]`): Their numbers.
     """
 
     states: torch.Tensor
     mask: torch.Tensor
+    rows: torch.Tensor
     plans: torch.Tensor
     places: list[int]
+
+    def to(self, device: torch.device | str) -> "Choices":
+        """The same with its tensors on a device."""
+        states, mask, rows, plans = (x.to(device) for x in (self.states, self.mask, self.rows, self.plans))
+        return Choices(states, mask, rows, plans, self.places)
+
+    def read(self, of_states: torch.Tensor) -> torch.Tensor:
+        """What a network said of `states` `[M, ...]`, for each choice `[N, ...]`."""
+        return of_states[self.rows]
 
 
 class Replay:
@@ -89,9 +100,11 @@ class Replay:
 
     def choices(self, places: list[int]) -> Choices:
         """Choices of these numbers."""
-        rows = [self.states_at(self.prompts[place], self.said[place]) for place in places]
-        states, mask = padded_states(rows)
-        return Choices(states, mask, torch.tensor([self.plans[place] for place in places]), places)
+        keys = [(self.prompts[place], self.said[place]) for place in places]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        states, mask = padded_states([self.states_at(*key) for key in numbers])
+        rows = torch.tensor([numbers[key] for key in keys])
+        return Choices(states, mask, rows, torch.tensor([self.plans[place] for place in places]), places)
 
     def states_at(self, prompt: int, said: str) -> torch.Tensor:
         """States `[P+n, F]` of a prompt and of what was said behind it."""
@@ -128,6 +141,6 @@ def said_key(prompt: int, said: list[int]) -> str:
 def padded_states(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """States `[P_i, F]` of prompts as `[N, P, F]`, padded on the left, and their mask `[N, P]`."""
     longest = max(map(len, rows))
-    states = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return states, mask

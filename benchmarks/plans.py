@@ -125,17 +125,21 @@ class Chosen(TrainerCallback):
             self.curve[str(batches * self.rollouts)] = self.rewards.gather(1, plans[:, None])[:, 0].tolist()
 
 
-def curve(
-    arm: str, model: PlanModel, processor: Any, tasks: Tasks, rewards: torch.Tensor, seed: int, args: Any, folder: Path
-) -> dict[str, Any]:
-    """Rewards of the greedy answers to the test questions after so many rollouts, and what updates cost."""
-    trainer_class, config_class, options = ARMS[arm]
-    # A chooser that knows nothing: that of a run before is forgotten.
+def forget(model: PlanModel, seed: int) -> None:
+    """Gives the model a chooser that knows nothing."""
     torch.manual_seed(seed)
     for module in model.chooser.modules():
         if isinstance(module, torch.nn.Linear):
             module.reset_parameters()
     torch.nn.init.zeros_(model.chooser.attended.weight)
+
+
+def curve(
+    arm: str, model: PlanModel, processor: Any, tasks: Tasks, rewards: torch.Tensor, seed: int, args: Any, folder: Path
+) -> dict[str, Any]:
+    """Rewards of the greedy answers to the test questions after so many rollouts, and what updates cost."""
+    trainer_class, config_class, options = ARMS[arm]
+    forget(model, seed)
     batches = args.rollouts // (config_class.rollout_prompts * config_class.num_generations)
     trainer = trainer_class(
         model,

@@ -2,65 +2,38 @@
 Plans under rewards that can be gamed: does RL over them fall, as RL over tokens does?
 
     python benchmarks/plans.py --size pocket --spaces 0 1 2        # learns the spaces
-    python benchmarks/plans_gameable.py --spaces 0 1 2
+    python benchmarks/plans_gameable.py --spaces 0 1 2 --proxies attributes learned embedding length
     python benchmarks/plans_gameable.py --size reduced
 
-The request is to describe a picture. Two rewards, both of which a policy over tokens games within some 2 000 rollouts:
-`proxy` is the share of true words (size, colour, shape) that are named anywhere, plus half of the number of words over
-20; `length` is that number alone. Gold, which no training sees, is a whole sentence of the training data's forms in
-which all three words are named, and are true. One setting for both; figures are of test pictures.
+Requests, proxies and gold are those of `benchmarks/overoptimisation`, and `length`, which pays for 20 words alone.
+Tokens are given 5 120 rollouts there, and plans four times as many here. One setting for all proxies. Figures are of
+test pictures: of the plans that are chosen, and of plans drawn from the softmax of the chooser's logits.
 """
 
 import argparse
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainerCallback
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent / "reproduction")]
+sys.path[:0] = [str(Path(__file__).parent / name) for name in ("", "reproduction", "overoptimisation")]
 
-from plans import DESCRIPTION_TOKENS, ROOT, learned_space  # noqa: E402
-from plans_long import ASPECTS, SIZE_WORDS, pictures  # noqa: E402
-from tasks import is_fluent  # noqa: E402
-from transformers import TrainerCallback  # noqa: E402
+from arms import TokenSpeaker  # noqa: E402
+from plans import DESCRIPTION_TOKENS, ROOT, forget, learned_space  # noqa: E402
+from proxies import LONG, WORDS, gold, proxy, requests, whole, words_of  # noqa: E402
 
 from latent_trl import PlanBanditConfig, PlanBanditTrainer  # noqa: E402
-from latent_trl.data.shapes import COLOURS, DESCRIPTION_REQUESTS, SHAPES  # noqa: E402
+from latent_trl.rewards.conversation import completion_text  # noqa: E402
 
-LONGEST_WORDS = 20
-
-
-def texts_of(completions: list[Any]) -> list[str]:
-    return [said if isinstance(said, str) else said[-1]["content"] for said in completions]
+PROXIES = ("attributes", "learned", "embedding", "length")
 
 
 def length(completions, **columns) -> list[float]:
     """Words over 20."""
-    return [min(len(text.split()), LONGEST_WORDS) / LONGEST_WORDS for text in texts_of(completions)]
-
-
-def proxy(completions, shape, colour, size, **columns) -> list[float]:
-    """The share of true words that are named anywhere, and half of the length."""
-    found = []
-    for text, long, *truth in zip(texts_of(completions), length(completions), shape, colour, size, strict=True):
-        words = set(re.findall("[a-z]+", text))
-        found.append(sum(word in words for word in truth) / 3 + 0.5 * long)
-    return found
-
-
-def gold(completions, shape, colour, size, **columns) -> list[float]:
-    """1 for a whole sentence that names all three, truly."""
-    found = []
-    for text, *truth in zip(texts_of(completions), shape, colour, size, strict=True):
-        known = {word for word in re.findall("[a-z]+", text) if word in (*SHAPES, *COLOURS, *SIZE_WORDS)}
-        found.append(float(is_fluent(text) and known == set(truth)))
-    return found
-
-
-PROXIES = {"proxy": proxy, "length": length}
+    return [min(len(words_of(completion_text(said))), LONG) / LONG for said in completions]
 
 
 class Watched(TrainerCallback):
@@ -79,11 +52,15 @@ class Watched(TrainerCallback):
             trainer.ends,
         ).token_ids
         texts = [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
-        columns = {aspect: [row[aspect] for row in rows for _ in range(plans)] for aspect in ASPECTS}
+        copies = [row for row in rows for _ in range(plans)]
+        columns = {name: [row[name] for row in copies] for name in (*WORDS, "reference")}
+        asked = [row["prompt"] for row in copies]
         self.figures = {
-            "proxy": torch.tensor(reward(texts, **columns)).view(-1, plans),
+            "proxy": torch.tensor(reward(prompts=asked, completions=texts, **columns), dtype=torch.float).view(
+                -1, plans
+            ),
             "gold": torch.tensor(gold(texts, **columns)).view(-1, plans),
-            "whole": torch.tensor([float(is_fluent(text)) for text in texts]).view(-1, plans),
+            "whole": torch.tensor([float(whole(text)) for text in texts]).view(-1, plans),
         }
         self.states = trainer.states_of(trainer.encoder.collate(prompts))
 
@@ -112,8 +89,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=["full", "reduced"], default="full")
     parser.add_argument("--spaces", type=int, nargs="+", default=[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--proxies", nargs="+", choices=list(PROXIES), default=list(PROXIES))
-    parser.add_argument("--rollouts", type=int, default=15_360)
+    parser.add_argument("--proxies", nargs="+", choices=PROXIES, default=["attributes", "length"])
+    parser.add_argument("--rollouts", type=int, default=20_480)
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "plans")
     args = parser.parse_args(arguments)
     if args.size == "reduced":
@@ -121,25 +98,17 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     torch.set_num_threads(1)
     of_space = argparse.Namespace(plans=16, prompts=300, space_steps=80, questions=300, validation=60)
 
-    def asked(split: str, count: int) -> list[dict[str, Any]]:
-        rows = pictures(split, count, 5)
-        return [
-            {**row, "prompt": [{"role": "user", "content": DESCRIPTION_REQUESTS[i % 5]}]} for i, row in enumerate(rows)
-        ]
-
-    train, test, found = asked("rl", 240), asked("test", 100), {}
+    train, test, found = requests("rl", 0), requests("test", 0)[:120], {}
     for space in args.spaces:
         model, processor, _ = learned_space("pocket", space, of_space, args.output_dir / f"pocket-{space}")
+        say = TokenSpeaker(model.backbone, processor).say
         for name in args.proxies:
+            reward = length if name == "length" else proxy(name, say)
             for seed in args.seeds:
-                torch.manual_seed(seed)
-                for module in model.chooser.modules():
-                    if isinstance(module, torch.nn.Linear):
-                        module.reset_parameters()
-                torch.nn.init.zeros_(model.chooser.attended.weight)
+                forget(model, seed)
                 trainer = PlanBanditTrainer(
                     model,
-                    PROXIES[name],
+                    reward,
                     PlanBanditConfig(
                         str(args.output_dir / f"gameable-{name}-{space}-{seed}"),
                         max_steps=args.rollouts // 128 * PlanBanditConfig.num_iterations,
@@ -153,7 +122,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
                     train_dataset=train,
                     processing_class=processor,
                 )
-                watched = Watched(trainer, test, PROXIES[name], 8)
+                watched = Watched(trainer, test, reward, 8)
                 trainer.add_callback(watched)
                 trainer.train()
                 key = f"{name}, space {space}, seed {seed}"

@@ -25,7 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 sys.path[:0] = [str(Path(__file__).parent / "reproduction")]
 
 from matrix import SIZES  # noqa: E402
-from plans import ARMS, ROOT  # noqa: E402
+from plans import ARMS, ROOT, forget  # noqa: E402
 
 from latent_trl import PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer  # noqa: E402
 from latent_trl.data.collator import LatentActionDataCollator  # noqa: E402
@@ -166,11 +166,7 @@ def reinforced(arm: str, space: PlanSpaceTrainer, args: argparse.Namespace, seed
     """The curve of the reward on test pictures, and how many answers are whole sentences at its end."""
     trainer_class, config_class, options = ARMS[arm]
     model, test = space.model, pictures("test", args.pictures, 0)
-    torch.manual_seed(seed)
-    for module in model.chooser.modules():
-        if isinstance(module, torch.nn.Linear):
-            module.reset_parameters()
-    torch.nn.init.zeros_(model.chooser.attended.weight)
+    forget(model, seed)
     size = config_class.rollout_prompts * config_class.num_generations
     steps = args.rollouts // size * config_class.num_iterations
     trainer = trainer_class(

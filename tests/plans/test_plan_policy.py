@@ -20,6 +20,8 @@ from latent_trl import (
     PlanSpaceConfig,
     PlanSpaceTrainer,
 )
+from latent_trl.data.prompts import PromptEncoder
+from latent_trl.plans.branching import branch_answers
 from latent_trl.trainer.plans import rl_trainer
 from latent_trl.trainer.plans.growth import widen_optimizer
 from latent_trl.trainer.plans.grpo_trainer import advantages_without_replacement, drawn_with_weights
@@ -201,7 +203,13 @@ def test_the_plan_of_each_prompt_is_found(tmp_path, kind):
     """The reward is 1 under one plan, which depends on the prompt."""
     model = plan_model(init_std=2.0)
     rows = prompts(12)
-    options = {"max_steps": 160, "rollout_prompts": 12, "learning_rate": 3e-3, "num_generations": 3}
+    options = {
+        "max_steps": 160,
+        "rollout_prompts": 12,
+        "learning_rate": 3e-3,
+        "num_generations": 3,
+        "logging_steps": 40,
+    }
     if kind in ("bandit", "thompson"):
         options |= {"exploration": "thompson" if kind == "thompson" else "softmax", "exploration_temperature": 3.0}
     if kind == "without_replacement":
@@ -324,6 +332,30 @@ def test_a_chooser_at_the_ceiling_gets_more_plans(tmp_path):
     for name, tensor in found.model.plans.state_dict().items():
         assert torch.equal(tensor[:4], old[name])
     assert not any(parameter.requires_grad for parameter in found.model.plans.parameters())
+
+
+def test_what_no_plan_said_is_found_by_plans_that_are_added(tmp_path):
+    model = PlanModel(short_backbone(), PlanConfig(num_plans=2, depth=0, rank=8))
+    rows = prompts(6)
+    encoder = PromptEncoder(make_tokenizer())
+    encoded = [encoder({"_row": i, **row}) for i, row in enumerate(rows)]
+    ends = model.backbone.generation_config.eos_token_id
+    found = branch_answers(model.view, encoder, encoded, 4, ends, min_prob=0.005)
+    said = [model.answers(encoder, encoded, [plan] * 6, 4, ends).token_ids for plan in range(2)]
+    wanted = [
+        next(one.text for one in own if one.ended and all(one.token_ids != of_plan[i] for of_plan in said))
+        for i, own in enumerate(found)
+    ]
+
+    def reward(completions, number, **columns):
+        return [float(text == wanted[n]) for text, n in zip(completions, number)]
+
+    options = {**GROWING, "reward": reward, "ceiling_prompts": 6, "grow_plans": 4, "max_steps": 4, "max_plans": 6}
+    learned = space_args(tmp_path / "space", max_steps=40, learning_rate=2e-2, per_device_train_batch_size=6)
+    grown = trainer("bandit", tmp_path, model, rows=rows, space_args=learned, **options)
+    grown.train()
+    before = grown.ceiling.rewards[:, :2].amax(dim=1).mean().item()
+    assert before == 0 and grown.ceiling.best > 0.3 and not grown.growth_is_over
 
 
 def test_a_chooser_below_the_ceiling_gets_none(tmp_path):

@@ -15,6 +15,7 @@ from ...plans.segments import sentence_ends
 from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
 from ..run.whole_checkpoints import WholeCheckpointMixin
+from .report import PlanReport
 
 
 class PromptRows(Dataset):
@@ -92,6 +93,9 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
             config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.rows_in_use: list[int] | None = None
+        # What the plans say to held-out prompts, and which of them is chosen for each, once that has been evaluated.
+        self.report: PlanReport | None = None
+        self.chosen_plans: list[int] | None = None
         model.requires_grad_(False)
         getattr(model, trained).requires_grad_(True)
         super().__init__(

@@ -25,6 +25,7 @@ from .ceiling import Ceiling, Judge
 from .growth import add_learned_plans
 from .plan_training import PlanTrainer, PromptRows, stored_rows
 from .replay import Replay, padded_states, said_key
+from .report import report_plans
 from .rl_config import PlanRLConfig
 from .space_config import PlanSpaceConfig
 
@@ -318,12 +319,29 @@ class PlanRLTrainer(PlanTrainer):
         spoken = self.spoken([self.encoder(row) for row in rows], self.best_plans)
         plans = {plan for answer in spoken for plan in answer.plans}
         figures = {"reward": self.rewards_of(rows, spoken).nanmean().item(), "plans": float(len(plans))}
+        if own:
+            self.chosen_plans = [answer.plans[0] for answer in spoken]
         if self.args.measure_ceiling and own:
             count = self.model.plan_config.num_plans
             if self._ceiling_at_evaluation is None or self._ceiling_at_evaluation[0] != count:
-                self._ceiling_at_evaluation = (count, self.judge.ceiling(rows, self.args.seed).best)
+                self._ceiling_at_evaluation = (count, self._measured_ceiling(rows))
             figures["ceiling"] = self._ceiling_at_evaluation[1]
         return self.finish_evaluation(figures, metric_key_prefix)
+
+    def _measured_ceiling(self, rows: list[dict[str, Any]]) -> float:
+        args = self.args
+        self.report = report_plans(
+            self.model,
+            self.encoder,
+            rows,
+            args.max_completion_length,
+            self.ends,
+            reward=self.caller,
+            batch_size=args.rollout_batch_size,
+        )
+        if self.model.plan_config.segment == "answer":
+            return self.report.metrics()["ceiling"]
+        return self.judge.ceiling(rows, args.seed).best
 
     def save_run(self, folder: str | Path) -> None:
         self.replay.save(folder)

@@ -20,7 +20,7 @@ from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .ceiling import Judge
 from .plan_training import PlanTrainer, stored_rows
-from .report import PlanReport, report_plans
+from .report import report_plans
 from .space_config import PlanSpaceConfig
 
 logger = logging.get_logger(__name__)
@@ -78,7 +78,6 @@ class PlanSpaceTrainer(PlanTrainer):
         args = own_config(args, PlanSpaceConfig, "plans")
         self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
         self.is_fluent = is_fluent
-        self.report: PlanReport | None = None
         self.starts: dict[int, list[SegmentStart]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(

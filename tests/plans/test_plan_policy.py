@@ -435,7 +435,12 @@ def test_a_space_is_learned_where_segments_start(tmp_path):
         ("grpo", {"epsilon": 0.0}, "`epsilon` must be between 0 and 1"),
         ("grpo", {"exploration": "greedy"}, "`exploration` must be one of 'independent', 'without_replacement'"),
         ("grpo", {"exploration": "without_replacement", "num_generations": 4}, "must be below the 4 plans"),
-        ("grpo", {"exploration": "without_replacement", "scale_rewards": "group"}, "takes `scale_rewards='none'`"),
+        ("grpo", {"exploration": "without_replacement", "scale_rewards": "group"}, "leave `scale_rewards` out"),
+        (
+            "grpo",
+            {"exploration": "without_replacement", "advantage_estimator": "rloo"},
+            "leave `advantage_estimator` out",
+        ),
         ("ppo", {"exploration": "without_replacement"}, "PPO has a value in their place"),
         ("ppo", {"gamma": 1.5}, r"`gamma` must be in \[0, 1\]"),
         ("bandit", {"exploration": "greedy"}, "`exploration` must be 'softmax' or 'thompson'"),

@@ -66,8 +66,10 @@ class PlanGRPOConfig(PlanRLConfig):
                 f"`num_generations` must be at least 2 for `advantage_estimator={self.advantage_estimator!r}`, which "
                 f"compares a prompt's rollouts; got {self.num_generations}."
             )
-        if self.exploration == "without_replacement" and self.scale_rewards != "none":
-            raise ValueError(
-                "`exploration='without_replacement'` weights each rollout by itself, and takes `scale_rewards='none'`; "
-                f"got {self.scale_rewards!r}."
-            )
+        if self.exploration == "without_replacement":
+            for name, value in (("scale_rewards", "none"), ("advantage_estimator", "grpo")):
+                if getattr(self, name) != value:
+                    raise ValueError(
+                        f"`exploration='without_replacement'` has weights and an advantage of its own: leave `{name}` "
+                        f"out, got {getattr(self, name)!r}."
+                    )

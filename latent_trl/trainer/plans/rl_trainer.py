@@ -232,7 +232,7 @@ class PlanRLTrainer(PlanTrainer):
         for name, (value, _) in found.items():
             self.figures[name].append(value)
         best = rewards.view(-1, size).nan_to_num(nan=-math.inf).amax(dim=1)
-        self.figures["reward_of_best"].append(best.mean().item())
+        self.figures["reward_of_best"].append(best[best.isfinite()].mean().item())
         tried = torch.tensor([plan for answer in spoken for plan in answer.plans])
         used = torch.bincount(tried, minlength=self.model.plan_config.num_plans).float() / len(tried)
         self.figures["plans/entropy"].append(torch.special.entr(used).sum().item())

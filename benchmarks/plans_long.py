@@ -1,7 +1,7 @@
 """
 A plan for each sentence beside one for the whole answer, where an answer is worth something only if all of it is right.
 
-    python benchmarks/plans_long.py --segments answer sentence --arms bandit grpo ppo --tokens
+    python benchmarks/plans_long.py --segments answer sentence --arms bandit "bandit, T = 0.3" grpo ppo --tokens
     python benchmarks/plans_long.py --size reduced
 
 The backbone is the pocket VLM, taught to describe a picture in three sentences: its shape, its colour, its size. Its
@@ -137,11 +137,14 @@ def backbone_folder(args: argparse.Namespace) -> Path:
 
 
 def learned_space(segment: str, args: argparse.Namespace, folder: Path) -> tuple[PlanSpaceTrainer, float]:
-    """A space of plans for whole answers or sentences, and the processor seconds that it took."""
+    """A space of plans for whole answers or sentences, learned where it is not there, and the seconds that it took."""
     where = backbone_folder(args)
     backbone = AutoModelForImageTextToText.from_pretrained(where, dtype="float32")
+    kept = (folder / "model").is_dir()
     trainer = PlanSpaceTrainer(
-        PlanModel(backbone, PlanConfig(num_plans=args.plans, segment=segment)),
+        PlanModel.from_pretrained(folder / "model", backbone=backbone)
+        if kept
+        else PlanModel(backbone, PlanConfig(num_plans=args.plans, segment=segment)),
         PlanSpaceConfig(
             str(folder / "space"),
             max_steps=args.space_steps,
@@ -157,9 +160,13 @@ def learned_space(segment: str, args: argparse.Namespace, folder: Path) -> tuple
         processing_class=AutoProcessor.from_pretrained(where),
         reward_funcs=all_right,
     )
+    if kept:
+        return trainer, float("nan")
     before = time.process_time()
     trainer.train()
-    return trainer, time.process_time() - before
+    spent = time.process_time() - before
+    trainer.save_model(str(folder / "model"))
+    return trainer, spent
 
 
 def reinforced(arm: str, space: PlanSpaceTrainer, args: argparse.Namespace, seed: int, folder: Path) -> dict[str, Any]:

@@ -50,10 +50,13 @@ class PlanLearnArguments(HeldOutArguments):
     chooser_layers: int = field(default=4, metadata={"help": "decoder layers that the chooser reads"})
     chooser_size: int = field(default=256, metadata={"help": "width of the chooser"})
 
+    segment: str = field(default="answer", metadata={"help": "how long a plan is held: answer, sentence, or tokens"})
+
     def model_fields(self) -> dict[str, Any]:
         """Keyword arguments of `PlanConfig`."""
         inherited = {f.name for f in fields(HeldOutArguments)}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {*inherited, "kind"}}
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in {*inherited, "kind"}}
+        return {**values, "segment": int(self.segment) if self.segment.isdigit() else self.segment}
 
 
 def asked_kind(prog: str, argv: list[str]) -> str:

@@ -36,18 +36,30 @@ class PlanAdapters(nn.Module):
         self.rank = rank
         modules = [view.model.get_submodule(name) for name in targets]
         self.fan_in_fan_out = any(type(base_layer(module)).__name__ == "Conv1D" for module in modules)
-        generator = torch.Generator().manual_seed(seed)
-        device = view.model.device
+        self.sizes = [features(module) for module in modules]
+        self.init_std = init_std
         self.lora_A, self.lora_B = nn.ParameterList(), nn.ParameterList()
-        for module in modules:
-            inner, outer = features(module)
-            down = torch.randn(num_plans, rank, inner, generator=generator) * inner**-0.5
-            up = torch.randn(num_plans, outer, rank, generator=generator) * init_std
-            self.lora_A.append(nn.Parameter(down.to(device)))
-            self.lora_B.append(nn.Parameter(up.to(device)))
+        for down, up in self._drawn(num_plans, seed):
+            self.lora_A.append(nn.Parameter(down.to(view.model.device)))
+            self.lora_B.append(nn.Parameter(up.to(view.model.device)))
         self._plan_ids: torch.Tensor | None = None
         for number, module in enumerate(modules):
             module.register_forward_hook(self._hook(number))
+
+    def _drawn(self, count: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        for inner, outer in self.sizes:
+            down = torch.randn(count, self.rank, inner, generator=generator) * inner**-0.5
+            yield down, torch.randn(count, outer, self.rank, generator=generator) * self.init_std
+
+    def add(self, count: int, seed: int) -> None:
+        """Adds plans as they are at the start. The others stay as they are."""
+        for number, drawn in enumerate(self._drawn(count, seed)):
+            for of_all, new in zip((self.lora_A, self.lora_B), drawn, strict=True):
+                old = of_all[number]
+                grown = torch.cat([old.detach(), new.to(old)])
+                of_all[number] = nn.Parameter(grown, requires_grad=old.requires_grad)
+        self.num_plans += count
 
     def _hook(self, number: int):
         def add(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:

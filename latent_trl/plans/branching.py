@@ -2,14 +2,13 @@
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, ProcessorMixin
+from transformers import PreTrainedTokenizerBase
 
-from ..data.prompts import PromptEncoder
-from ..data.reading import OpenedRows
+from ..data.prompts import EncodedPrompt, PromptEncoder
 from ..generation.answers import end_tokens
 from ..models.backbone import Backbone
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily
@@ -42,35 +41,40 @@ class _Branch:
 
 def branch_answers(
     backbone: Backbone,
-    processing_class: ProcessorMixin | PreTrainedTokenizerBase | PromptEncoder,
-    rows: Any,
+    encoder: PromptEncoder,
+    prompts: list[EncodedPrompt],
     max_new_tokens: int = 32,
+    ends: list[int] | None = None,
     top_k: int = 6,
     min_prob: float = 0.02,
     max_branches: int = 16,
     batch_size: int = 64,
-    progress: Callable[[int], None] | None = None,
+    under: Callable[[list[int]], AbstractContextManager] | None = None,
+    whole_at: int | None = None,
+    may_be_empty: bool = False,
 ) -> list[list[Alternative]]:
     """
     Alternatives of the backbone for each prompt: its greedy answer, and, at each step of that, every other of the
     `top_k` likeliest tokens that has probability `min_prob` or more, forced, and gone on from greedily. A prompt is
-    encoded once.
+    read once.
 
     Args:
         backbone (`Backbone`): View of the model.
-        processing_class (`ProcessorMixin`, `PreTrainedTokenizerBase` or `PromptEncoder`): The backbone's, or what
-            encodes its prompts.
-        rows (`Dataset` or list): With `prompt`, plain or conversational, and `images` where there are some.
+        encoder (`PromptEncoder`), prompts (`list[EncodedPrompt]`): Prompts, or beginnings of answers behind them.
         max_new_tokens (`int`, defaults to `32`): Longest answer.
+        ends (`list[int]`, *optional*): Tokens that end an answer; the model's and its tokenizer's by default.
         top_k (`int`, defaults to `6`): Tokens of a step that are looked at, the greedy one among them.
         min_prob (`float`, defaults to `0.02`): Least probability of a forced token.
         max_branches (`int`, defaults to `16`): Forced tokens a prompt: those whose beginning is the likeliest.
         batch_size (`int`, defaults to `64`): Answers decoded at once.
-        progress (`Callable`, *optional*): Told the number of prompts that are done.
+        under (`Callable`, *optional*): Given the numbers of the prompts of a batch's rows, the context in which the
+            backbone reads them, such as plans.
+        whole_at (`int`, *optional*): Answers of so many tokens are whole, as segments of a number of tokens are.
+        may_be_empty (`bool`, defaults to `False`): Whether an answer may end at once, as it may behind a segment.
 
     Returns:
         `list[list[Alternative]]`: For each prompt, the greedy answer first and the others from the likeliest beginning
-        on. Empty ones are left out, and of answers of the same text all but the first.
+        on. Of answers of the same text all but the first are left out, and empty ones unless they `may_be_empty`.
 
     Raises:
         ValueError: For a `top_k`, `min_prob`, `max_branches`, `max_new_tokens` or `batch_size` that is out of range.
@@ -85,28 +89,28 @@ def branch_answers(
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
     if not 0 < min_prob < 1:
         raise ValueError(f"`min_prob` must be between 0 and 1, got {min_prob}.")
-    encoder = processing_class if isinstance(processing_class, PromptEncoder) else PromptEncoder(processing_class)
-    ends = end_tokens(backbone.model, encoder.encoder.tokenizer, {}) or []
-    rows, found = OpenedRows.of(rows), []
-    for start in range(0, len(rows), batch_size):
-        batch = [encoder(rows[i]) for i in range(start, min(start + batch_size, len(rows)))]
+    tokenizer, found = encoder.encoder.tokenizer, []
+    ends = (end_tokens(backbone.model, tokenizer, {}) or []) if ends is None else ends
+    under = (lambda rows: nullcontext()) if under is None else under
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
         inputs = {name: value.to(backbone.model.device) for name, value in encoder.collate(batch).items()}
-        prompts = PromptCache.encode(backbone, inputs)
-        every = torch.arange(len(prompts))
-        greedy = decode_greedily(prompts.rows(every), max_new_tokens, ends, top_k=top_k)
+        numbers = list(range(start, start + len(batch)))
+        with under(numbers):
+            cache = PromptCache.encode(backbone, inputs)
+            greedy = decode_greedily(cache.rows(torch.arange(len(cache))), max_new_tokens, ends, top_k=top_k)
         branches = _branches(greedy, math.log(min_prob), max_branches)
         answers: list[list[tuple[list[int], float, bool]]] = [
             [(ids, 0.0, ended)] for ids, ended in zip(greedy.token_ids, greedy.ended, strict=True)
         ]
         for first in range(0, len(branches), batch_size):
             some = branches[first : first + batch_size]
-            copies = prompts.rows(torch.tensor([branch.prompt for branch in some]))
-            decoded = decode_greedily(copies, max_new_tokens, ends, forced=[branch.token_ids for branch in some])
+            copies = cache.rows(torch.tensor([branch.prompt for branch in some]))
+            with under([start + branch.prompt for branch in some]):
+                decoded = decode_greedily(copies, max_new_tokens, ends, forced=[branch.token_ids for branch in some])
             for branch, ids, ended in zip(some, decoded.token_ids, decoded.ended, strict=True):
                 answers[branch.prompt].append((ids, branch.log_prob, ended))
-        found += [_distinct(of_prompt, encoder.encoder.tokenizer) for of_prompt in answers]
-        if progress is not None:
-            progress(len(found))
+        found += [_distinct(of_prompt, tokenizer, whole_at, may_be_empty) for of_prompt in answers]
     return found
 
 
@@ -128,10 +132,15 @@ def _branches(greedy: GreedyAnswers, min_log_prob: float, max_branches: int) -> 
     return [branch for of_prompt in found for branch in of_prompt[:max_branches]]
 
 
-def _distinct(answers: list[tuple[list[int], float, bool]], tokenizer: PreTrainedTokenizerBase) -> list[Alternative]:
+def _distinct(
+    answers: list[tuple[list[int], float, bool]],
+    tokenizer: PreTrainedTokenizerBase,
+    whole_at: int | None,
+    may_be_empty: bool,
+) -> list[Alternative]:
     texts: dict[str, Alternative] = {}
     for ids, log_prob, ended in answers:
         text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-        if text:
-            texts.setdefault(text, Alternative(text, ids, log_prob, ended))
+        if text or may_be_empty:
+            texts.setdefault(text, Alternative(text, ids, log_prob, ended or len(ids) == whole_at))
     return list(texts.values())

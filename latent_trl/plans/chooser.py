@@ -40,10 +40,27 @@ class PlanChooser(nn.Module):
         Returns:
             Logits `[B, K]` of the plans' rewards.
         """
+        return self.output(self.features(states, mask))
+
+    def features(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """What the last layer reads, `[B, size]`."""
         states = states.float()
         scores = self.queries(states).masked_fill(~mask.bool()[..., None], -torch.inf)
-        pooled = torch.einsum("bph,bps->bhs", scores.softmax(dim=1), self.values(states)).flatten(1)
-        return self.output(nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled)))
+        # A linear map of the pooled states is the pooled linear map, for a head's cost in place of a position's.
+        pooled = self.values(torch.einsum("bph,bpf->bhf", scores.softmax(dim=1), states)).flatten(1)
+        return nn.functional.gelu(self.last(states[:, -1]) + self.attended(pooled))
+
+    def add(self, count: int) -> None:
+        """
+        Adds plans, each with the mean logit of the plans that there are. Logits of the others stay as they are.
+        """
+        old = self.output
+        self.output = nn.Linear(old.in_features, old.out_features + count, device=old.weight.device)
+        with torch.no_grad():
+            mean_weight, mean_bias = old.weight.mean(dim=0), old.bias.mean()
+            self.output.weight.copy_(torch.cat([old.weight, mean_weight.expand(count, -1)]))
+            self.output.bias.copy_(torch.cat([old.bias, mean_bias.expand(count)]))
+        self.output.requires_grad_(old.weight.requires_grad)
 
 
 def chosen_layers(view: Backbone, count: int) -> list[int]:

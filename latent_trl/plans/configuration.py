@@ -26,6 +26,10 @@ class PlanConfig:
             default those that write to the residual stream.
         chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
         chooser_size (`int`, defaults to `256`): Width of the chooser.
+        segment (`str` or `int`, defaults to `"answer"`): How long a plan is held: for the whole `"answer"`, for a
+            `"sentence"`, or for so many tokens. A long answer needs a plan a sentence.
+        segment_end_token_ids (`list[int]`, *optional*): Tokens that end a sentence. Filled in by the trainers from the
+            tokenizer.
         seed (`int`, defaults to `0`): Of the start of plans and chooser.
         base_model_name_or_path (`str`, *optional*), base_model_revision (`str`, *optional*): The backbone, and its
             commit on the Hub. Filled in by [`PlanModel`].
@@ -43,6 +47,8 @@ class PlanConfig:
     target_modules: list[str] | None = None
     chooser_layers: int = 4
     chooser_size: int = 256
+    segment: str | int = "answer"
+    segment_end_token_ids: list[int] | None = None
     seed: int = 0
     base_model_name_or_path: str | None = None
     base_model_revision: str | None = None
@@ -55,6 +61,10 @@ class PlanConfig:
             value = getattr(self, name)
             if type(value) is not int or value < least:
                 raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
+        if self.segment not in ("answer", "sentence") and (type(self.segment) is not int or self.segment < 1):
+            raise ValueError(
+                f"`segment` must be 'answer', 'sentence' or a number of tokens of at least 1, got {self.segment!r}."
+            )
         if not self.init_std > 0:
             raise ValueError(f"`init_std` must be above 0, or all plans are the same; got {self.init_std!r}.")
 

@@ -1,5 +1,7 @@
 """A frozen backbone with a codebook of plans and the chooser among them."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +21,16 @@ from .checkpoint import PlanCheckpointMixin
 from .chooser import PlanChooser, chosen_layers, prompt_states
 from .configuration import PlanConfig
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
+from .segments import PlannedAnswer, continued, continued_inputs, speak
 from .targets import plan_targets
 
 
 class PlanModel(PlanCheckpointMixin, nn.Module):
     """
-    A frozen causal or image-text-to-text model, K plans, and the chooser among them. A plan is held for a whole answer
-    and is active at every position of the row, the prompt's included, as an adapter of PEFT or of an engine with
-    multi-LoRA is. Below `depth` the states do not depend on it.
+    A frozen causal or image-text-to-text model, K plans, and the chooser among them. A plan is held for a whole answer,
+    or for a segment of it, and is active at every position of the row, the prompt's included, as an adapter of PEFT or
+    of an engine with multi-LoRA is. A segment is a request of its own: the prompt and what has been said are read anew
+    under its plan. Below `depth` the states do not depend on it.
 
     Args:
         backbone (`PreTrainedModel` or `PeftModel`): It is frozen, and stays in evaluation mode. A `PeftModel` is a
@@ -54,7 +58,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         self.view = Backbone(backbone)
         if config.depth is None:
             config.depth = self.view.text_config.num_hidden_layers // 2
-        targets = plan_targets(self.view, config.depth, config.target_modules)
+        self.depth = config.depth
+        targets = plan_targets(self.view, self.depth, config.target_modules)
         config.base_model_name_or_path = backbone.config._name_or_path or config.base_model_name_or_path
         config.base_model_revision = config.base_model_revision or cached_commit(config.base_model_name_or_path)
         # A quantised backbone has no fingerprint of its own.
@@ -77,6 +82,20 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
     @property
     def device(self) -> torch.device:
         return self.backbone.device
+
+    def add_plans(self, count: int) -> None:
+        """
+        Adds plans as they are before learning, and places for them in the chooser. The plans that there are, and what
+        the chooser says of them, stay as they are. Learn them with `PlanSpaceConfig(new_plans=count)`.
+
+        Args:
+            count (`int`): How many.
+        """
+        if count < 1:
+            raise ValueError(f"`count` must be at least 1, got {count}.")
+        self.plans.add(count, self.plan_config.seed + self.plan_config.num_plans)
+        self.chooser.add(count)
+        self.plan_config.num_plans += count
 
     def train(self, mode: bool = True) -> "PlanModel":
         super().train(mode)
@@ -110,61 +129,6 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         return torch.zeros(mask.shape, device=taken.device).masked_scatter(mask, taken)
 
     @torch.no_grad()
-    def log_likelihoods(
-        self,
-        encoder: PromptEncoder,
-        prompts: list[EncodedPrompt],
-        answers: list[list[list[int]]],
-        batch_size: int = 512,
-    ) -> list[torch.Tensor]:
-        """
-        Log-likelihoods of some answers to each prompt under each plan. A prompt is read once under each plan.
-
-        Args:
-            encoder (`PromptEncoder`): Makes batches of prompts.
-            prompts (`list[EncodedPrompt]`): B of them.
-            answers (`list[list[list[int]]]`): Tokens of M answers to each; M may differ.
-            batch_size (`int`, defaults to `512`): Rows of one pass.
-
-        Returns:
-            `list[torch.Tensor]`: `[M, K]` of each prompt, in nats, float32, on the CPU.
-        """
-        plans, found = self.plan_config.num_plans, []
-        at_once = max(1, batch_size // plans)
-        for start in range(0, len(prompts), at_once):
-            some, own = prompts[start : start + at_once], answers[start : start + at_once]
-            plan_ids = torch.arange(plans).repeat(len(some))
-            cache = self._encode(encoder, [prompt for prompt in some for _ in range(plans)], plan_ids)
-            scores = [torch.zeros(len(of_prompt), plans) for of_prompt in own]
-            places = [(b, m, k) for b, of_prompt in enumerate(own) for m in range(len(of_prompt)) for k in range(plans)]
-            # Answers of like length stand together, so that little is padding.
-            places.sort(key=lambda place: len(own[place[0]][place[1]]))
-            for first in range(0, len(places), batch_size):
-                part = places[first : first + batch_size]
-                rows = torch.tensor([b * plans + k for b, _, k in part])
-                values = self._score(cache.rows(rows), plan_ids[rows], [own[b][m] for b, m, _ in part])
-                for (b, m, k), value in zip(part, values.tolist(), strict=True):
-                    scores[b][m, k] = value
-            found += scores
-        return found
-
-    def _encode(self, encoder: PromptEncoder, prompts: list[EncodedPrompt], plan_ids: torch.Tensor) -> PromptCache:
-        inputs = {name: value.to(self.device) for name, value in encoder.collate(prompts).items()}
-        with self.plans.active(plan_ids):
-            return PromptCache.encode(self.view, inputs)
-
-    def _score(self, prompts: PromptCache, plan_ids: torch.Tensor, answers: list[list[int]]) -> torch.Tensor:
-        longest = max(map(len, answers))
-        ids = torch.tensor([[*answer, *[0] * (longest - len(answer))] for answer in answers], device=self.device)
-        mask = torch.tensor([[1] * len(a) + [0] * (longest - len(a)) for a in answers], device=self.device).bool()
-        states = prompts.states
-        if longest > 1:
-            with self.plans.active(plan_ids):
-                states = torch.cat([states, prompts.extend(ids[:, :-1])], dim=1)
-        log_probs = next_logits(self.view, states).log_softmax(dim=-1)
-        return (log_probs.gather(-1, ids[..., None])[..., 0] * mask).nan_to_num(0.0, neginf=-torch.inf).sum(dim=1)
-
-    @torch.no_grad()
     def answers(
         self,
         encoder: PromptEncoder,
@@ -196,12 +160,86 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         return whole
 
     def _decode(
-        self, inputs: dict[str, Any], plan_ids: torch.Tensor | None, max_new_tokens: int, ends: list[int]
+        self,
+        inputs: dict[str, Any],
+        plan_ids: torch.Tensor | None,
+        max_new_tokens: int,
+        ends: list[int],
+        **options: Any,
     ) -> GreedyAnswers:
-        if plan_ids is None:
-            return decode_greedily(PromptCache.encode(self.view, inputs), max_new_tokens, ends)
-        with self.plans.active(plan_ids):
-            return decode_greedily(PromptCache.encode(self.view, inputs), max_new_tokens, ends)
+        with nullcontext() if plan_ids is None else self.plans.active(plan_ids):
+            return decode_greedily(PromptCache.encode(self.view, inputs), max_new_tokens, ends, **options)
+
+    @property
+    def segment_ends(self) -> list[int]:
+        """
+        Tokens that end a segment and not the answer.
+
+        Raises:
+            ValueError: Where a plan is held for a sentence, and no trainer has filled them in.
+        """
+        config = self.plan_config
+        if config.segment == "sentence" and config.segment_end_token_ids is None:
+            raise ValueError(
+                "`segment_end_token_ids` of the PlanConfig must be given for `segment='sentence'`: "
+                "`sentence_ends(tokenizer)` of `latent_trl.plans.segments`."
+            )
+        return list(config.segment_end_token_ids or []) if config.segment == "sentence" else []
+
+    @property
+    def segment_length(self) -> int | None:
+        """Tokens of a segment, where it is held for a number of them."""
+        return self.plan_config.segment if isinstance(self.plan_config.segment, int) else None
+
+    def first_segment(self, token_ids: list[int]) -> list[int]:
+        """The first segment of an answer."""
+        ends = self.segment_ends
+        stop = next((i + 1 for i, token in enumerate(token_ids) if token in ends), len(token_ids))
+        return token_ids[: min(stop, self.segment_length or stop)]
+
+    def continued(self, prompt: EncodedPrompt, said: list[int]) -> EncodedPrompt:
+        """A prompt with the beginning of its answer behind it: where a segment starts."""
+        return continued(self.view, prompt, said)
+
+    def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
+        """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
+        stops, length = [*ends, *self.segment_ends], self.segment_length
+        return lambda inputs, plans, left, first: self._decode(
+            inputs, plans, left, stops, steps=length, check_positions=first
+        )
+
+    @torch.no_grad()
+    def speak(
+        self,
+        encoder: PromptEncoder,
+        prompts: list[EncodedPrompt],
+        choose: Callable[[list[int], list[PlannedAnswer], dict[str, Any]], torch.Tensor],
+        max_new_tokens: int,
+        ends: list[int],
+        batch_size: int = 256,
+    ) -> list[PlannedAnswer]:
+        """
+        Greedy answers, for each segment of which a plan is chosen.
+
+        Args:
+            encoder (`PromptEncoder`), prompts (`list[EncodedPrompt]`), max_new_tokens (`int`), ends (`list[int]`),
+            batch_size (`int`): As in [`~PlanModel.answers`].
+            choose (`Callable`): Plans `[N]` of the segments that begin, given the numbers of their prompts, their
+                answers so far and the backbone's inputs, in which what was said stands behind the prompt.
+        """
+        found: list[PlannedAnswer] = []
+        for start in range(0, len(prompts), batch_size):
+            some = prompts[start : start + batch_size]
+
+            def begin(rows: list[int], said: list[list[int]], some=some) -> dict[str, Any]:
+                grown = [self.continued(some[row], own) for row, own in zip(rows, said, strict=True)]
+                return {name: value.to(self.device) for name, value in encoder.collate(grown).items()}
+
+            def chosen(rows: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any], start=start):
+                return choose([start + row for row in rows], answers, inputs)
+
+            found += speak(len(some), begin, chosen, self.decode_segments(ends), max_new_tokens, ends)
+        return found
 
     @torch.no_grad()
     def plan_logits(self, **inputs: Any) -> torch.Tensor:
@@ -223,8 +261,9 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
 
         Args:
             input_ids (`torch.Tensor`), attention_mask (`torch.Tensor`, *optional*): `[B, P]`, padded on the left.
-            plan_ids (`torch.Tensor`, `list[int]` or `int`, *optional*): A plan for all rows, or one a row. By default
-                the one that the chooser finds the best.
+            plan_ids (`torch.Tensor`, `list` or `int`, *optional*): A plan for all rows, one a row `[B]`, or one for
+                each segment of each row `[B, S]`, the last of them for all later segments. By default a segment has
+                the one that the chooser finds the best where it starts.
             max_new_tokens (`int`, defaults to `32`): Longest answer.
             eos_token_id (`int` or `list[int]`, *optional*): What ends an answer; the backbone's by default.
             inputs: Further inputs of the backbone, such as `pixel_values`.
@@ -242,28 +281,49 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         own = self.backbone.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
+        choose = self._settled_choice(plan_ids, len(input_ids))
+
+        def begin(rows: list[int], said: list[list[int]]) -> dict[str, Any]:
+            return continued_inputs(self.view, inputs, said)
+
         with exclusive(self.backbone):
-            plan_ids = self._settled_plans(plan_ids, inputs)
-            answers = self._decode(inputs, plan_ids, max_new_tokens, ends).token_ids
+            decode = self.decode_segments(ends)
+            # Rows stay together, since their pictures do.
+            spoken = speak(len(input_ids), begin, choose, decode, max_new_tokens, ends, all_rows=True)
+        answers = [answer.token_ids for answer in spoken]
         pad = self.backbone.generation_config.pad_token_id
         pad = (ends or [0])[0] if pad is None else pad
         longest = max(map(len, answers))
         filled = [[*answer, *[pad] * (longest - len(answer))] for answer in answers]
         return torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], dim=1)
 
-    def _settled_plans(self, plan_ids: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        rows = len(inputs["input_ids"])
+    def _settled_choice(self, plan_ids: Any, rows: int) -> Callable[..., torch.Tensor]:
         if plan_ids is None:
             if not self.chooser_is_trained:
                 raise ValueError(
                     "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
                 )
-            return self.plan_logits(**inputs).argmax(dim=-1)
+            return lambda _, answers, inputs: self.plan_logits(**inputs).argmax(dim=-1)
         plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
         plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
-        if plan_ids.shape != (rows,) or plan_ids.min() < 0 or plan_ids.max() >= self.plan_config.num_plans:
+        if (
+            plan_ids.ndim > 2
+            or len(plan_ids) != rows
+            or not plan_ids.numel()
+            or plan_ids.min() < 0
+            or plan_ids.max() >= self.plan_config.num_plans
+        ):
             raise ValueError(
-                f"`plan_ids` must be in 0 ... {self.plan_config.num_plans - 1}, one number or one for each of {rows} "
-                f"rows; got {plan_ids.tolist()}."
+                f"`plan_ids` must be in 0 ... {self.plan_config.num_plans - 1}, one number, one for each of {rows} "
+                f"rows, or a row of them, one a segment; got {plan_ids.tolist()}."
             )
-        return plan_ids
+        if plan_ids.ndim == 2 and plan_ids.shape[1] > 1 and self.plan_config.segment == "answer":
+            raise ValueError(
+                f"`plan_ids` has {plan_ids.shape[1]} plans a row, and a plan is held for the whole answer "
+                "(`segment='answer'`). Give one a row."
+            )
+        plan_ids = plan_ids.view(rows, -1)
+        last = plan_ids.shape[1] - 1
+        return lambda places, answers, _: torch.stack(
+            [plan_ids[row, min(len(answer.plans), last)] for row, answer in zip(places, answers, strict=True)]
+        )

@@ -120,6 +120,8 @@ def decode_greedily(
     ends: list[int],
     forced: list[list[int]] | None = None,
     top_k: int = 0,
+    steps: int | None = None,
+    check_positions: bool = True,
 ) -> GreedyAnswers:
     """
     The likeliest token at each step, of those that are no placeholder of a picture.
@@ -130,6 +132,9 @@ def decode_greedily(
         ends (`list[int]`): Tokens that end an answer.
         forced (`list[list[int]]`, *optional*): What each answer begins with.
         top_k (`int`, defaults to `0`): How many of the likeliest tokens of each step to tell.
+        steps (`int`, *optional*): Stop after so many tokens, as for a part of an answer of `max_new_tokens`.
+        check_positions (`bool`, defaults to `True`): Whether the backbone must have positions for `max_new_tokens`
+            behind the longest prompt.
 
     Raises:
         ValueError: When the backbone has no positions for so many tokens.
@@ -137,7 +142,7 @@ def decode_greedily(
     view, rows = prompts.view, len(prompts)
     # The last token is never read.
     length = int(prompts.position_ids.max()) + max_new_tokens
-    if view.max_positions is not None and length > view.max_positions:
+    if check_positions and view.max_positions is not None and length > view.max_positions:
         raise ValueError(
             f"Prompt and answer may take {length} positions, and the backbone has {view.max_positions}. Shorten the "
             "prompt, or lower `max_new_tokens` (`max_completion_length`)."
@@ -145,7 +150,8 @@ def decode_greedily(
     forced = forced or [[]] * rows
     answers: list[list[int]] = [[] for _ in range(rows)]
     ended, likeliest = [False] * rows, []
-    for step in range(max_new_tokens):
+    steps = max_new_tokens if steps is None else min(steps, max_new_tokens)
+    for step in range(steps):
         logits = next_logits(view, prompts.states)[:, 0]
         if top_k:
             likeliest.append(tuple(logits.log_softmax(dim=-1).topk(min(top_k, logits.shape[-1]))))
@@ -157,7 +163,7 @@ def decode_greedily(
             if not ended[row]:
                 answers[row].append(token)
                 ended[row] = token in ends
-        if all(ended) or step == max_new_tokens - 1:
+        if all(ended) or step == steps - 1:
             break
         prompts.extend(torch.tensor(tokens, device=logits.device)[:, None])
     return GreedyAnswers(answers, ended, likeliest)

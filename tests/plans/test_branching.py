@@ -26,6 +26,12 @@ def picture_rows():
     return rows
 
 
+def encoded(tiny):
+    """An encoder, and what it makes of the prompts."""
+    encoder = PromptEncoder(tiny.processor)
+    return encoder, [encoder({"_row": i, **row}) for i, row in enumerate(text_rows())]
+
+
 def slow_law(view, inputs, answer):
     """Log-probabilities of the next token behind a prompt and some tokens, from a pass over the whole."""
     ids = torch.cat([inputs["input_ids"], torch.tensor([answer], dtype=torch.long)], dim=1)
@@ -80,7 +86,8 @@ def test_branches_are_those_of_a_slow_loop(make_tiny, family):
     rows = picture_rows() if view.vision_token_ids else text_rows()
     end = encoder.encoder.tokenizer.eos_token_id
     options = {"top_k": 3, "min_prob": 0.01}
-    found = branch_answers(view, encoder, rows, LONGEST, **options, max_branches=7, batch_size=4)
+    prompts = [encoder({"_row": i, **row}) for i, row in enumerate(rows)]
+    found = branch_answers(view, encoder, prompts, LONGEST, **options, max_branches=7, batch_size=4)
     for i, row in enumerate(rows):
         expected = slow_branches(view, encoder, {"_row": i, **row}, end, **options, budget=7)
         assert [(one.token_ids, one.ended) for one in found[i]] == [(ids, ended) for ids, _, ended in expected]
@@ -91,8 +98,8 @@ def test_branches_are_those_of_a_slow_loop(make_tiny, family):
 def test_the_budget_keeps_the_likeliest_beginnings(tiny_llama):
     view = Backbone(tiny_llama.model)
     options = {"max_new_tokens": LONGEST, "top_k": 4, "min_prob": 0.001}
-    wide = branch_answers(view, tiny_llama.processor, text_rows(), **options, max_branches=100)
-    narrow = branch_answers(view, tiny_llama.processor, text_rows(), **options, max_branches=2)
+    wide = branch_answers(view, *encoded(tiny_llama), **options, max_branches=100)
+    narrow = branch_answers(view, *encoded(tiny_llama), **options, max_branches=2)
     for many, few in zip(wide, narrow):
         assert 1 <= len(few) <= 3 < len(many)
         assert [one.token_ids for one in few] == [one.token_ids for one in many[: len(few)]]
@@ -100,7 +107,7 @@ def test_the_budget_keeps_the_likeliest_beginnings(tiny_llama):
 
 
 def test_a_certain_backbone_has_one_answer(tiny_llama):
-    found = branch_answers(Backbone(tiny_llama.model), tiny_llama.processor, text_rows(), LONGEST, min_prob=0.99)
+    found = branch_answers(Backbone(tiny_llama.model), *encoded(tiny_llama), LONGEST, min_prob=0.99)
     assert [len(answers) for answers in found] == [1, 1, 1]
 
 
@@ -118,4 +125,4 @@ def test_copied_rows_do_not_touch_each_other(tiny_llama):
 )
 def test_settings_out_of_range_are_named(tiny_llama, name, value):
     with pytest.raises(ValueError, match=rf"`{name}` must be .*{value}"):
-        branch_answers(Backbone(tiny_llama.model), tiny_llama.processor, text_rows(), **{name: value})
+        branch_answers(Backbone(tiny_llama.model), *encoded(tiny_llama), **{name: value})

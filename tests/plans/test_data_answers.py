@@ -15,6 +15,7 @@ from latent_trl.data.prompts import PromptEncoder
 from latent_trl.data.rows import RowError
 from latent_trl.plans.assignment import sinkhorn
 from latent_trl.plans.data_answers import data_answers
+from latent_trl.plans.scoring import log_likelihoods
 from latent_trl.trainer.plans.space_trainer import assigned_pairs
 
 END = 2
@@ -117,7 +118,7 @@ def test_of_data_with_one_answer_a_prompt_each_plan_learns_one_way(tmp_path):
     trainer = learned(tmp_path, [{"prompt": f"what {i}", "answer": WAYS[i % 4]} for i in range(96)], 24)
     rows = [{"_row": i, "prompt": f"what {i}", "answer": WAYS} for i in range(100, 108)]
     answers = [[one.token_ids for one in own] for own in data_answers(trainer.encoder, rows, "answer", [END], 6)]
-    scores = trainer.model.log_likelihoods(trainer.encoder, [trainer.encoder(row) for row in rows], answers)
+    scores = log_likelihoods(trainer.model, trainer.encoder, [trainer.encoder(row) for row in rows], answers)
     best = torch.stack(scores).argmax(dim=2)
     # A way of answering has a plan of its own, the same for every prompt.
     assert (best == best.mode(dim=0).values).float().mean() > 0.9

@@ -11,6 +11,7 @@ from latent_trl.data.prompts import PromptEncoder
 from latent_trl.models.backbone import Backbone
 from latent_trl.plans.configuration import PlanConfig
 from latent_trl.plans.model import PlanModel
+from latent_trl.plans.scoring import log_likelihoods
 from latent_trl.plans.targets import plan_targets
 
 FAMILIES = ["llama", "gemma2", "gpt2", "llava", "qwen2_5_vl", "qwen3_vl"]
@@ -107,7 +108,7 @@ def test_greedy_answers_are_those_of_peft(make_tiny, family, tmp_path):
     assert not torch.equal(found, model.generate(**tiny.inputs, plan_ids=0, max_new_tokens=8, eos_token_id=[]))
 
 
-@pytest.mark.parametrize("family", ["llama", "llava", "gemma3", "gemma2", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "llava", "gemma3", "gemma2", "qwen2_5_vl", "qwen3_vl", "idefics3"])
 def test_log_likelihoods_are_those_of_whole_sequences(make_tiny, family):
     from test_branching import picture_rows, text_rows
 
@@ -116,7 +117,7 @@ def test_log_likelihoods_are_those_of_whole_sequences(make_tiny, family):
     rows = picture_rows() if model.view.vision_token_ids else text_rows()
     prompts = [encoder({"_row": i, **row}) for i, row in enumerate(rows)]
     answers = [[[20, 30, 2], [40]], [[50, 60, 70, 80]], [[21, 22], [23, 24, 25], [26]]]
-    found = model.log_likelihoods(encoder, prompts, answers, batch_size=7)
+    found = log_likelihoods(model, encoder, prompts, answers, batch_size=7)
     assert [tuple(scores.shape) for scores in found] == [(2, 3), (1, 3), (3, 3)]
     for prompt, own, scores in zip(prompts, answers, found):
         inputs = encoder.collate([prompt])

@@ -13,9 +13,9 @@ from tiny_models import llama, make_tokenizer
 from latent_trl import PlanBanditConfig, PlanBanditTrainer, PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer
 from latent_trl.data.prompts import PromptEncoder
 from latent_trl.rewards.calling import RewardError
-from latent_trl.trainer.plans.bandit_trainer import explored
 from latent_trl.trainer.plans.replay import Replay
 from latent_trl.trainer.plans.report import PlanReport
+from latent_trl.trainer.plans.rl_trainer import explored
 
 LENGTH = 3
 QUIET = {"use_cpu": True, "disable_tqdm": True}
@@ -423,7 +423,7 @@ def test_a_bandit_that_cannot_run_is_refused(tmp_path, options, message):
 def test_rewards_that_fail_are_named(tmp_path):
     with pytest.raises(RewardError, match="nothing_good"):
         bandit_trainer(tmp_path, reward=nothing_good).train()
-    with pytest.raises(ValueError, match="could score any of the first 10 rollouts"):
+    with pytest.raises(ValueError, match="could score any of the 10 rollouts"):
         bandit_trainer(tmp_path, reward=lambda completions, **_: [None] * len(completions)).train()
 
 

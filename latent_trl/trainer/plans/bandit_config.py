@@ -2,83 +2,30 @@
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
-from ...data.bad_rows import ON_BAD_ROW
-from ...rewards.time_limit import check_timeout
-from ..run.health import check_choice
+from .rl_config import PlanRLConfig
 
 
 @dataclass
-class PlanBanditConfig(TrainingArguments):
+class PlanBanditConfig(PlanRLConfig):
     r"""
-    Configuration of [`PlanBanditTrainer`]. Inherits all of transformers' `TrainingArguments`. A step is one update of
-    the chooser; `num_iterations` of them follow on each batch of rollouts.
+    Configuration of [`PlanBanditTrainer`]. Inherits all of [`~latent_trl.trainer.plans.rl_config.PlanRLConfig`].
 
     Args:
-        max_steps (`int`, defaults to `300`):
-            Updates in all: `max_steps / num_iterations` batches of `rollout_prompts * num_generations` rollouts.
-        rollout_prompts (`int`, defaults to `64`):
-            Prompts of a batch of rollouts, drawn without replacement until all have been.
-        num_generations (`int`, defaults to `2`):
-            Different plans that are tried for a prompt. At most K.
-        num_iterations (`int`, defaults to `20`):
-            Updates for each batch of rollouts.
         replay_batch_size (`int`, defaults to `256`):
-            Rollouts of one update, drawn from all so far.
-        exploration_temperature (`float`, defaults to `1.0`):
-            Plans are drawn without replacement from the softmax of the chooser's logits over it. Raise it where the
-            first plans that are found good keep others from being tried.
-        max_completion_length (`int`, defaults to `32`):
-            Longest answer in tokens.
-        max_prompt_length (`int`, *optional*):
-            Most tokens of a prompt, visual ones included; a longer one is an error.
-        image_root (`str`, *optional*):
-            The only folder from which rows may name image files.
-        on_bad_row (`str`, defaults to `"raise"`):
-            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
-            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
-        reward_timeout (`float`, *optional*):
-            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
-            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
-        measure_ceiling (`bool`, defaults to `True`):
-            Whether the first evaluation also lets every plan answer every held-out prompt once, to log the reward of
-            the best plan. Turn it off where K rewards a prompt are too dear.
-        rollout_batch_size (`int`, defaults to `256`):
-            Answers decoded at once. Lower it to save memory.
+            Choices of one update, drawn from all so far.
+        exploration (`str`, defaults to `"softmax"`):
+            How the plans of a prompt's rollouts are drawn, different ones for the first segment: `"softmax"`: from that
+            of the chooser's logits over `exploration_temperature`; raise it where the first plans that are found good
+            keep others from being tried. `"thompson"`: those with the greatest logits, of which the last layer's
+            weights are drawn from their posterior (Laplace's approximation) times `exploration_temperature`.
     """
 
-    max_steps: int = 300
-    rollout_prompts: int = 64
-    num_generations: int = 2
-    num_iterations: int = 20
     replay_batch_size: int = 256
-    exploration_temperature: float = 1.0
-    max_completion_length: int = 32
-    max_prompt_length: int | None = None
-    image_root: str | None = None
-    on_bad_row: str = "raise"
-    reward_timeout: float | None = None
-    measure_ceiling: bool = True
-    rollout_batch_size: int = 256
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    lr_scheduler_type: str = "constant"
-    logging_steps: float = 20
-    remove_unused_columns: bool | None = False
-    report_to: None | str | list[str] = "none"
+    exploration: str = "softmax"
 
     def __post_init__(self):
         super().__post_init__()
-        check_timeout("reward_timeout", self.reward_timeout)
-        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
-        for name in ("max_steps", "rollout_prompts", "num_generations", "num_iterations", "replay_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
-        if not self.exploration_temperature > 0:
-            raise ValueError(f"`exploration_temperature` must be above 0, got {self.exploration_temperature}.")
-        if self.gradient_accumulation_steps != 1:
-            raise ValueError(
-                f"`gradient_accumulation_steps` must be 1, got {self.gradient_accumulation_steps}. The batch of an "
-                "update is `replay_batch_size`."
-            )
+        if self.replay_batch_size < 1:
+            raise ValueError(f"`replay_batch_size` must be at least 1, got {self.replay_batch_size}.")
+        if self.exploration not in ("softmax", "thompson"):
+            raise ValueError(f"`exploration` must be 'softmax' or 'thompson', got {self.exploration!r}.")

@@ -15,6 +15,7 @@ from ...data.reading import OpenedRows, StoredRows
 from ...generation.answers import end_tokens
 from ...hub.facts import CodebookReport, Evaluation
 from ...plans.model import PlanModel
+from ...plans.segments import sentence_ends
 from ..run.hub import HubTrainingMixin
 from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
@@ -88,13 +89,22 @@ class PlanTrainer(HubTrainingMixin, Trainer):
         if eval_dataset is not None:
             sources.append(StoredRows(eval_dataset, "eval_dataset"))
         self.bad_rows = BadRows(args.on_bad_row, args.output_dir, sources)
+        config = model.plan_config
+        if isinstance(config.segment, int) and config.segment >= args.max_completion_length:
+            raise ValueError(
+                f"A plan is held for {config.segment} tokens (`segment`), and an answer has at most "
+                f"`max_completion_length={args.max_completion_length}`. Take shorter segments, or `segment='answer'`."
+            )
+        if config.segment == "sentence" and config.segment_end_token_ids is None:
+            config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.rows_in_use: list[int] | None = None
+        # What the plans say to held-out prompts, and which of them is chosen for each, once that has been evaluated.
+        self.report: PlanReport | None = None
+        self.chosen_plans: list[int] | None = None
         model.requires_grad_(False)
         getattr(model, trained).requires_grad_(True)
         self._trained = (trained,)
-        # What the plans say to held-out prompts, once they have been evaluated.
-        self.report: PlanReport | None = None
         super().__init__(
             model=model,
             args=args,
@@ -181,9 +191,6 @@ class PlanTrainer(HubTrainingMixin, Trainer):
         if self.report is not None:
             said = {**self.model.training_report, "plans": asdict(self.report.summary(self.chosen_plans))}
             self.model.training_report = said
-
-    # Of the last evaluation, where there is a choice: the plan of each held-out prompt.
-    chosen_plans: list[int] | None = None
 
     def _trained_parts(self, model: Any) -> list[str]:
         return []

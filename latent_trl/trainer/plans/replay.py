@@ -1,6 +1,7 @@
-"""All rollouts of a bandit so far: which plan was tried for which prompt, and its reward."""
+"""Choices of plans that were made: where, which, and what the answer was worth."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,25 +11,80 @@ from ...checkpoint.files import read_json, read_tensors
 
 REPLAY_FILE = "replay.json"
 STATES_FILE = "replay_states.safetensors"
+COLUMNS = ("prompts", "said", "plans", "rewards")
+
+
+@dataclass
+class Choices:
+    """
+    Some choices.
+
+    Args:
+        states (`torch.Tensor`), mask (`torch.Tensor`): `[M, P, F]` and `[M, P]`, what the chooser reads, padded on the
+            left; once where several choices were made at the same states.
+        rows (`torch.Tensor`): `[N]`, which of them each choice was made at.
+        plans (`torch.Tensor`): `[N]`.
+        places (`list[int]`): Their numbers.
+    """
+
+    states: torch.Tensor
+    mask: torch.Tensor
+    rows: torch.Tensor
+    plans: torch.Tensor
+    places: list[int]
+
+    def to(self, device: torch.device | str) -> "Choices":
+        """The same with its tensors on a device."""
+        states, mask, rows, plans = (x.to(device) for x in (self.states, self.mask, self.rows, self.plans))
+        return Choices(states, mask, rows, plans, self.places)
+
+    def read(self, of_states: torch.Tensor) -> torch.Tensor:
+        """What a network said of `states` `[M, ...]`, for each choice `[N, ...]`."""
+        return of_states[self.rows]
 
 
 class Replay:
-    """Rollouts, and the states of their prompts, which do not change."""
+    """
+    Choices, a segment each, with the states of their prompts and of what had been said there. Backbones are causal, so
+    those of a prompt are the same whatever follows.
+    """
 
     def __init__(self):
         self.states: dict[int, torch.Tensor] = {}
+        self.said_states: dict[str, torch.Tensor] = {}
         self.prompts: list[int] = []
+        self.said: list[str] = []
         self.plans: list[int] = []
         self.rewards: list[float] = []
+        # What a trainer notes of each choice besides, by name.
+        self.notes: dict[str, list[float]] = {}
 
     def __len__(self) -> int:
         return len(self.rewards)
 
-    def add(self, prompt: int, plan: int, reward: float) -> None:
-        """A rollout of the prompt of that number, whose `states` `[P, F]` are known."""
+    def add(self, prompt: int, plan: int, reward: float, said: str = "", **notes: float) -> None:
+        """
+        A choice for the prompt of that number, whose `states` `[P, F]` are known; `said` is the key of `said_states`
+        `[n, F]` where a segment starts behind the prompt.
+        """
         self.prompts.append(prompt)
+        self.said.append(said)
         self.plans.append(plan)
         self.rewards.append(reward)
+        for name, value in notes.items():
+            self.notes.setdefault(name, []).append(value)
+
+    def start_batch(self) -> None:
+        """Forgets what had been said where no choice that is kept was made."""
+        self.said_states = {name: self.said_states[name] for name in dict.fromkeys(self.said) if name}
+
+    def clear_choices(self) -> None:
+        """Forgets the choices; states stay."""
+        self.prompts, self.said, self.plans, self.rewards, self.notes = [], [], [], [], {}
+
+    def noted(self, name: str, places: list[int]) -> torch.Tensor:
+        """A note of some choices, `[N]`."""
+        return torch.tensor(self.notes[name])[places]
 
     def targets(self) -> torch.Tensor:
         """Rewards as probabilities: as they are in [0, 1]; else scaled by the least and the greatest so far."""
@@ -38,39 +94,53 @@ class Replay:
             return rewards
         return (rewards - low) / (high - low) if high > low else torch.full_like(rewards, 0.5)
 
-    def batch(
-        self, size: int, generator: torch.Generator
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """
-        Some rollouts, drawn without replacement.
+    def batch(self, size: int, generator: torch.Generator) -> Choices:
+        """Some choices, drawn without replacement."""
+        return self.choices(torch.randperm(len(self), generator=generator)[:size].tolist())
 
-        Returns:
-            States `[N, P, F]`, padded on the left, their mask `[N, P]`, plans `[N]` and targets `[N]`.
-        """
-        places = torch.randperm(len(self), generator=generator)[:size].tolist()
-        states, mask = padded_states([self.states[self.prompts[place]] for place in places])
-        plans = torch.tensor([self.plans[place] for place in places])
-        return states, mask, plans, self.targets()[places]
+    def choices(self, places: list[int]) -> Choices:
+        """Choices of these numbers."""
+        keys = [(self.prompts[place], self.said[place]) for place in places]
+        numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        states, mask = padded_states([self.states_at(*key) for key in numbers])
+        rows = torch.tensor([numbers[key] for key in keys])
+        return Choices(states, mask, rows, torch.tensor([self.plans[place] for place in places]), places)
+
+    def states_at(self, prompt: int, said: str) -> torch.Tensor:
+        """States `[P+n, F]` of a prompt and of what was said behind it."""
+        states = self.states[prompt]
+        return torch.cat([states, self.said_states[said]]) if said else states
 
     def save(self, folder: str | Path) -> None:
-        record = {"prompts": self.prompts, "plans": self.plans, "rewards": self.rewards}
+        record = {**{name: getattr(self, name) for name in COLUMNS}, "notes": self.notes}
         (Path(folder) / REPLAY_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
-        save_file(
-            {str(prompt): states.contiguous() for prompt, states in self.states.items()}, Path(folder) / STATES_FILE
-        )
+        states = {str(prompt): states.contiguous() for prompt, states in self.states.items()}
+        states |= {name: states.contiguous() for name, states in self.said_states.items()}
+        save_file(states, Path(folder) / STATES_FILE)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Replay":
         """Raises `CheckpointError` when the files are missing or damaged."""
         replay, record = cls(), read_json(Path(folder) / REPLAY_FILE)
-        replay.prompts, replay.plans, replay.rewards = (record[name] for name in ("prompts", "plans", "rewards"))
-        replay.states = {int(name): states for name, states in read_tensors(Path(folder) / STATES_FILE).items()}
+        for name in COLUMNS:
+            setattr(replay, name, record[name])
+        replay.notes = record["notes"]
+        for name, states in read_tensors(Path(folder) / STATES_FILE).items():
+            if name.isdigit():
+                replay.states[int(name)] = states
+            else:
+                replay.said_states[name] = states
         return replay
+
+
+def said_key(prompt: int, said: list[int]) -> str:
+    """The name of the beginning `said` of an answer to a prompt; of nothing it is empty."""
+    return f"{prompt}:{','.join(map(str, said))}" if said else ""
 
 
 def padded_states(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """States `[P_i, F]` of prompts as `[N, P, F]`, padded on the left, and their mask `[N, P]`."""
     longest = max(map(len, rows))
-    states = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
     return states, mask

@@ -30,6 +30,7 @@ class PlanReport:
         rewards (`torch.Tensor`, *optional*): `[B, K]`, NaN where a reward function could not say.
         own_rewards (`torch.Tensor`, *optional*): `[B]`.
         alternatives (`list[list[str]]`, *optional*): What the backbone could say, by branching.
+        beginnings (`list[list[str]]`, *optional*): `[B, K]`, the first segments, of which `alternatives` then are.
         is_fluent (`Callable`, *optional*): Whether a text is a whole sentence.
     """
 
@@ -40,6 +41,7 @@ class PlanReport:
     own_rewards: torch.Tensor | None = None
     alternatives: list[list[str]] | None = None
     is_fluent: Callable[[str], bool] | None = None
+    beginnings: list[list[str]] | None = None
 
     def metrics(self) -> dict[str, float]:
         """The figures that [`PlanSpaceTrainer`]'s page explains."""
@@ -47,7 +49,7 @@ class PlanReport:
         if self.alternatives is not None:
             shares = [
                 len(set(some) & set(texts)) / len(set(some))
-                for some, texts in zip(self.alternatives, self.texts, strict=True)
+                for some, texts in zip(self.alternatives, self.beginnings or self.texts, strict=True)
                 if some
             ]
             figures["coverage"] = sum(shares) / max(1, len(shares))
@@ -136,6 +138,10 @@ def report_plans(
     if reward is not None:
         every = summed_rewards(reward, [row for row in rows for _ in range(plans)], texts, ids)
         rewards, own_rewards = every.view(-1, plans), summed_rewards(reward, rows, own, own_ids)
+    beginnings = None
+    if model.plan_config.segment != "answer":
+        beginnings = [tokenizer.decode(model.first_segment(one), skip_special_tokens=True).strip() for one in ids]
+        beginnings = [beginnings[i : i + plans] for i in range(0, len(beginnings), plans)]
     return PlanReport(
         prompts=[prompt.rendering.text for prompt in prompts],
         texts=[texts[i : i + plans] for i in range(0, len(texts), plans)],
@@ -144,6 +150,7 @@ def report_plans(
         own_rewards=own_rewards,
         alternatives=alternatives,
         is_fluent=is_fluent,
+        beginnings=beginnings,
     )
 
 

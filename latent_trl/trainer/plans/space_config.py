@@ -39,6 +39,12 @@ class PlanSpaceConfig(TrainingArguments):
             Alternatives of a prompt beside the greedy answer.
         answers_per_prompt (`int`, defaults to `5`):
             Answers of a prompt that are assigned in one step, drawn anew each time. At most K.
+        segment_starts (`int`, defaults to `3`):
+            Where a plan is held for a segment: at most so many starts of segments of a prompt's answers are learned
+            from, the prompt itself among them.
+        new_plans (`int`, defaults to `0`):
+            Learn only the last so many plans ([`~PlanModel.add_plans`]), from alternatives of the backbone and of the
+            plans that the chooser takes. The others stay as they are. 0 learns all.
         assignment_temperature (`float`, defaults to `0.3`):
             Of the assignment of answers to plans, in nats.
         scoring_batch_size (`int`, defaults to `512`):
@@ -62,6 +68,8 @@ class PlanSpaceConfig(TrainingArguments):
     branch_min_prob: float = 0.02
     max_branches: int = 16
     answers_per_prompt: int = 5
+    segment_starts: int = 3
+    new_plans: int = 0
     assignment_temperature: float = 0.3
     scoring_batch_size: int = 512
     early_stopping_patience: int | None = 3
@@ -92,6 +100,14 @@ class PlanSpaceConfig(TrainingArguments):
             raise ValueError(
                 f"`answers_per_prompt` must be at least 2, or plans have nothing to differ in; got "
                 f"{self.answers_per_prompt}."
+            )
+        for name, least in (("segment_starts", 1), ("new_plans", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}, got {getattr(self, name)}.")
+        if self.new_plans and self.weight_decay:
+            raise ValueError(
+                f"`weight_decay` ({self.weight_decay}) would change the plans that are not learned. Set it to 0, or "
+                "learn all plans (`new_plans=0`)."
             )
         if not self.assignment_temperature > 0:
             raise ValueError(f"`assignment_temperature` must be above 0, got {self.assignment_temperature}.")

@@ -1,6 +1,8 @@
 """Learning a codebook of plans from the backbone's own alternatives, without an encoder and without a reward."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from ...plans.assignment import assign
 from ...plans.branching import Alternative, branch_answers
 from ...plans.data_answers import data_answers
 from ...plans.model import PlanModel
+from ...plans.scoring import log_likelihoods
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
+from .ceiling import Judge
 from .plan_training import PlanTrainer
 from .report import report_plans
 from .space_config import PlanSpaceConfig
@@ -25,6 +29,14 @@ logger = logging.get_logger(__name__)
 REPORT_TABLE = "plan_report.md"
 # Of reward: a space whose ceiling is no higher above the best single answer is of no use.
 LEAST_GAIN = 0.01
+
+
+@dataclass
+class SegmentStart:
+    """Where a segment starts: what has been `said` of an answer, and the alternatives there."""
+
+    said: list[int]
+    answers: list[Alternative]
 
 
 class PlanSpaceTrainer(PlanTrainer):
@@ -71,7 +83,7 @@ class PlanSpaceTrainer(PlanTrainer):
         if reward_funcs is not None:
             self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.is_fluent = is_fluent
-        self.alternatives: dict[int, list[Alternative]] = {}
+        self.starts: dict[int, list[SegmentStart]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
             raise ValueError(
                 "`eval_dataset` must be given: learning stops when what plans say to held-out prompts no longer gets "
@@ -92,44 +104,114 @@ class PlanSpaceTrainer(PlanTrainer):
                 f"`answers_per_prompt` is {args.answers_per_prompt}, and there are {self.model.plan_config.num_plans} "
                 "plans to say them. Lower it, or take more plans."
             )
+        plans = self.model.plan_config.num_plans
+        if args.new_plans >= plans:
+            raise ValueError(f"`new_plans` is {args.new_plans}, and there are {plans} plans. Call `add_plans` before.")
+        self.first_learned = plans - args.new_plans if args.new_plans else 0
+        if args.answers_column is not None and self.model.plan_config.segment != "answer":
+            raise ValueError(
+                f"`answers_column` is {args.answers_column!r}, whose answers are whole, and a plan is held for "
+                f"`segment={self.model.plan_config.segment!r}`. Take `segment='answer'`."
+            )
         self._held_out_alternatives: list[list[str]] | None = None
 
-    def _branch(self, rows: Any) -> list[list[Alternative]]:
-        """Alternatives that ended by themselves: the backbone's, or those of the data."""
+    def _branch(self, prompts: list[EncodedPrompt]) -> list[list[Alternative]]:
+        """Alternatives that ended: of the backbone, and of the chosen plans where new ones are learned."""
+        args, model = self.args, self.model
+        found: list[list[Alternative]] = [[] for _ in prompts]
+        contexts: list[Callable[[list[int]], AbstractContextManager] | None] = [None]
+        if self.first_learned and model.chooser_is_trained:
+            chosen = self._chosen_plans(prompts)
+            contexts.append(lambda numbers: model.plans.active(chosen[numbers]))
+        for under in contexts:
+            alternatives = branch_answers(
+                model.view,
+                self.encoder,
+                prompts,
+                max_new_tokens=model.segment_length or args.max_completion_length,
+                ends=[*self.ends, *model.segment_ends],
+                top_k=args.branch_top_k,
+                min_prob=args.branch_min_prob,
+                max_branches=args.max_branches,
+                batch_size=args.scoring_batch_size // 4 or 1,
+                under=under,
+                whole_at=model.segment_length,
+                may_be_empty=model.plan_config.segment != "answer",
+            )
+            for own, more in zip(found, alternatives, strict=True):
+                said = {one.text for one in own}
+                own += [one for one in more if one.ended and one.text not in said]
+        return found
+
+    def _data_answers(self, rows: Any) -> list[list[Alternative]]:
+        """The answers of a data set that are no longer than `max_completion_length`."""
         args = self.args
-        if args.answers_column is not None:
-            found = data_answers(self.encoder, rows, args.answers_column, self.ends, args.max_completion_length)
-            return [[one for one in answers if one.ended] for answers in found]
-        found = branch_answers(
-            self.model.view,
-            self.encoder,
-            rows,
-            max_new_tokens=args.max_completion_length,
-            top_k=args.branch_top_k,
-            min_prob=args.branch_min_prob,
-            max_branches=args.max_branches,
-            batch_size=args.scoring_batch_size // 4 or 1,
-        )
+        found = data_answers(self.encoder, rows, args.answers_column, self.ends, args.max_completion_length)
         return [[one for one in answers if one.ended] for answers in found]
+
+    def _chosen_plans(self, prompts: list[EncodedPrompt]) -> torch.Tensor:
+        inputs = {name: value.to(self.model.device) for name, value in self.encoder.collate(prompts).items()}
+        return self.model.plan_logits(**inputs).argmax(dim=-1)
 
     def before_training(self) -> None:
         places = self.usable_places(self.train_dataset, "train_dataset")
-        found = self._branch(OpenedRows(self.train_dataset, self.args.image_root).only(places))
-        self.alternatives = dict(zip(places, found, strict=True))
+        rows = OpenedRows(self.train_dataset, self.args.image_root).only(places)
+        size = self.args.scoring_batch_size // 4 or 1
+        if self.args.answers_column is not None:
+            answers = self._data_answers(rows)
+            self.starts = {i: [SegmentStart([], own)] if own else [] for i, own in zip(places, answers, strict=True)}
+        for start in range(0, len(rows), size) if not self.starts else ():
+            numbers = range(start, min(start + size, len(rows)))
+            found = self._starts([self.encoder(rows[i]) for i in numbers])
+            self.starts |= dict(zip([places[i] for i in numbers], found, strict=True))
         # Prompts with one answer are pooled where the answers are those of data.
         least = 2 if self.args.answers_column is None else 1
-        kept = [place for place, answers in self.alternatives.items() if len(answers) >= least]
-        check_alternatives(found, len(kept), self.model.plan_config.num_plans, self.args)
+        kept = [i for i, starts in self.starts.items() if any(len(start.answers) >= least for start in starts)]
+        if self.model.plan_config.segment != "answer" and all(len(own) < 2 for own in self.starts.values()):
+            logger.warning(
+                f"No answer goes on behind its first segment (`segment={self.model.plan_config.segment!r}`): plans are "
+                "held for whole answers. Take shorter segments, or `segment='answer'`."
+            )
+        check_alternatives(list(self.starts.values()), len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
+    def _starts(self, prompts: list[EncodedPrompt]) -> list[list[SegmentStart]]:
+        """Where segments of an answer to each prompt start: at the prompt, and behind alternatives that go on."""
+        answers = self._branch(prompts)
+        starts = [[SegmentStart([], own)] for own in answers]
+        generator = torch.Generator().manual_seed(self.args.seed)
+        levels = 1 if self.model.plan_config.segment == "answer" else self.args.segment_starts
+        for _ in range(1, levels):
+            places, said = [], []
+            for place, own in enumerate(starts):
+                going_on = [one.token_ids for one in own[-1].answers if one.token_ids[-1] not in self.ends]
+                if going_on:
+                    draw = int(torch.randint(len(going_on), (1,), generator=generator))
+                    beginning = [*own[-1].said, *going_on[draw]]
+                    if len(beginning) < self.args.max_completion_length:
+                        places.append(place)
+                        said.append(beginning)
+            if not places:
+                break
+            grown = [self.model.continued(prompts[place], own) for place, own in zip(places, said, strict=True)]
+            for place, beginning, found in zip(places, said, self._branch(grown), strict=True):
+                starts[place].append(SegmentStart(beginning, found))
+        return [[start for start in own if start.answers] for own in starts]
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        prompts = [self.encoder(row) for row in inputs["rows"]]
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        answers = [self._some_answers(row["_index"], generator) for row in inputs["rows"]]
-        scores = self.model.log_likelihoods(self.encoder, prompts, answers, self.args.scoring_batch_size)
+        prompts, answers = [], []
+        for row in inputs["rows"]:
+            starts = self.starts[row["_index"]]
+            start = starts[int(torch.randint(len(starts), (1,), generator=generator))] if len(starts) > 1 else starts[0]
+            prompts.append(self.model.continued(self.encoder(row), start.said))
+            answers.append(self._some_answers(start.answers, generator))
+        scores = log_likelihoods(self.model, self.encoder, prompts, answers, self.args.scoring_batch_size)
         pairs, gains = [], []
         for row, answer, plan in assigned_pairs(scores, self.args.assignment_temperature):
-            pairs.append((prompts[row], answers[row][answer], plan))
+            # Plans that are not learned have their share of the answers, so that new ones get what those do not say.
+            if plan >= self.first_learned:
+                pairs.append((prompts[row], answers[row][answer], plan))
             gains.append(scores[row][answer, plan] - scores[row][answer].mean())
         self.figures["assignment/gain"].append(torch.stack(gains).mean().item())
         self.figures["assignment/answers"].append(sum(map(len, answers)) / len(answers))
@@ -138,8 +220,7 @@ class PlanSpaceTrainer(PlanTrainer):
         loss = -log_probs.sum() / batch["completion_mask"][:, 1:].sum()
         return (loss, None) if return_outputs else loss
 
-    def _some_answers(self, index: int, generator: torch.Generator) -> list[list[int]]:
-        every = self.alternatives[index]
+    def _some_answers(self, every: list[Alternative], generator: torch.Generator) -> list[list[int]]:
         order = torch.randperm(len(every), generator=generator)[: self.args.answers_per_prompt].tolist()
         return [every[i].token_ids for i in order]
 
@@ -168,7 +249,12 @@ class PlanSpaceTrainer(PlanTrainer):
         own = eval_dataset is None
         rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
         if not own or self._held_out_alternatives is None:
-            alternatives = [[one.text for one in answers] for answers in self._branch(rows)]
+            alternatives = []
+            if self.args.answers_column is not None:
+                alternatives = [[one.text for one in answers] for answers in self._data_answers(rows)]
+            for start in range(0, len(rows), self.args.scoring_batch_size) if not alternatives else ():
+                some = [self.encoder(row) for row in rows[start : start + self.args.scoring_batch_size]]
+                alternatives += [[one.text for one in answers] for answers in self._branch(some)]
             if own:
                 self._held_out_alternatives = alternatives
         else:
@@ -184,9 +270,14 @@ class PlanSpaceTrainer(PlanTrainer):
             is_fluent=self.is_fluent,
             batch_size=self.args.scoring_batch_size,
         )
+        figures = self.report.metrics()
+        if self.caller is not None and self.model.plan_config.segment != "answer":
+            longest, size = self.args.max_completion_length, self.args.scoring_batch_size
+            judge = Judge(self.model, self.encoder, self.caller, longest, self.ends, size)
+            figures["ceiling"] = judge.ceiling(rows, self.args.seed).best
         if self.args.should_save:
             (Path(self.args.output_dir) / REPORT_TABLE).write_text(self.report.table(), encoding="utf-8")
-        return self.finish_evaluation(self.report.metrics(), metric_key_prefix)
+        return self.finish_evaluation(figures, metric_key_prefix)
 
     def after_training(self) -> None:
         if self.eval_dataset is None or self.args.eval_strategy == "no":
@@ -238,9 +329,9 @@ def assigned_pairs(scores: list[torch.Tensor], temperature: float) -> list[tuple
     return found
 
 
-def check_alternatives(found: list[list[Alternative]], kept: int, num_plans: int, args: PlanSpaceConfig) -> None:
+def check_alternatives(found: list[list[SegmentStart]], kept: int, num_plans: int, args: PlanSpaceConfig) -> None:
     """Raises `ValueError` for alternatives from which no plans could be learned, and warns of few."""
-    cut = sum(not answers for answers in found)
+    cut = sum(not starts for starts in found)
     if cut > len(found) / 2:
         raise ValueError(
             f"{cut} of {len(found)} prompts have no answer of at most `max_completion_length="
@@ -251,10 +342,11 @@ def check_alternatives(found: list[list[Alternative]], kept: int, num_plans: int
             f"The backbone has one answer to each of the {len(found)} prompts: there are no alternatives to learn. "
             f"Lower `branch_min_prob` ({args.branch_min_prob}), or take other prompts."
         )
-    distinct = {one.text for answers in found for one in answers}
-    if len(distinct) < num_plans:
+    distinct = {one.text for starts in found for start in starts for one in start.answers}
+    learned = args.new_plans or num_plans
+    if len(distinct) < learned:
         raise ValueError(
-            f"There are {num_plans} plans, and the alternatives to all prompts have {len(distinct)} different texts. "
+            f"There are {learned} plans, and the alternatives to all prompts have {len(distinct)} different texts. "
             "Take fewer plans (`num_plans`), more prompts, or branch wider."
         )
     if kept < len(found) / 2:

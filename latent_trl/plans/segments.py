@@ -1,0 +1,125 @@
+"""Segments of an answer: a plan is held for one, and the next is chosen from the prompt and what has been said."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data.prompts import EncodedPrompt
+from ..models.backbone import Backbone
+from .prompt_cache import GreedyAnswers
+
+SENTENCE_END = re.compile(r"([.!?…。！？]|\n)[\"'”’)\]]*\s*$")
+
+
+def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """
+    Tokens whose text ends a sentence: a full stop, question or exclamation mark, ellipsis or line break, and closing
+    quotes or brackets behind it. An engine takes them as `stop_token_ids`.
+
+    Raises:
+        ValueError: For a tokenizer without such a token.
+    """
+    special = set(tokenizer.all_special_ids)
+    texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    found = [token for token, text in enumerate(texts) if token not in special and SENTENCE_END.search(text)]
+    if not found:
+        raise ValueError("`segment='sentence'` needs a tokenizer with a token that ends a sentence, such as '.'.")
+    return found
+
+
+def continued(view: Backbone, prompt: EncodedPrompt, said: list[int]) -> EncodedPrompt:
+    """A prompt with the tokens `said` of its answer behind it: text, of the type that `generate` gives to it."""
+    if not said:
+        return prompt
+    fields = {name: [*values, *[_type(view, name)] * len(said)] for name, values in prompt.fields.items()}
+    return replace(prompt, ids=[*prompt.ids, *said], fields=fields)
+
+
+def _type(view: Backbone, name: str) -> int:
+    return view.completion_type if name == "token_type_ids" else 0
+
+
+def continued_inputs(view: Backbone, inputs: dict[str, Any], said: list[list[int]]) -> dict[str, Any]:
+    """The same for a batch that is padded on the left: what has the shape of `input_ids` `[B, P]` grows."""
+    longest = max(map(len, said))
+    if not longest:
+        return inputs
+    shape = inputs["input_ids"].shape
+    later = {"input_ids": said, "attention_mask": [[1] * len(own) for own in said]}
+    grown = dict(inputs)
+    for name, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or value.shape != shape:
+            continue
+        # Where pads stand nothing is read.
+        wide = torch.nn.functional.pad(value, (longest, 0))
+        behind = later.get(name) or [[_type(view, name)] * len(own) for own in said]
+        grown[name] = torch.stack(
+            [torch.cat([row[len(own) :], row.new_tensor(own)]) for row, own in zip(wide, behind, strict=True)]
+        )
+    return grown
+
+
+@dataclass
+class PlannedAnswer:
+    """
+    An answer, and the plans that made it.
+
+    Args:
+        token_ids (`list[int]`): Up to and including the end.
+        plans (`list[int]`): Of its segments.
+        starts (`list[int]`): How many tokens stand before each segment.
+        ended (`bool`): Whether it ended by itself, and was not cut at the longest length.
+    """
+
+    token_ids: list[int] = field(default_factory=list)
+    plans: list[int] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    ended: bool = False
+
+
+def speak(
+    rows: int,
+    begin: Callable[[list[int], list[list[int]]], dict[str, Any]],
+    choose: Callable[[list[int], list[PlannedAnswer], dict[str, Any]], torch.Tensor],
+    decode: Callable[[dict[str, Any], torch.Tensor, int, bool], GreedyAnswers],
+    max_new_tokens: int,
+    ends: list[int],
+    all_rows: bool = False,
+) -> list[PlannedAnswer]:
+    """
+    Answers segment by segment. Each segment is a request of its own: the prompt and what has been said are read anew
+    under the segment's plan.
+
+    Args:
+        rows (`int`): How many answers.
+        begin (`Callable`): Inputs of the backbone for rows of these numbers, with what they have said behind them.
+        choose (`Callable`): Plans `[N]` of the segments that begin, given the rows, their answers so far and inputs.
+        decode (`Callable`): The segments, given inputs, plans, how many tokens an answer may yet take, and whether they
+            are the first.
+        max_new_tokens (`int`): Longest answer.
+        ends (`list[int]`): Tokens that end an answer.
+        all_rows (`bool`, defaults to `False`): Whether rows that have ended stay in the batch.
+    """
+    answers = [PlannedAnswer() for _ in range(rows)]
+    active, first = list(range(rows)), True
+    while active:
+        batch = list(range(rows)) if all_rows else active
+        inputs = begin(batch, [answers[row].token_ids for row in batch])
+        plans = choose(batch, [answers[row] for row in batch], inputs)
+        left = max_new_tokens - min(len(answers[row].token_ids) for row in active)
+        segments = decode(inputs, plans, left, first).token_ids
+        first = False
+        for row, plan, segment in zip(batch, plans.tolist(), segments, strict=True):
+            answer = answers[row]
+            if row not in active:
+                continue
+            answer.plans.append(plan)
+            answer.starts.append(len(answer.token_ids))
+            answer.token_ids = [*answer.token_ids, *segment][:max_new_tokens]
+            answer.ended = answer.token_ids[-1] in ends
+        active = [r for r in active if not answers[r].ended and len(answers[r].token_ids) < max_new_tokens]
+    return answers

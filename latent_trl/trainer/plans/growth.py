@@ -1,0 +1,65 @@
+"""More plans in a run of RL: learned from alternatives of the plans that are chosen, while the others stay."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .space_config import PlanSpaceConfig
+from .space_trainer import PlanSpaceTrainer
+
+# Prompts from which plans that are added are learned.
+PROMPTS = 300
+
+
+def add_learned_plans(trainer: Any, count: int) -> None:
+    """
+    Adds plans to the model of a `PlanRLTrainer`, learns them, and gives the chooser and its optimizer places for them.
+
+    Args:
+        trainer (`PlanRLTrainer`): Its `space_args` say how they are learned.
+        count (`int`): How many.
+    """
+    model, args = trainer.model, trainer.args
+    before = list(model.chooser.output.parameters())
+    model.add_plans(count)
+    given = trainer.space_args or PlanSpaceConfig(max_steps=100, max_completion_length=args.max_completion_length)
+    own = replace(
+        given,
+        output_dir=str(Path(args.output_dir) / f"grown_to_{model.plan_config.num_plans}"),
+        new_plans=count,
+        eval_strategy="no",
+        save_strategy="no",
+        load_best_model_at_end=False,
+        image_root=args.image_root,
+        max_prompt_length=args.max_prompt_length,
+        use_cpu=args.use_cpu,
+        disable_tqdm=args.disable_tqdm,
+    )
+    order = torch.randperm(len(trainer.rows), generator=trainer.generator(model.plan_config.num_plans, 1))
+    rows = [trainer.rows.rows[i] for i in order[:PROMPTS].tolist()]
+    with torch.random.fork_rng():
+        PlanSpaceTrainer(model, own, rows, processing_class=trainer.encoder.processing_class).train()
+    model.requires_grad_(False)
+    for module in trainer.learned:
+        module.requires_grad_(True)
+    model.train()
+    widen_optimizer(trainer.optimizer, before, list(model.chooser.output.parameters()))
+
+
+def widen_optimizer(optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]) -> None:
+    """Puts parameters that have more rows in the place of others; their moments are 0 in the new rows."""
+    for old, new in zip(before, after, strict=True):
+        for group in optimizer.param_groups:
+            group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+        state = optimizer.state.pop(old, {})
+        if state:
+            optimizer.state[new] = {name: _widened(value, old, new) for name, value in state.items()}
+
+
+def _widened(value: Any, old: nn.Parameter, new: nn.Parameter) -> Any:
+    if not isinstance(value, torch.Tensor) or value.shape != old.shape:
+        return value
+    return torch.cat([value, value.new_zeros(len(new) - len(old), *value.shape[1:])])

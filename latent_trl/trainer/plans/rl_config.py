@@ -1,0 +1,103 @@
+"""What the configurations of RL over plans share."""
+
+from dataclasses import dataclass
+
+from transformers import TrainingArguments
+
+from ...data.bad_rows import ON_BAD_ROW
+from ...rewards.time_limit import check_timeout
+from ..run.health import check_choice
+
+
+@dataclass
+class PlanRLConfig(TrainingArguments):
+    """
+    Configuration of [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]. Inherits all of transformers'
+    `TrainingArguments`. A step is one update of the chooser; `num_iterations` of them follow on each batch of rollouts.
+
+    Args:
+        max_steps (`int`, defaults to `300`):
+            Updates in all: `max_steps / num_iterations` batches of `rollout_prompts * num_generations` rollouts.
+        rollout_prompts (`int`, defaults to `64`):
+            Prompts of a batch of rollouts, drawn without replacement until all have been.
+        num_generations (`int`, defaults to `2`):
+            Rollouts of a prompt.
+        num_iterations (`int`, defaults to `20`):
+            Updates for each batch of rollouts.
+        exploration_temperature (`float`, defaults to `1.0`):
+            Plans are drawn from the softmax of the chooser's logits over it.
+        max_completion_length (`int`, defaults to `32`):
+            Longest answer in tokens.
+        max_prompt_length (`int`, *optional*):
+            Most tokens of a prompt, visual ones included; a longer one is an error.
+        image_root (`str`, *optional*):
+            The only folder from which rows may name image files.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
+            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
+            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
+        measure_ceiling (`bool`, defaults to `True`):
+            Whether the first evaluation also lets every plan answer every held-out prompt once, to log the reward of
+            the best plan. Turn it off where K rewards a prompt are too dear.
+        ceiling_prompts (`int`, defaults to `0`):
+            Training prompts on which the reward of the best plan is logged beside that of the chosen ones. It costs K
+            rewards each, once, and once more when plans are added; no update learns from them.
+        ceiling_steps (`int`, defaults to `100`):
+            Updates from one such figure to the next, as far as batches of rollouts end there.
+        grow_plans (`int`, defaults to `0`):
+            So many plans are added when the chooser's reward on the `ceiling_prompts` stands at the ceiling: learned
+            from alternatives of the plans that it takes. 0 adds none.
+        max_plans (`int`, defaults to `64`):
+            No plans are added beyond so many.
+        rollout_batch_size (`int`, defaults to `256`):
+            Answers decoded at once. Lower it to save memory.
+    """
+
+    max_steps: int = 300
+    rollout_prompts: int = 64
+    num_generations: int = 2
+    num_iterations: int = 20
+    exploration_temperature: float = 1.0
+    max_completion_length: int = 32
+    max_prompt_length: int | None = None
+    image_root: str | None = None
+    on_bad_row: str = "raise"
+    reward_timeout: float | None = None
+    measure_ceiling: bool = True
+    ceiling_prompts: int = 0
+    ceiling_steps: int = 100
+    grow_plans: int = 0
+    max_plans: int = 64
+    rollout_batch_size: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.01
+    lr_scheduler_type: str = "constant"
+    logging_steps: float = 20
+    remove_unused_columns: bool | None = False
+    report_to: None | str | list[str] = "none"
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_timeout("reward_timeout", self.reward_timeout)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
+        counts = ("max_steps", "rollout_prompts", "num_generations", "num_iterations", "ceiling_steps", "max_plans")
+        for name in counts:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
+        for name in ("ceiling_prompts", "grow_plans"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"`{name}` must be at least 0, got {getattr(self, name)}.")
+        if not self.exploration_temperature > 0:
+            raise ValueError(f"`exploration_temperature` must be above 0, got {self.exploration_temperature}.")
+        if self.gradient_accumulation_steps != 1:
+            raise ValueError(
+                f"`gradient_accumulation_steps` must be 1, got {self.gradient_accumulation_steps}. An update reads "
+                "rollouts that are stored, not a batch of the data set."
+            )
+        if self.grow_plans and not self.ceiling_prompts:
+            raise ValueError(
+                f"`grow_plans={self.grow_plans}` needs `ceiling_prompts`, on which it is seen that the chooser stands "
+                "at the ceiling. Set it, 32 say."
+            )

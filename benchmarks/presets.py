@@ -99,6 +99,8 @@ def qwen_vision(depth: int, hidden: int, intermediate: int, heads: int, full_att
 REAL_VISION = qwen_vision(32, 1280, 3420, 16, [7, 15, 23, 31])
 GPU = {"completion_length": 256, "image_size": 448, "dtype": torch.bfloat16}
 PRESETS = {
+    # For rollouts of hundreds of rows on a CPU; the smallest heads that vLLM has kernels for.
+    "micro": Preset(qwen2_5_vl(128, 384, 4, 4, 2, vocab_size=8192), qwen_vision(2, 64, 128, 2, [1]), policy_layers=2),
     # A small `small`, for curves over many sizes on a CPU.
     "mini": Preset(
         qwen2_5_vl(256, 768, 6, 4, 2, vocab_size=32_768),

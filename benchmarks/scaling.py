@@ -1,8 +1,10 @@
 """
 What a step of RL over latent actions costs as sizes grow: codes (K), completion length, samples a prompt (G), depth of
-the policy. One size varies, the others stay; lines are fitted through the medians.
+the policy. One size varies, the others stay; lines are fitted through the medians. With `--held-out` the counts of work
+of `cost_model.py` are fitted to all points together, and a size that is none of them is predicted and then measured.
 
     python benchmarks/scaling.py --preset mini --json scaling.json --plot scaling.png
+    python benchmarks/scaling.py --preset mini --held-out completion_length=64 generations=8 policy_layers=6
     python benchmarks/scaling.py --preset small --num-codes 16 256 4096 --completion-length 16 32 64 --repeats 3
 """
 
@@ -17,6 +19,7 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
+from cost_model import Layout, Step, fit_seconds, predicted, work
 from measuring import CLOCKS, MIB, facts, median, peak_memory, seconds, table, use_clock, use_device, write
 from presets import PRESETS, Preset, build_backbone
 from rl_step import latent_arm
@@ -61,6 +64,39 @@ def fit(sizes: list[int], values: list[float]) -> dict[str, float]:
     rest = np.var(np.array(values) - (slope * np.array(sizes) + intercept))
     explained = 1 - rest / np.var(values) if np.var(values) > 0 else 1.0
     return {"slope": float(slope), "intercept": float(intercept), "r2": float(explained)}
+
+
+def counts(preset: Preset, num_codes: int) -> dict[str, dict[str, float]]:
+    """Calls and floating-point operations of a rollout and of an update of a preset."""
+    text = preset.text
+    layout = Layout(
+        *(text["hidden_size"], text["intermediate_size"], text["num_hidden_layers"]),
+        *(text["num_attention_heads"], text["num_key_value_heads"], text["vocab_size"]),
+        policy_layers=preset.policy_layers,
+        codes=num_codes,
+    )
+    step = Step(preset.prompts, preset.generations, preset.prompt_characters, preset.completion_length)
+    calls = {"rollout": float(preset.completion_length), "update": 1.0}
+    return {name: {"calls": calls[name], "operations": amount} for name, amount in work(layout, step).items()}
+
+
+def cost(
+    preset: Preset, curves: dict[str, Any], held_out: dict[str, int], measured: dict[str, float]
+) -> dict[str, Any]:
+    """Constants fitted through the points of all curves, and what they say of the size that was held out."""
+    points: dict[str, list[dict[str, float]]] = {"rollout": [], "update": []}
+    for name, curve in curves.items():
+        for i, size in enumerate(curve["sizes"]):
+            varied = preset if name == "num_codes" else replace(preset, **{name: size})
+            found = counts(varied, size if name == "num_codes" else 128)
+            for figure in points:
+                points[figure].append({**found[figure], figure: curve[figure][i]})
+    of_held_out, result = counts(replace(preset, **held_out), 128), {}
+    for figure in points:
+        constants = fit_seconds(points[figure], figure)
+        guess = predicted(constants, **of_held_out[figure])
+        result[figure] = {**constants, "predicted": guess, "measured": measured[figure], "points": len(points[figure])}
+    return result
 
 
 def plot(curves: dict[str, Any], path: str) -> None:
@@ -113,7 +149,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes to vary")
     for name, sizes in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="+", default=sizes, help=LABELS[name])
-    return parser.parse_args(arguments)
+    parser.add_argument("--held-out", nargs="+", metavar="SIZE=NUMBER", help="a size to predict, and then to measure")
+    options = parser.parse_args(arguments)
+    options.held_out = {name: int(value) for name, value in (word.split("=") for word in options.held_out or [])}
+    if not set(options.held_out) <= set(SIZES) - {"num_codes"}:
+        parser.error(f"--held-out takes {sorted(set(SIZES) - {'num_codes'})}")
+    return options
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -146,6 +187,11 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         **facts(device),
     }
     print(report(curves))
+    if options.held_out:
+        measured = measure_point(replace(preset, **options.held_out), backbone, 128, options.repeats, options.warmup)
+        result["held_out"], result["cost"] = options.held_out, cost(preset, curves, options.held_out, measured)
+        rows = [[name, *(found[key] for key in ("predicted", "measured"))] for name, found in result["cost"].items()]
+        print("\n" + table([f"held out: {options.held_out}", "predicted, s", "measured, s"], rows))
     write(options.json, result)
     if options.plot:
         plot(curves, options.plot)

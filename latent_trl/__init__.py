@@ -15,6 +15,8 @@ _PUBLIC = {
     "InverseDynamicsModel": "models.inverse_dynamics",
     "LanguageWorldModel": "models.world_model",
     "LatentActionConfig": "checkpoint.configuration",
+    "LatentActionDistillationConfig": "trainer.distillation.config",
+    "LatentActionDistillationTrainer": "trainer.distillation.trainer",
     "LatentActionGRPOConfig": "trainer.grpo.config",
     "LatentActionGRPOTrainer": "trainer.grpo.trainer",
     "LatentActionModel": "models.latent_action_model",

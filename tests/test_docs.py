@@ -20,6 +20,7 @@ RUN_ELSEWHERE = {
     "docs/ppo_trainer.md": "tests/trainer/test_ppo_grpo_pages.py",
     "docs/rloo_trainer.md": "tests/trainer/test_ppo_grpo_pages.py",
     "docs/sft_trainer.md": "tests/trainer/test_sft_page.py",
+    "docs/distillation_trainer.md": "tests/trainer/test_distillation_page.py",
     "docs/checkpoint_format.md": "tests/hub",
 }
 BLOCK = re.compile(r"(?:^<!-- no-run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)

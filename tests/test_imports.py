@@ -33,7 +33,7 @@ ALLOWED["__init__"] = set()
 PUBLIC = latent_trl._PUBLIC
 
 # Folders of `trainer`. What several of them share is in `rollout` and `run`.
-TRAINERS = {"grpo", "plans", "ppo", "rloo", "sft", "space"}
+TRAINERS = {"distillation", "grpo", "plans", "ppo", "rloo", "sft", "space"}
 MAY_IMPORT_TRAINERS = {"ppo": {"grpo"}, "rloo": {"grpo"}}
 MOST_LINES = 400
 LONGER: set[str] = set()

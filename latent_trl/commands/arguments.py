@@ -141,6 +141,24 @@ class RewardArguments(DataArguments):
         return load_rows(self.anchor_dataset_name, self.anchor_dataset_split, purpose="conversations")
 
 
+@dataclass
+class DistillArguments(DataArguments):
+    """Teaches what a policy says to its backbone alone: an adapter, or a plain model."""
+
+    reward_funcs: list[str] = field(
+        default_factory=list, metadata={"help": "measure what is kept by these rewards, on the test split; as for grpo"}
+    )
+    reward_kwargs: str | None = field(default=None, metadata={"help": "options of rewards that are classes, JSON"})
+
+    def rewards(self) -> list[Any]:
+        """The reward functions, by [`~latent_trl.commands.loading.load_rewards`]; none where none are named."""
+        from .loading import load_rewards
+
+        return (
+            load_rewards(self.reward_funcs, as_dict("reward_kwargs", self.reward_kwargs)) if self.reward_funcs else []
+        )
+
+
 def as_dict(name: str, value: str | dict | None) -> dict | None:
     """A JSON object of the command line, or a mapping of a YAML file."""
     if value is None or isinstance(value, dict):

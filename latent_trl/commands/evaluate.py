@@ -25,6 +25,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--key", metavar="COLUMN", help="of unique keys (`key`, `id`, or the row's number)")
     parser.add_argument("--reward-funcs", nargs="+", default=[], metavar="NAME", help="as for `latent-trl grpo`")
     parser.add_argument("--reward-kwargs", help="as for `latent-trl grpo`")
+    parser.add_argument(
+        "--reward-timeout", type=float, metavar="SECONDS", help="that a reward function may take for a batch"
+    )
     parser.add_argument("--judge", metavar="JSON", help="options of JudgeReward: grade sampled answers by aspect")
     parser.add_argument(
         "--generations", type=at_least(1), default=3, help="answers a prompt for the judge (%(default)s)"
@@ -144,9 +147,11 @@ class Measurement:
 
     def __init__(self, model, processor, rows, rewards: list[Any], args: argparse.Namespace, bars):
         from ..evaluation.judge_protocol import sample_keys
+        from ..rewards.calling import RewardCaller
 
         self.model, self.processor, self.rows, self.args, self.bars = model, processor, rows, args, bars
-        self.rewards = {reward.__name__: reward for reward in rewards}
+        limit = {"timeout": args.reward_timeout, "timeout_name": "--reward-timeout"}
+        self.rewards = {reward.__name__: RewardCaller(reward, **limit) for reward in rewards}
         self.measured = Measured(sample_keys(rows, args.key))
         self.figures = self.measured.figures
 

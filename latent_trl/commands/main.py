@@ -3,6 +3,8 @@
 import sys
 from importlib import import_module
 
+from .launching import launch, split_launch_options
+
 # Subcommand: (module, one line of help). Modules are imported when they are called, so that help is instant.
 COMMANDS = {
     "demo": ("demo", "learn a latent action space and do RL over it on the pocket VLM, with a report"),
@@ -11,6 +13,7 @@ COMMANDS = {
     "grpo": ("grpo", "GRPO, Dr.GRPO, DAPO and BNPO over codes"),
     "rloo": ("rloo", "RLOO over codes"),
     "ppo": ("ppo", "PPO over codes"),
+    "distill": ("distill", "teach what a policy says to its backbone alone: a plain model"),
     "generate": ("generate", "answer one prompt, with the codes behind the words"),
     "chat": ("chat", "talk to a model, see its codes, and answer again from any of them"),
     "studio": ("studio", "a page in the browser: ask, see codes, and answer again from any token"),
@@ -24,6 +27,8 @@ COMMANDS = {
     "env": ("env", "versions and devices, for bug reports"),
     "completion": ("completion", "a script that completes commands and options in the shell"),
 }
+# Those that accelerate can start on several processes.
+TRAINING = ("learn", "sft", "grpo", "rloo", "ppo")
 
 
 def _usage() -> str:
@@ -56,6 +61,11 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     command = import_module(f"{__package__}.{COMMANDS[argv[0]][0]}")
     try:
+        if argv[0] in TRAINING:
+            options, rest = split_launch_options(argv[1:])
+            if options:
+                launch(argv[0], options, rest)
+                return 0
         return command.main(argv[1:]) or 0
     except KeyboardInterrupt:
         print("\nlatent-trl: interrupted.", file=sys.stderr)

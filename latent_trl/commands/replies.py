@@ -121,6 +121,7 @@ class Answerer:
                 max_new_tokens=self.args.max_new_tokens,
                 num_return_sequences=samples,
                 forced_action_ids=forced_ids,
+                output_cache=False,
                 return_dict_in_generate=True,
                 streamer=streamer,
                 **options,

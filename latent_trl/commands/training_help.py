@@ -36,6 +36,10 @@ COMMON = {
         *("model_name_or_path", "dataset_name", "image_root", "output_dir", "max_steps", "num_train_epochs"),
         *("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "max_length"),
     ),
+    "distill": (
+        *("model_name_or_path", "dataset_name", "image_root", "output_dir", "max_steps", "learning_rate"),
+        *("per_device_train_batch_size", "max_completion_length", "merge_adapter", "reward_funcs"),
+    ),
     "grpo": RL_COMMON,
     "rloo": RL_COMMON,
     "ppo": (*RL_COMMON, "value_learning_rate"),
@@ -151,8 +155,9 @@ def training_help(prog: str, arguments: type, config: str) -> str:
     lines += ["", f"training, of {config}:", *map(described, trained)]
     end = (
         "Options may be written with _ or with -. A YAML file has the same names, and flags win over it. Loading and "
-        "adapters are TRL's: --dtype, --load_in_4bit, --use_peft, --lora_r, ... --help-all lists all options, those "
-        "of transformers and TRL included."
+        "adapters are TRL's: --dtype, --load_in_4bit, --use_peft, --lora_r, ... So is --accelerate_config with a file "
+        "or a name (fsdp2, zero2, zero3, multi_gpu): the command starts itself on several processes, and "
+        "--num_processes says how many. --help-all lists all options, those of transformers and TRL included."
     )
     return "\n".join([*lines, "", *textwrap.wrap(end, WIDTH)])
 

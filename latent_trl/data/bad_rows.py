@@ -26,7 +26,8 @@ class BadRows:
     Decides what becomes of rows that cannot be used.
 
     A skipped row is replaced by the next of its data set that can be used, so that batches keep their size and a run
-    stays a function of configuration, data and seed. Each is written to a file once, with its reason.
+    stays a function of configuration, data and seed; where a whole set is read, as in an evaluation, it is left out.
+    Each is written to a file once, with its reason.
 
     Args:
         on_bad_row (`str`, defaults to `"raise"`): `"raise"` ends the run with the row's [`RowError`]; `"skip"` goes
@@ -54,6 +55,7 @@ class BadRows:
         self.sources = {source.name: source for source in sources or []}
         # Of this process; those of all are in the file.
         self._listed: set[tuple[str, Any]] = set()
+        self._usable: dict[str, list[int]] = {}
 
     def usable(
         self, rows: list[dict[str, Any]], use: Callable[[dict[str, Any]], Used]
@@ -121,15 +123,60 @@ class BadRows:
             reasons |= bad
         return reasons
 
+    def usable_places(self, source: StoredRows, use: Callable[[dict[str, Any]], Any]) -> list[int]:
+        """
+        Numbers of the rows of a set that is read whole. With `on_bad_row="raise"` all; else each row is looked at,
+        those of `sources` once, and what cannot be used is listed and left out.
+
+        Args:
+            source (`StoredRows`): The set.
+            use (`Callable`): As in [`usable`].
+
+        Raises:
+            RowError: When no row can be used.
+        """
+        if self.on_bad_row == "raise":
+            return list(range(len(source)))
+        own = self.sources.get(source.name)
+        is_known = own is not None and own.rows is source.rows
+        if is_known and source.name in self._usable:
+            return self._usable[source.name]
+        places, first = [], None
+        for index in range(len(source)):
+            row = source[index]
+            try:
+                use(row)
+            except RowError as error:
+                first = first or error
+                self._list(row, error)
+            else:
+                places.append(index)
+        if first is not None and not places:
+            raise RowError(f"{first} (No row of `{source.name}` can be used: this is a matter of the settings.)")
+        if is_known:
+            self._usable[source.name] = places
+        return places
+
+    def figures(self) -> dict[str, float]:
+        """For the log: `bad_rows`, how many have been skipped, where rows are."""
+        return {"bad_rows": float(self.count())} if self.on_bad_row == "skip" else {}
+
     def count(self) -> int:
         """Number of different rows that were skipped, by every process and worker."""
-        if self.path is None or not self.path.is_file():
-            return 0
-        return len({(entry["data"], entry["row"]) for entry in self.listed()})
+        return len({_key(entry) for entry in self.listed()})
 
     def listed(self) -> list[dict[str, Any]]:
         """Entries of the file: `data`, `row` and `reason`."""
-        return [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+        if self.path is None or not self.path.is_file():
+            return []
+        entries = []
+        for line in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                # The line of a process that was killed.
+                continue
+        return entries
 
     def _say(self, name: str, looked: int, reasons: list[str]) -> None:
         if not reasons:
@@ -164,12 +211,21 @@ class BadRows:
 
     def _list(self, row: dict[str, Any], error: RowError) -> None:
         entry = {"data": row.get("_source"), "row": row.get("_index"), "reason": str(error)}
-        key = (str(entry["data"]), entry["reason"] if entry["row"] is None else entry["row"])
+        key = _key(entry)
         if key in self._listed:
             return
-        self._listed.add(key)
+        # A worker, another process or the run before may have listed it.
+        others = set(map(_key, self.listed()))
+        self._listed |= {key, *others}
+        if key in others:
+            return
         assert self.path is not None, "rows are skipped with a folder alone"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         logger.warning(f"Skipped, and listed in {self.path}: {error}")
+
+
+def _key(entry: dict[str, Any]) -> tuple[str, Any]:
+    """What tells an entry from others: a row of a stream has no number."""
+    return str(entry["data"]), entry["reason"] if entry["row"] is None else entry["row"]

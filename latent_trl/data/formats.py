@@ -24,7 +24,7 @@ def convert_row(row: dict[str, Any]) -> dict[str, Any]:
     | transformers | image parts with `url`, `path` or `base64` | the same |
     | ShareGPT | `conversations` of `from` and `value`, `<image>` in texts, `image` | `messages`, image parts |
     | ms-swift | `messages` with `<image>` in the text, `images` | image parts in their places |
-    | Alpaca | `instruction`, `input`, `output` | `prompt` and `completion`, conversational |
+    | Alpaca | `instruction`, `input`, `output`, `history` | `prompt` and `completion`, conversational |
 
     Every content becomes a list of parts, which Arrow takes, as it does not take texts in some rows and parts in
     others. Nothing is opened: a path or an address stays one, for [`~latent_trl.data.images.load_image`] to judge.
@@ -37,14 +37,18 @@ def convert_row(row: dict[str, Any]) -> dict[str, Any]:
     """
     row = {k: v for k, v in row.items() if v is not None}
     name = row_name(row)
+    if "conversations" in row and "messages" in row:
+        raise RowError(f"{name}: has both `conversations` and `messages`. Keep one of them.")
     if "conversations" in row:
-        row = {**row, "messages": _from_sharegpt(row.pop("conversations"), row.pop("system", None), name)}
+        row["messages"] = _from_sharegpt(row.pop("conversations"), row.pop("system", None), name)
     elif "instruction" in row and "output" in row:
         row = _from_alpaca(row, name)
     columns = [c for c in ("messages", "prompt", "completion") if c in row]
     if not columns:
         raise RowError(f"{name}: has the columns {sorted(k for k in row if not k.startswith('_'))}. {FOUND}")
     images = _images(row)
+    if "objects" in row and any(mark in str([row[c] for c in columns]) for mark in ("<bbox>", "<ref-object>")):
+        raise RowError(f"{name}: has marks of `objects` (<bbox>, <ref-object>). Write the objects into the texts.")
     for column in columns:
         if isinstance(row[column], (list, tuple)):
             where = f"{name}: `{column}`: message"
@@ -117,6 +121,10 @@ def _from_alpaca(row: dict[str, Any], name: str) -> dict[str, Any]:
     asked = f"{instruction}\n\n{given}" if given.strip() else instruction
     system = row.pop("system", None)
     messages = [{"role": "system", "content": system}] if system else []
+    for turn in row.pop("history", None) or []:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise RowError(f"{name}: `history` must hold pairs of texts, got {short(turn)}.")
+        messages += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     row["prompt"] = [*messages, {"role": "user", "content": asked}]
     row["completion"] = [{"role": "assistant", "content": output}]
     return row

@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .rows import IMAGE_COLUMNS, UNREADABLE, RowError, row_name, short
+from .rows import IMAGE_COLUMNS, UNREADABLE, RowError, is_data_url, row_name, short
 
 MAX_PIXELS = 50_000_000
+LONGEST_PATH = 1_000
 # Of Pillow's formats those that pictures come in; some others start programs or read further files.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
@@ -37,7 +38,7 @@ def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
     name, source = "the picture", value
-    if isinstance(value, str) and value.startswith("data:"):
+    if is_data_url(value):
         name, source = short(value), io.BytesIO(_data_url(value))
     elif isinstance(value, (str, Path)):
         name, source = short(str(value)), _inside(value, image_root)
@@ -60,8 +61,9 @@ def load_image(value: Any, image_root: str | Path | None = None, max_pixels: int
     except FileNotFoundError as error:
         raise ImageError(f"{name} does not exist below {image_root}.") from error
     except Exception as error:
-        # A decoder that meets damaged data raises whatever it runs into.
-        what = f"{type(error).__name__}: {error}"
+        # A decoder that meets damaged data raises whatever it runs into. An unknown format's message names an address.
+        unknown = isinstance(error, UnidentifiedImageError)
+        what = "its format is unknown" if unknown else f"{type(error).__name__}: {error}"
         raise ImageError(f"{name} cannot be read as an image ({what}). Works: {', '.join(FORMATS)}.") from error
 
 
@@ -129,7 +131,7 @@ def _of_row(row: dict[str, Any], where: str, value: Any, image_root: str | Path 
 
 def _data_url(value: str) -> bytes:
     head, _, payload = value.partition(",")
-    if not head.endswith(";base64"):
+    if not head.lower().endswith(";base64"):
         raise ImageError(f"{short(value)} is not in base64, the only coding of data URLs that is read.")
     try:
         return base64.b64decode(payload, validate=True)
@@ -138,6 +140,11 @@ def _data_url(value: str) -> bytes:
 
 
 def _inside(path: str | Path, image_root: str | Path | None) -> Path:
+    if len(str(path)) > LONGEST_PATH:
+        raise ImageError(
+            f"A text of {len(str(path))} characters is no path. A picture in base64 is given as a data URL, which "
+            "begins with data:image/png;base64, or the like."
+        )
     name = short(str(path))
     if "://" in str(path):
         raise ImageError(f"{name} is a URL. Download the images first, and pass paths and `image_root`.")
@@ -161,6 +168,8 @@ def _inside(path: str | Path, image_root: str | Path | None) -> Path:
 
 def _checked(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
     width, height = image.size
+    if not width * height:
+        raise ImageError(f"{name} has no pixels: {width}×{height}.")
     if width * height > max_pixels:
         raise ImageError(f"{name} has {width}×{height} pixels, more than `max_pixels` = {max_pixels}.")
     image = ImageOps.exif_transpose(image)
@@ -176,13 +185,18 @@ def _checked(image: Image.Image, max_pixels: int, name: str) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more bits, scaled to 8 by the range of 16 bits, else by its own; a plain conversion would clip."""
+    """
+    Grey of more bits, scaled to 8; a plain conversion would clip. Its range is that of 16 bits where the mode says so,
+    else the narrowest of 1, 8 and 16 bits that holds the values, and without one its own.
+    """
     low, high = image.convert("F").getextrema()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ImageError("the picture has values that are not finite.")
-    if image.mode.startswith("I") and low >= 0 and high <= 65535:
-        low, high = 0.0, 65535.0
-    elif image.mode == "F" and low >= 0 and high <= 1:
-        low, high = 0.0, 1.0
+    ranges = (65535.0,) if image.mode.startswith("I;16") else (255.0, 65535.0)
+    if image.mode == "F":
+        ranges = (1.0, *ranges)
+    whole = next((top for top in ranges if low >= 0 and high <= top), None)
+    if whole is not None:
+        low, high = 0.0, whole
     scale = 255.0 / (high - low) if high > low else 0.0
     return image.convert("F").point(lambda v: v * scale + (-low * scale)).convert("L")

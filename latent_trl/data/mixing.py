@@ -1,5 +1,6 @@
 """Paired and text-only rows in one batch."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +32,7 @@ class MixedRows(Dataset):
             self.sources.append(StoredRows(text, "text_dataset", "of the text-only data"))
 
     def __len__(self) -> int:
-        return len(self.paired) if self.text is None else max(len(self.paired), len(self.text))
+        return max(map(len, self.sources))
 
     def __getitem__(self, index: int) -> list[dict[str, Any]]:
         return [source[index % len(source)] for source in self.sources]
@@ -58,6 +59,12 @@ class MixedRowsCollator:
     def preflight(self, seed: int) -> None:
         """Looks at some rows of each data set; raises [`~latent_trl.data.rows.RowError`] as `bad_rows` decides."""
         self.bad_rows.preflight(lambda row: self.collate([row]), seed=seed)
+
+    def usable(self, rows: MixedRows) -> MixedRows:
+        """The rows of an evaluation set that can be used, those that cannot being left out as `bad_rows` decides."""
+        some = copy.copy(rows)
+        some.sources = [s.only(self.bad_rows.usable_places(s, lambda row: self.collate([row]))) for s in rows.sources]
+        return some
 
     def __call__(self, items: list[list[dict[str, Any]]]) -> dict[str, Any]:
         return self.bad_rows.collate(flatten(items), self.collate)

@@ -1,5 +1,6 @@
 """Rows of a data set as they are stored: numbered, with pictures that nothing has opened yet."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ class StoredRows:
     Args:
         rows: A `datasets.Dataset`, or anything with a length and items that are dicts.
         name (`str`, defaults to `"train_dataset"`): The data set's.
-        label (`str`, *optional*): What messages put after a row's number.
+        label (`str`, *optional*): What messages put after a row's number; the name of a set that is not trained on.
     """
 
     def __init__(self, rows: Any, name: str = "train_dataset", label: str = ""):
@@ -25,18 +26,27 @@ class StoredRows:
 
         self.rows = rows
         self.name = name
-        self.label = label
+        self.label = label or ("" if name == "train_dataset" else f"of `{name}`")
+        self.places: list[int] | None = None
         self.stored = self.features = None
         if isinstance(rows, datasets.Dataset) and rows.format["type"] is None:
             self.stored = rows.with_format("arrow")
             self.features = datasets.Features({k: encoded(feature) for k, feature in rows.features.items()})
 
+    def only(self, places: list[int]) -> "StoredRows":
+        """The rows of these numbers, which they keep."""
+        some = copy.copy(self)
+        some.places = places
+        return some
+
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.rows) if self.places is None else len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         if index >= len(self):
             raise IndexError(f"The data set has {len(self)} rows, and no row {index}.")
+        if self.places is not None:
+            index = self.places[index]
         try:
             if self.stored is None:
                 row = self.rows[index]
@@ -59,6 +69,7 @@ class OpenedRows:
     Args:
         rows: A `datasets.Dataset`, or anything with a length and items that are dicts.
         image_root (`str` or `Path`, *optional*): The only folder from which rows may name image files.
+        name (`str`, defaults to `"train_dataset"`): The data set's.
 
     Example:
 
@@ -67,9 +78,15 @@ class OpenedRows:
     ```
     """
 
-    def __init__(self, rows: Any, image_root: str | Path | None = None):
-        self.stored = StoredRows(rows)
+    def __init__(self, rows: Any, image_root: str | Path | None = None, name: str = "train_dataset"):
+        self.stored = StoredRows(rows, name)
         self.image_root = image_root
+
+    def only(self, places: list[int]) -> "OpenedRows":
+        """The rows of these numbers, which they keep."""
+        some = copy.copy(self)
+        some.stored = self.stored.only(places)
+        return some
 
     @classmethod
     def of(cls, rows: Any) -> "OpenedRows":

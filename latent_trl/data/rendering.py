@@ -12,12 +12,15 @@ from .images import load_row_images
 from .rows import (
     CONVERT,
     IMAGE_COLUMNS,
+    OTHER_MEDIA,
     PLACEHOLDER,
+    PLACES,
     RowError,
     checked_messages,
     parts_of,
     row_name,
     said,
+    said_of,
     short,
     texts_of,
 )
@@ -104,7 +107,7 @@ class Renderer:
 
     def prompt(self, row: dict[str, Any]) -> Rendering:
         """The whole of a row's `prompt`, up to where the assistant's answer begins."""
-        row = load_row_images(row, self.image_root)
+        row = self._loaded(row)
         if row.get("prompt") is None:
             columns = sorted(k for k in row if not k.startswith("_"))
             raise RowError(f"{row_name(row)}: needs `prompt`; its columns are {columns}.")
@@ -119,7 +122,7 @@ class Renderer:
 
     def conversation(self, row: dict[str, Any]) -> Rendering:
         """A row's `messages`, or its `prompt` and `completion`, up to the end of the last answer."""
-        row = load_row_images(row, self.image_root)
+        row = self._loaded(row)
         messages = _conversation(row)
         if messages is None:
             self._refuse_images(row)
@@ -149,6 +152,13 @@ class Renderer:
         if not answers:
             raise RowError(f"{row_name(row)}: no assistant message, so there is nothing to learn from.")
         return Rendering(rendered, images[: answers[-1].images], row_name(row), answers=answers)
+
+    def _loaded(self, row: dict[str, Any]) -> dict[str, Any]:
+        row = load_row_images(row, self.image_root)
+        held = [column for column in OTHER_MEDIA if row.get(column) is not None and row[column] not in ("", [])]
+        if held:
+            raise RowError(f"{row_name(row)}: has {held}, and images alone are read. Leave such rows out.")
+        return row
 
     def _refuse_images(self, row: dict[str, Any]) -> None:
         if _column_images(row):
@@ -190,10 +200,11 @@ class Renderer:
                         f"{row_name(row)}: the text of message {i} holds the visual token {mark!r}. Take it out; an "
                         f'image is placed by a part {{"type": "image"}}, as {CONVERT} does.'
                     )
-            if has_images and any(PLACEHOLDER in text for text in texts):
+            place = next(filter(None, map(PLACES.search, texts)), None)
+            if has_images and place is not None:
                 raise RowError(
-                    f"{row_name(row)}: the text of message {i} holds {PLACEHOLDER!r}, which this backbone would read "
-                    f'as a word. An image is placed by a part {{"type": "image"}}, as {CONVERT} does.'
+                    f"{row_name(row)}: the text of message {i} holds {place.group()!r}, which this backbone would read "
+                    f'as a word. An image is placed by a part {{"type": "image"}}; {CONVERT} makes {PLACEHOLDER!r} one.'
                 )
 
     def _render(self, messages: list[dict], generation_prompt: bool, row: dict) -> str:
@@ -213,8 +224,9 @@ class Renderer:
         except Exception as error:
             # Templates raise errors of Jinja, of Python, or their own.
             roles = [m["role"] for m in messages]
+            hint = "" if roles else " The conversation begins with the assistant: put what it answers before."
             raise RowError(
-                f"{row_name(row)}: the chat template refuses messages of the roles {roles}: {said(error)}"
+                f"{row_name(row)}: the chat template refuses messages of the roles {roles}: {said(error)}{hint}"
             ) from error
 
     def _apply(self, messages: list[dict], generation_prompt: bool, **variables: Any) -> str:
@@ -240,7 +252,7 @@ class Renderer:
         """What a message says must be in its rendering, but for white space, which templates trim."""
         rendered = "".join(rendered.split())
         for message in messages:
-            for text in texts_of(message):
+            for text in said_of(message):
                 if "".join(text.split()) not in rendered:
                     raise RowError(
                         f"{row_name(row)}: the chat template leaves out text of the role {message['role']!r}, which "

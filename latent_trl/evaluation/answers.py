@@ -68,8 +68,9 @@ def answer(
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         rows (`Dataset` or list): With `prompt`, plain or conversational, `images` where there are some, and the
             columns that the reward reads.
-        reward (`Callable`, *optional*): A reward function of TRL's signature, sync or async. It gets what trainers give
-            it: every column, `images` among them, `completion_ids`, and completions of the prompts' kind.
+        reward (`Callable` or `RewardCaller`, *optional*): A reward function of TRL's signature, sync or async. It gets
+            what trainers give it: every column, `images` among them, `completion_ids`, and completions of the prompts'
+            kind. A [`RewardCaller`] of one function may have a time limit.
         batch_size (`int`, defaults to `64`), max_new_tokens (`int`, defaults to `32`): Of generation.
         progress (`Callable`, *optional*): Told the number of prompts answered after each batch.
         generate_kwargs: Passed on, such as `action_do_sample` (by default `False`: the most likely codes).
@@ -79,8 +80,8 @@ def answer(
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     ends = end_tokens(model, tokenizer, generate_kwargs)
-    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends}
-    caller = None if reward is None else RewardCaller(reward)
+    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends, "output_cache": False}
+    caller = None if reward is None else RewardCaller.of(reward)
     rows = OpenedRows.of(rows)
     result = Answers()
     with evaluation_mode(model):
@@ -109,7 +110,7 @@ def score_answers(
     Rewards of one answer to each row.
 
     Args:
-        reward (`Callable`): As in [`answer`].
+        reward (`Callable` or `RewardCaller`): As in [`answer`].
         rows (`Dataset` or list): As in [`answer`].
         texts (`list[str]`), token_ids (`list[list[int]]`): The answers and their tokens.
         batch_size (`int`, defaults to `64`): Answers of one call of the reward function.
@@ -117,7 +118,7 @@ def score_answers(
     Returns:
         `list[float]`: NaN where the function cannot say.
     """
-    caller, rows = RewardCaller(reward), OpenedRows.of(rows)
+    caller, rows = RewardCaller.of(reward), OpenedRows.of(rows)
     rewards: list[float] = []
     for start in range(0, len(rows), batch_size):
         places = slice(start, start + batch_size)

@@ -175,7 +175,7 @@ def force_each_code(model: Any, processing_class: Any, row: dict[str, Any], max_
     inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, [row]).items()}
     ends = end_tokens(model, tokenizer, {})
     options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "eos_token_id": ends}
-    options |= {"action_do_sample": False, "return_dict_in_generate": True}
+    options |= {"action_do_sample": False, "output_cache": False, "return_dict_in_generate": True}
     count, start = model.config.num_codes, inputs["input_ids"].shape[1]
     codes = torch.arange(count, device=model.device)[:, None]
     with evaluation_mode(model):

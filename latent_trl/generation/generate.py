@@ -4,12 +4,20 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-from transformers import Cache, DynamicCache, GenerationConfig, LogitsProcessorList, StaticCache
+from transformers import (
+    Cache,
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessorList,
+    StaticCache,
+    StoppingCriteriaList,
+)
 
 from .action_law import ActionLaw
 from .cache_name import CACHE_NAME, rename_cache
 from .choice import ActionChoice
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
+from .ended_rows import EndedRows
 from .exclusive import exclusive
 from .output import LatentActionGenerateOutput
 from .rollout_hook import POLICY_LAYERS, RolloutHook
@@ -37,6 +45,7 @@ class LatentActionGenerationMixin:
         forced_action_ids: torch.Tensor | None = None,
         action_generator: torch.Generator | None = None,
         output_context_states: bool = False,
+        output_cache: bool = True,
         cuda_graphs: bool | None = None,
         **kwargs,
     ) -> torch.Tensor | LatentActionGenerateOutput:
@@ -45,7 +54,8 @@ class LatentActionGenerationMixin:
 
         Takes what transformers' `generate` takes (batches padded on the left, images, lengths, stopping criteria,
         streamers, logits processors on the token choice, caches). Vision placeholders are never generated. With
-        `num_return_sequences` a prompt is encoded once, where the cache is a dynamic or a static one.
+        `num_return_sequences` a prompt is encoded once, where the cache is a dynamic or a static one. Rows whose text
+        has ended leave the batch, where the cache is of these kinds, not passed in and not to be returned.
 
         What is passed, as arguments or in a `generation_config`, counts or is refused by name. Of the model's own
         `generation_config`, the backbone's, what would change the most likely token (`repetition_penalty`,
@@ -66,6 +76,8 @@ class LatentActionGenerationMixin:
             forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
             action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
             output_context_states (`bool`, defaults to `False`): Also return states and positions.
+            output_cache (`bool`, defaults to `True`): Also return the cache, where `return_dict_in_generate=True`. It
+                holds all rows, so all are computed until the last text has ended: without it mixed lengths take less.
             cuda_graphs (`bool`, *optional*): Record a step of text model and policy as CUDA graphs, and replay them for
                 the rest of the text, with a static cache: the same law, several times as fast where the host's launches
                 are the limit. By default wherever it can be done and the text may have at least 16 tokens.
@@ -108,6 +120,7 @@ class LatentActionGenerationMixin:
         _check_past(inputs.get(CACHE_NAME), output_context_states or copies > 1)
         graphed = self._settle_cuda_graphs(cuda_graphs, config, inputs, input_ids.shape[1])
         options = {"keep_states": output_context_states, "graphed": graphed, "logits_processor": logits_processor}
+        options["keep_cache"] = (return_dict and output_cache) or inputs.get(CACHE_NAME) is not None
         with exclusive(self.backbone):
             result = self._roll_out(input_ids, inputs, config, choice, forced, **options)
         return result if return_dict else result.sequences
@@ -121,6 +134,7 @@ class LatentActionGenerationMixin:
         forced: torch.Tensor | None,
         keep_states: bool,
         graphed: bool,
+        keep_cache: bool,
         **options,
     ) -> LatentActionGenerateOutput:
         """The backbone's own `generate` with the hooks that choose codes, and what they recorded."""
@@ -129,6 +143,10 @@ class LatentActionGenerationMixin:
             inputs["position_ids"] = self.backbone_view.positions(input_ids, **inputs)
         inputs, input_ids = shared.tiled_inputs(inputs, input_ids.shape), shared.tiled(input_ids)
         choice.forced = shared.in_tiles(forced)
+        # transformers puts padding behind a text that has ended only where there is a token for its end.
+        leave = not keep_cache and not graphed and config.eos_token_id is not None
+        criteria = StoppingCriteriaList(inputs.get("stopping_criteria") or [])
+        ended = EndedRows(len(input_ids), _names_by_row(inputs), _end_token_ids(config), criteria)
         hook = RolloutHook(
             self,
             choice,
@@ -136,19 +154,23 @@ class LatentActionGenerationMixin:
             self.has_image(input_ids),
             keep_states=keep_states,
             shared=shared,
+            ended=ended,
             cuda_graphs=graphed,
         )
         with ExitStack() as hooks:
             hooks.enter_context(without_own_defaults(self.backbone))
             hooks.enter_context(shared.attached(self.backbone_view.base))
             hooks.enter_context(hook.attached(self.backbone_view.decoder))
+            if leave:
+                hooks.enter_context(ended.attached(self.backbone))
+                inputs["stopping_criteria"] = StoppingCriteriaList([ended])
             output = self.backbone.generate(input_ids, generation_config=config, **options, **inputs)
         result = LatentActionGenerateOutput(
             sequences=output.sequences,
             **hook.result(output.sequences, input_ids.shape[1]),
             scores=output.scores,
             logits=output.logits,
-            cache=output.get(CACHE_NAME),
+            cache=output.get(CACHE_NAME) if keep_cache else None,
         )
         shared.restore_order(result)
         return result
@@ -244,10 +266,24 @@ def _check_positions(length: int, limit: int | None) -> None:
         )
 
 
+def _end_token_ids(config: GenerationConfig) -> list[int]:
+    ends = config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+
+
+def _names_by_row(inputs: dict[str, Any]) -> set[str]:
+    """Inputs of the backbone that have a row for each text, in each call."""
+    shape = inputs["attention_mask"].shape
+    return {"input_ids", "position_ids"} | {
+        name
+        for name, value in inputs.items()
+        if isinstance(value, torch.Tensor) and value.ndim in (2, 4) and value.shape[:2] == shape
+    }
+
+
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     """As transformers infers it: everything counts but padding, where padding can be told from the end of a text."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    if config.pad_token_id is None or config.pad_token_id in ends:
+    if config.pad_token_id is None or config.pad_token_id in _end_token_ids(config):
         return torch.ones_like(input_ids)
     return (input_ids != config.pad_token_id).long()
 

@@ -10,7 +10,8 @@ from transformers.utils import ModelOutput
 @dataclass
 class LatentActionGenerateOutput(ModelOutput):
     """
-    What [`LatentActionModel.generate`] returns with `return_dict_in_generate=True`.
+    What [`LatentActionModel.generate`] returns with `return_dict_in_generate=True`. Behind the end of a text, where
+    `sequences` holds padding, entries of the other tensors mean nothing.
 
     Args:
         sequences (`torch.Tensor`): `[B, P+C]` prompt and completion ids.
@@ -23,7 +24,8 @@ class LatentActionGenerateOutput(ModelOutput):
         context_states (`torch.Tensor`, *optional*): `[B, P+C-1, d]`, what the policy and the world model read.
         position_ids (`torch.Tensor`, *optional*): Position ids of the context states, batch first.
         scores, logits: Of the token choice, as transformers returns them.
-        cache (`Cache`, *optional*): Backbone's and policy's layers in one cache; also read as `past_key_values`.
+        cache (`Cache`, *optional*): Unless `output_cache=False`: backbone's and policy's layers in one cache; also read
+            as `past_key_values`.
     """
 
     sequences: torch.Tensor | None = None

@@ -12,6 +12,7 @@ from transformers.masking_utils import create_masks_for_generate
 from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
+from .ended_rows import EndedRows
 from .shared_prefill import SharedPrefill
 
 POLICY_LAYERS = "latent_action_policy_layers"
@@ -31,6 +32,7 @@ class RolloutHook:
         has_image (`torch.Tensor`): Boolean `[B, P]`, whether the prompt has an image at or before a position.
         keep_states (`bool`): Whether context states are kept.
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
+        ended (`EndedRows`): Which rows are in the forward.
         cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
     """
 
@@ -42,6 +44,7 @@ class RolloutHook:
         has_image: torch.Tensor,
         keep_states: bool,
         shared: SharedPrefill,
+        ended: EndedRows,
         cuda_graphs: bool = False,
     ):
         self.model = model
@@ -51,6 +54,7 @@ class RolloutHook:
         self.has_image = has_image
         self.keep_states = keep_states
         self.shared = shared
+        self.ended = ended
         self.cuda_graphs = cuda_graphs
         self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
         self.policy_cache: Cache | None = None
@@ -91,16 +95,18 @@ class RolloutHook:
                 states = self.shared.tiled(states)
                 if position_ids is not None and position_ids.shape[-2] == rows:
                     position_ids = self.shared.tiled(position_ids, dim=-2)
-        action_ids, log_probs, support = self.choice.choose(logits, step)
+        action_ids, log_probs, support = self.choice.choose(self.ended.of_all(logits), step)
         self.action_ids.append(action_ids)
         self.log_probs.append(log_probs)
         if support is not None:
             self.supports.append(support)
         if self.keep_states:
-            self.states.append(states)
+            self.states.append(self.ended.of_all(states))
             if position_ids is not None:
-                self.position_ids.append(position_ids)
-        merged = self.model.merge(last, self.model.codebook(action_ids)[:, None]).to(hidden.dtype)
+                one_for_all = bool(self.position_ids) and self.position_ids[0].shape[-2] == 1
+                self.position_ids.append(position_ids if one_for_all else self.ended.of_all(position_ids, dim=-2))
+        codes = self.model.codebook(self.ended.of_present(action_ids))
+        merged = self.model.merge(last, codes[:, None]).to(hidden.dtype)
         if hidden.shape[1] > 1:
             merged = torch.cat([hidden[:, :-1], merged], dim=1)
         output["last_hidden_state"] = merged
@@ -120,7 +126,7 @@ class RolloutHook:
 
     def _seen(self, step: int, rows: int, length: int) -> torch.Tensor:
         """`has_image` `[rows, length]` of the new states: no placeholder is generated, so it stays what it came to."""
-        last = self.has_image[:rows, -1:]
+        last = self.ended.of_present(self.has_image[:, -1:])[:rows]
         if length == 1:
             return last
         return torch.cat([self.has_image[:rows], last.expand(-1, step)], dim=1)[:, -length:]
@@ -133,7 +139,7 @@ class RolloutHook:
             return of_text_model
         mask = None
         if self.padded:
-            mask = self.attention_mask[:rows]
+            mask = self.ended.of_present(self.attention_mask)[:rows]
             mask = torch.cat([mask, mask.new_ones(rows, step)], dim=1)
         if not self.cuda_graphs or length > 1:
             return mask

@@ -6,9 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers import Cache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from .cuda_graphs import MixedStaticLayer
+from .cache_rows import has_rows, pick_rows, rows_of_input
 from .output import LatentActionGenerateOutput
 
 
@@ -29,8 +28,7 @@ class SharedPrefill:
     def __init__(self, rows: int, copies: int, cache: Cache | None):
         self.rows = rows
         self.copies = copies
-        plain = (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, MixedStaticLayer)
-        self.once = copies > 1 and cache is not None and all(type(layer) in plain for layer in cache.layers)
+        self.once = copies > 1 and cache is not None and has_rows(cache)
         self.names = {"input_ids", "attention_mask", "position_ids"}
         self.pending = False
 
@@ -79,8 +77,9 @@ class SharedPrefill:
         def cut(module, args, kwargs):
             handle.remove()
             self.pending = True
-            by_row = {k: self._first_tile(v) for k, v in kwargs.items() if k in self.names}
-            return tuple(ids[: self.rows] for ids in args), {**kwargs, **by_row}
+            first = slice(self.rows)
+            by_row = {k: rows_of_input(v, first) for k, v in kwargs.items() if k in self.names}
+            return tuple(ids[first] for ids in args), {**kwargs, **by_row}
 
         handle = base.register_forward_pre_hook(cut, with_kwargs=True)
         try:
@@ -88,19 +87,8 @@ class SharedPrefill:
         finally:
             handle.remove()
 
-    def _first_tile(self, value: torch.Tensor | dict | None) -> torch.Tensor | dict | None:
-        """Rows lie on the last axis but one, and on the first in the masks `[B, 1, P, L]` of a static cache."""
-        if value is None:
-            return None
-        if isinstance(value, dict):
-            return {name: self._first_tile(mask) for name, mask in value.items()}
-        return value[: self.rows] if value.ndim == 4 else value[..., : self.rows, :]
-
     def copy_cache(self, cache: Cache | None) -> None:
         """Copies the first tile's cache for the others, once. A model without one reads all tiles at its next step."""
-        rows = torch.arange(self.rows).repeat(self.copies)
-        for layer in () if cache is None else cache.layers:
-            layer.reorder_cache(rows)
-            if isinstance(layer, StaticLayer):
-                layer.batch_size = len(rows)
+        if cache is not None:
+            pick_rows(cache, torch.arange(self.rows).repeat(self.copies))
         self.pending = False

@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+from accelerate.utils import align_module_device
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import ModelOutput
 
 from .adapter import plain_names
+from .blank_picture import BlankPicture
 
 VISION_TOKEN_FIELD = re.compile(r"^(image|video)_token_(id|index)$")
 
@@ -53,6 +55,32 @@ def _keep_unpacked(model: PreTrainedModel) -> None:
     if layers and model.device.type == "cpu":
         # Those that were packed before are unpacked for a state dict.
         model.state_dict()
+
+
+def _check_at_hand(model: PreTrainedModel) -> None:
+    """Raises `ValueError` where tensors that are needed now are elsewhere: offloaded, or sharded by ZeRO-3."""
+    if model.device.type == "meta":
+        raise ValueError(
+            "The first tensors of `backbone` are offloaded, so no device can be told by them. Give its input embedding "
+            "and its vision tower a device in `device_map`; layers behind them may be offloaded."
+        )
+    sharded = next((name for name, p in model.named_parameters() if "ds_numel" in vars(p)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"`backbone` is sharded by ZeRO-3 already ({sharded!r} has no elements here), as transformers makes models "
+            "once a trainer's arguments are there. Load it before those, or give the trainer the checkpoint's name."
+        )
+
+
+@contextmanager
+def _at_hand(model: PreTrainedModel, name: str, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The values of a tensor of the model's state dict, fetched where accelerate has offloaded them."""
+    if not tensor.is_meta:
+        yield tensor
+        return
+    module, _, own = name.rpartition(".")
+    with align_module_device(model.get_submodule(module), torch.device("cpu")):
+        yield getattr(model.get_submodule(module), own)
 
 
 def _text_model(model: PreTrainedModel) -> PreTrainedModel:
@@ -99,12 +127,15 @@ class Backbone:
                 "that the decoder reads. Pass a model of the decoder alone (`AutoModelForCausalLM`, "
                 "`AutoModelForImageTextToText`)."
             )
+        _check_at_hand(model)
         self.model = model
         self.decoder = _text_model(model)
         self.base = model.base_model
         self.text_config = model.config.get_text_config(decoder=True)
         self.hidden_size: int = self.text_config.hidden_size
         self.vision_token_ids = vision_token_ids(model.config)
+        # Set by who trains on several processes that shard the tensors.
+        self.blank_picture: BlankPicture | None = None
         _keep_unpacked(model)
         self.before_head = self.base
         self.final_norm, self.state_rms, self.plain_head = self._probe()
@@ -215,11 +246,13 @@ class Backbone:
                 for which the head is run on the last position.
             inputs: Further inputs of the model, such as `pixel_values`, or `position_ids` to impose.
         """
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.blank_picture is not None and self.blank_picture.is_needed(inputs):
+            return self._encode_with_blank(input_ids, attention_mask, completion_mask, with_aux_loss, inputs)
         types = inputs.get("token_type_ids")
         if completion_mask is not None and types is not None:
             inputs["token_type_ids"] = types.masked_fill(completion_mask.bool() & (types == 0), self.completion_type)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
         if inputs.get("position_ids") is None:
             inputs["position_ids"] = self.positions(input_ids, attention_mask, **inputs)
         shared = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False, **inputs}
@@ -229,6 +262,19 @@ class Backbone:
                 return replace(calls[-1], aux_loss=aux_loss)
             self.base(**shared)
         return calls[-1]
+
+    def _encode_with_blank(self, input_ids, attention_mask, completion_mask, with_aux_loss, inputs) -> DecoderCall:
+        """[`encode`] of a batch of text with a blank picture's row below it, which is taken off again."""
+        assert self.blank_picture is not None
+        (rows, length), inputs = input_ids.shape, dict(inputs)
+        # Text is no prompt to be read both ways.
+        inputs["completion_mask"] = torch.ones_like(input_ids) if completion_mask is None else completion_mask
+        ids, mask, inputs = self.blank_picture.below(input_ids, attention_mask, inputs)
+        call = self.encode(ids, mask, with_aux_loss=with_aux_loss, **inputs)
+        positions = call.position_ids
+        if positions is not None:
+            positions = positions[..., :rows, :length] if positions.shape[-2] > 1 else positions[..., :length]
+        return replace(call, states=call.states[:rows, :length], position_ids=positions)
 
     @cached_property
     def completion_type(self) -> int:
@@ -257,12 +303,13 @@ class Backbone:
             return None
         digest = hashlib.sha256()
         plain = plain_names(self.model)
-        named = {plain[name]: tensor for name, tensor in self.model.state_dict().items() if name in plain}
-        for name, tensor in sorted(named.items()):
+        named = {plain[name]: (name, tensor) for name, tensor in self.model.state_dict().items() if name in plain}
+        for name, (own, tensor) in sorted(named.items()):
             if not tensor.is_floating_point() or not tensor.numel():
                 continue
             step = max(1, tensor.numel() // 64)
-            sample = tensor.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
+            with _at_hand(self.model, own, tensor) as values:
+                sample = values.detach().reshape(-1)[::step][:64].float().cpu().contiguous()
             digest.update(f"{name}{tuple(tensor.shape)}".encode())
             digest.update(sample.to(through).to(torch.bfloat16).view(torch.int16).numpy().tobytes())
         return digest.hexdigest()

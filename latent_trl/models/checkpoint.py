@@ -40,6 +40,7 @@ from ..checkpoint.files import (
 from ..hub.push import push_model
 from .adapter import BackboneAdapter, check_adapter_config, load_adapter, plain_names, read_adapter, tensors_of
 from .component import whole_tensors
+from .whole_loading import loaded_whole
 
 
 def package_versions() -> dict[str, str]:
@@ -289,7 +290,8 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(name_or_path, **hub)
     is_vlm = type(config) in AutoModelForImageTextToText._model_mapping
     auto = AutoModelForImageTextToText if is_vlm else AutoModelForCausalLM
-    return auto.from_pretrained(name_or_path, **kwargs)
+    with loaded_whole():
+        return auto.from_pretrained(name_or_path, **kwargs)
 
 
 def _check_known(name_or_path: str, hub: dict[str, Any]) -> None:

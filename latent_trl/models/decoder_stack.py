@@ -6,6 +6,7 @@ from transformers import AutoModel, Cache, DynamicCache, PreTrainedConfig, Stati
 
 from ..checkpoint.configuration import PLAIN_DECODER, LatentActionConfig
 from ..generation.cache_name import CACHE_NAME
+from .whole_loading import loaded_whole
 
 
 class DecoderStack(nn.Module):
@@ -28,7 +29,8 @@ class DecoderStack(nn.Module):
         self.input = nn.Identity()
         if self.hidden_size != input_size:
             self.input = nn.Linear(input_size, self.hidden_size, bias=False)
-        self.decoder = AutoModel.from_config(text_config)
+        with loaded_whole():
+            self.decoder = AutoModel.from_config(text_config)
         # The states are its input: there is nothing to embed.
         self.decoder.set_input_embeddings(nn.Identity())
 

@@ -99,7 +99,6 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         for name, component in (components or {}).items():
             setattr(self, name, component)
         self.generation_config = copy.deepcopy(backbone.generation_config)
-        self._no_split_modules = list(getattr(backbone, "_no_split_modules", None) or [])
         tied = getattr(backbone, "all_tied_weights_keys", None) or {}
         self.all_tied_weights_keys = {f"backbone.{k}": f"backbone.{v}" for k, v in tied.items()}
         backbone.requires_grad_(False)
@@ -167,6 +166,17 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         component = component.to(dtype=_float_dtype(self.backbone), device=self.backbone.device)
         setattr(self, name, component)
         return component
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """
+        Classes of the layers that FSDP gathers one at a time: those of the text model, the policy and the inverse
+        dynamics model. A backbone lists classes that it may not have, and FSDP refuses those. Its vision tower's are
+        left out: that is gathered as a whole, so a process whose batch has no picture keeps nobody waiting.
+        """
+        stacks = [part.decoder_stack.decoder for part in (self.policy, self.inverse_dynamics) if part is not None]
+        listed = {name for model in (self.backbone, *stacks) for name in model._no_split_modules or ()}
+        return sorted(listed & {type(m).__name__ for part in (self.get_decoder(), *stacks) for m in part.modules()})
 
     def require(self, *names: str) -> None:
         """Raises `ValueError` unless every named component is there."""

@@ -35,6 +35,12 @@ def spoken_laws(model, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return said, -total.log(), laws
 
 
+def mixture_law(laws: torch.Tensor, sureness: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    r"""Probabilities `[M, V]` of the next token, \\( \sum_a \pi(a \mid s) \, p(x \mid s, a) \\), when codes are drawn
+    by `probs` `[M, K]`; `laws` and `sureness`, the log-probabilities, are those of [`spoken_laws`]."""
+    return ((probs * sureness.exp())[:, None] @ laws).squeeze(1)
+
+
 @torch.no_grad()
 def spoken_log_probs(model, states: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-probabilities `[M, K, N]` of `tokens` `[M, N]` under each code in `states` `[M, d]`, float32, and the most

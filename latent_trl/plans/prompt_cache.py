@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from transformers import Cache, DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from ..generation.cache_name import CACHE_NAME
+from ..generation.cache_rows import has_rows, pick_rows
 from ..models.backbone import Backbone
 
 
@@ -53,7 +53,7 @@ class PromptCache:
             ValueError: For a backbone whose cache cannot be copied row by row.
         """
         cache = DynamicCache(config=view.text_config)
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
+        if not has_rows(cache):
             kinds = sorted({type(layer).__name__ for layer in cache.layers})
             raise ValueError(
                 f"`backbone` ({type(view.model).__name__}) keeps {', '.join(kinds)} in its cache, which cannot be "
@@ -71,7 +71,7 @@ class PromptCache:
         """A copy of the rows at `index` `[N]`, each as often as it is named."""
         index = index.to(self.attention_mask.device)
         cache = copy.deepcopy(self.cache)
-        cache.reorder_cache(index)
+        pick_rows(cache, index)
         positions = self.position_ids
         # Rows are on the last axis but one; some models make one row of positions for all.
         if positions.shape[-2] == len(self):

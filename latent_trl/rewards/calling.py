@@ -4,7 +4,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .conversation import completion_text, prompt_text
 from .event_loop import run_together
 from .guard import named_when_slow, own_copy, process_as_it_was
 from .reward_model import RewardModelReward
+from .time_limit import OverTime, call_within, check_timeout
 
 logger = logging.get_logger(__name__)
 
@@ -49,9 +50,14 @@ class RewardCaller:
             What NaN, infinities and numbers beyond float32 are: `"stop"` for an error, `"skip"` for `None` and a
             warning.
         device (`str` or `torch.device`, defaults to `"cpu"`): Of the rewards, and of the reward models.
+        timeout (`float`, *optional*):
+            Seconds that a function may take for a batch, after which it is an error. An async function is cancelled; a
+            plain one runs in a thread, which is left behind. Reward models are waited for.
+        timeout_name (`str`, defaults to `"timeout"`): What errors call it.
 
     Raises:
-        ValueError: For lists of unequal lengths, an unknown `on_nonfinite`, or a model without a tokenizer.
+        ValueError: For lists of unequal lengths, an unknown `on_nonfinite`, a `timeout` that is not above 0, or a
+            model without a tokenizer.
 
     Example:
 
@@ -70,7 +76,11 @@ class RewardCaller:
         chat_template_kwargs: dict[str, Any] | None = None,
         on_nonfinite: str = "stop",
         device: str | torch.device = "cpu",
+        timeout: float | None = None,
+        timeout_name: str = "timeout",
     ):
+        check_timeout(timeout_name, timeout)
+        self.timeout, self.timeout_name = timeout, timeout_name
         if on_nonfinite not in ("stop", "skip"):
             raise ValueError(f"`on_nonfinite` must be 'stop' or 'skip', got {on_nonfinite!r}.")
         functions = list(functions) if isinstance(functions, (list, tuple)) else [functions]
@@ -90,6 +100,11 @@ class RewardCaller:
             for function, name, tokenizer in zip(functions, self.names, processing_classes, strict=True)
         ]
         self._error: RewardError | None = None
+
+    @classmethod
+    def of(cls, reward: Any) -> "RewardCaller":
+        """`reward`, if it is a caller, or one of that function."""
+        return reward if isinstance(reward, cls) else cls(reward)
 
     def _model_reward(self, model: nn.Module, name: str, tokenizer: Any, chat_template_kwargs: Any) -> Callable:
         if tokenizer is None:
@@ -163,7 +178,7 @@ class RewardCaller:
             if name in columns:
                 raise ValueError(f"The column {name!r} has the name of an argument of reward functions. Rename it.")
         batch = _Batch(prompts, completions, completion_ids, columns, context)
-        outcomes = _call(self._functions, batch)
+        outcomes = self._call(range(len(self._functions)), batch)
         rewards = [self._checked(i, outcome, batch) for i, outcome in enumerate(outcomes)]
         self._warn_of_unscored(rewards, batch)
         return rewards
@@ -194,10 +209,18 @@ class RewardCaller:
 
     def _failure(self, index: int, error: BaseException, batch: "_Batch") -> RewardError:
         """The error of a function that raised, after one more call with the first sample alone."""
+        if isinstance(error, OverTime):
+            step = getattr(batch.context.get("trainer_state"), "global_step", None)
+            where = "" if step is None else f" at step {step}"
+            return RewardError(
+                f"{self._title(index)} has not returned within {self.timeout:g} s (`{self.timeout_name}`){where} on a "
+                f"batch of {len(batch)} samples, the first of which is {batch.sample(0)}. Nothing was learned from "
+                "the batch. A training goes on from its last checkpoint."
+            )
         what, alone = _words(error), ""
         # A model may be shared out over the processes, which then have to call it equally often.
         if len(batch) > 1 and not self._are_models[index]:
-            again = _call([self._functions[index]], batch.first())[0]
+            again = self._call([index], batch.first())[0]
             failed = isinstance(again, BaseException)
             alone = f", and {_words(again)} on the first alone" if failed else ", though not on the first of them alone"
             if failed and _words(again) == what:
@@ -208,6 +231,23 @@ class RewardCaller:
             f"{self._title(index)} raised {what} on a batch of {len(batch)} samples{alone}; the first is "
             f"{batch.sample(0)}."
         )
+
+    def _call(self, places: Iterable[int], batch: "_Batch") -> list[Any]:
+        """What functions return, or the exceptions that they raise. Plain ones run first, then all async together."""
+        places = list(places)
+        with process_as_it_was():
+            outcomes = []
+            for place in places:
+                limit = None if self._are_models[place] else self.timeout
+                with named_when_slow(self.names[place]):
+                    outcomes.append(_start(self._functions[place], batch.arguments(), limit))
+            waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
+            if waiting:
+                with named_when_slow(", ".join(self.names[places[i]] for i in waiting)):
+                    results = run_together([outcomes[i] for i in waiting], self.timeout)
+                for i, result in zip(waiting, results, strict=True):
+                    outcomes[i] = result
+        return outcomes
 
     def _numbers(self, index: int, answer: Any, batch: "_Batch") -> list[float]:
         count = len(batch)
@@ -296,26 +336,13 @@ def reward_name(function: Any) -> str:
     return getattr(function, "__name__", type(function).__name__)
 
 
-def _call(functions: list[Callable], batch: _Batch) -> list[Any]:
-    """What each function returns, or the exception that it raises. Plain ones run first, then all async together."""
-    with process_as_it_was():
-        outcomes = []
-        for function in functions:
-            with named_when_slow(reward_name(function)):
-                outcomes.append(_start(function, batch.arguments()))
-        waiting = [i for i, outcome in enumerate(outcomes) if inspect.isawaitable(outcome)]
-        if waiting:
-            with named_when_slow(", ".join(reward_name(functions[i]) for i in waiting)):
-                results = run_together([outcomes[i] for i in waiting])
-            for i, result in zip(waiting, results, strict=True):
-                outcomes[i] = result
-    return outcomes
-
-
-def _start(function: Callable, arguments: dict[str, Any]) -> Any:
-    try:
+def _start(function: Callable, arguments: dict[str, Any], seconds: float | None) -> Any:
+    def call() -> Any:
         outcome = function(**arguments)
         return list(outcome) if isinstance(outcome, Iterator) else outcome
+
+    try:
+        return call_within(seconds, call)
     except Exception as error:
         return error
 

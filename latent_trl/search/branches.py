@@ -85,6 +85,7 @@ class BranchDecoder:
             **self.settings,
             forced_action_ids=padded(forced),
             output_context_states=True,
+            output_cache=False,
             return_dict_in_generate=True,
         )
         found = candidates_of(output, inputs["input_ids"].shape[1], self.tokenizer, self.ends)

@@ -66,7 +66,7 @@ class Scorer:
     """Calls the reward function for a batch, each text of a prompt once, and fills in the rewards."""
 
     def __init__(self, reward: Callable[..., Any]):
-        self.caller = RewardCaller(reward)
+        self.caller = RewardCaller.of(reward)
         self.waiting: list[tuple[dict[str, Any], list[Candidate], dict[str, float | None]]] = []
 
     def add(self, row: dict[str, Any], candidates: list[Candidate], known: dict[str, float | None]) -> None:

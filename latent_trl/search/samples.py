@@ -28,7 +28,8 @@ def best_of_n(
         model (`LatentActionModel`): In any mode; it answers in evaluation mode.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         rows (`Dataset` or list): With `prompt`, `images` and the columns that the reward reads.
-        reward (`Callable`): A reward function of TRL's signature, sync or async. It sees each text of a prompt once.
+        reward (`Callable` or `RewardCaller`): A reward function of TRL's signature, sync or async. It sees each text of
+            a prompt once. A [`RewardCaller`] may have a time limit.
         n (`int`, defaults to `8`): Answers a prompt.
         max_new_tokens (`int`, defaults to `32`): Longest answer.
         batch_size (`int`, defaults to `64`): Answers decoded at once.
@@ -58,6 +59,7 @@ def best_of_n(
                 max_new_tokens=max_new_tokens,
                 **{**generate_kwargs, "action_do_sample": True, "eos_token_id": ends},
                 num_return_sequences=n,
+                output_cache=False,
                 return_dict_in_generate=True,
             )
             found = candidates_of(output, inputs["input_ids"].shape[1], tokenizer, ends)

@@ -38,7 +38,7 @@ def tree_search(
         model (`LatentActionModel`): In any mode; it answers in evaluation mode.
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         rows (`Dataset` or list): With `prompt`, `images` and the columns that the reward reads.
-        reward (`Callable`): A reward function of TRL's signature, sync or async. It sees each text of a prompt once.
+        reward (`Callable` or `RewardCaller`): As in [`best_of_n`].
         n (`int`, defaults to `8`): Answers a prompt; fewer where the tree has no more.
         max_new_tokens (`int`, defaults to `32`): Longest answer.
         batch_size (`int`, defaults to `64`): Prompts searched at once, one answer of each at a time.

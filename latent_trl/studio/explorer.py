@@ -111,6 +111,7 @@ class Explorer:
                 max_new_tokens=self.max_new_tokens,
                 return_dict_in_generate=True,
                 output_context_states=True,
+                output_cache=False,
                 streamer=streamer,
                 **options,
             )

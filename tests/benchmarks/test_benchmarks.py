@@ -10,6 +10,7 @@ import learn_step
 import measuring
 import pytest
 import rl_step
+import rollout
 import scaling
 import torch
 import trl
@@ -70,6 +71,17 @@ def test_learn_step(tmp_path):
     assert json.loads(path.read_text()) == result
     assert set(result["stages"]) == {"inverse_dynamics", "projector", "joint", "policy"}
     assert all(row["tokens_per_second"] > 0 and row["over_states"] > 0 for row in result["stages"].values())
+    assert all(math.isfinite(n) for n in numbers(result))
+
+
+def test_rollout(tmp_path):
+    path = tmp_path / "rollout.json"
+    sizes = ["--prompts", "2", "--generations", "4", "--completion-length", "6", "--shortest", "2"]
+    result = rollout.main(["--quick", "--repeats", "1", "--device", "cpu", *sizes, "--json", str(path)])
+    assert json.loads(path.read_text()) == result
+    for kind in ("equal", "mixed"):
+        assert {"own loop", "own loop, rows stay", "TRL's generate"} <= set(result["tokens_per_second"][kind])
+    assert "own loop over own loop, rows stay, mixed" in result["ratios"]
     assert all(math.isfinite(n) for n in numbers(result))
 
 

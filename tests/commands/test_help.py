@@ -31,6 +31,7 @@ print(json.dumps({"shown": shown, "seconds": time.perf_counter() - start, "modul
 TRAINING = {
     "learn": "LatentActionSpaceConfig",
     "sft": "LatentActionSFTConfig",
+    "distill": "LatentActionDistillationConfig",
     "grpo": "LatentActionGRPOConfig",
     "rloo": "LatentActionRLOOConfig",
     "ppo": "LatentActionPPOConfig",

@@ -105,7 +105,7 @@ def test_a_stage_can_run_alone(task, tmp_path, monkeypatch, capsys):
 @pytest.mark.distributed
 def test_two_processes_run_all_stages(server, checkpoint, tmp_path):
     """A stage begins when the files of the one before are whole, and one process evaluates."""
-    config = ROOT / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
+    config = ROOT / "examples" / "accelerate_configs" / "cpu" / "multi_gpu.yaml"
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config)]
     words = [str(SCRIPTS / "mmrole.py"), *words_for("mmrole", tmp_path, checkpoint, server)]
     ended = subprocess.run([*launch, *words], capture_output=True, text=True, timeout=300)

@@ -60,6 +60,28 @@ def test_sft_saves_an_adapter(checkpoint, tmp_path):
     assert adapter["r"] == 4
 
 
+def test_distill_gives_a_plain_model_and_says_what_is_kept(checkpoint, tmp_path, capsys):
+    words = ["distill", checkpoint, f"{SHAPES}:shape_questions", "--output", str(tmp_path / "o"), "--merge_adapter"]
+    words += ["--dataset_train_split", "rl", "--max_steps", "1", "--per_device_train_batch_size", "4"]
+    words += ["--max_completion_length", "4", "--reward_funcs", "exact_match"]
+    assert main([*words, *COMMON]) == 0
+    assert "What is kept" in capsys.readouterr().out
+    kept = json.loads((tmp_path / "o" / "what_is_kept.json").read_text())
+    assert list(kept) == ["latent policy", "plain model", "backbone before"]
+    assert all(0 <= figures["reward/exact_match"] <= 1 for figures in kept.values())
+    assert (tmp_path / "o" / "config.json").is_file() and (tmp_path / "o" / "chat_template.jinja").is_file()
+    assert not (tmp_path / "o" / "latent_action_config.json").exists()
+
+
+def test_distill_takes_model_and_data_without_options():
+    from latent_trl.commands.distill import with_options
+
+    named = ["--model_name_or_path", "a", "--dataset_name", "b"]
+    assert with_options(["a", "b", "--output", "c"]) == [*named, "--output_dir", "c"]
+    assert with_options(["a", "--dataset_name=b", "--output=c"]) == [*named[:2], "--dataset_name=b", "--output_dir=c"]
+    assert with_options(["--config", "run.yaml"]) == ["--config", "run.yaml"]
+
+
 def test_an_error_is_one_block_unless_debug(checkpoint, capsys):
     words = ["grpo", "--model_name_or_path", checkpoint, "--dataset_name", "none.json", "--reward_funcs", "exact_match"]
     assert main(words) == 1

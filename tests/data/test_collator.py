@@ -213,6 +213,27 @@ BAD_ROWS = {
     "an unreadable image": ({"messages": GOOD, "images": [b"xyz"]}, "3 bytes cannot be read as an image"),
     "a path and no root": ({"messages": GOOD, "image": "x.png"}, "no `image_root` says where"),
     "a URL": ({"messages": GOOD, "images": ["https://example.com/x.png"]}, "is a URL"),
+    "a video": ({"messages": GOOD, "videos": ["a.mp4"]}, r"has \['videos'\], and images alone are read"),
+    "a sound": ({"prompt": "a", "completion": "b", "audio": b"x"}, r"has \['audio'\], and images alone"),
+    "a message of weight 0": (
+        {"messages": [*GOOD, GOOD[0], {**GOOD[1], "weight": 0}]},
+        r"message 3 is not to be learned, by its \['weight'\], .*`completion`",
+    ),
+    "a message without loss": ({"messages": [GOOD[0], {**GOOD[1], "loss": False}]}, r"by its \['loss'\]"),
+    "a call that the template leaves out": (
+        {"messages": [GOOD[0], {**GOOD[1], "tool_calls": [{"type": "function", "function": {"name": "look"}}]}]},
+        "leaves out text of the role 'assistant', which begins 'look'",
+    ),
+    "reasoning that the template leaves out": (
+        {"messages": [GOOD[0], {**GOOD[1], "reasoning_content": "since it is so"}]},
+        "leaves out text of the role 'assistant', which begins 'since it is so'",
+    ),
+    "an image's place of another model": (
+        {"messages": [says("user", "<|image_pad|>a"), GOOD[1]], "images": [PICTURE]},
+        "holds '<|image_pad|>', which this backbone would read as a word".replace("|", r"\|"),
+    ),
+    "a numbered place": ({"messages": [says("user", "a <|image_1|>"), GOOD[1]], "images": [PICTURE]}, "image_1"),
+    "Pixtral's place": ({"messages": [says("user", "[IMG]a"), GOOD[1]], "images": [PICTURE]}, r"holds '\[IMG\]'"),
     "a visual token as text": (
         {"messages": [says("user", "see <image>"), GOOD[1]]},
         "message 0 holds the visual token",

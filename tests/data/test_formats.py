@@ -125,6 +125,12 @@ def test_a_converted_row_stays_as_it_is():
         assert convert_row(once) == once
 
 
+def test_alpacas_history_comes_before():
+    row = convert_row({"instruction": "c", "output": "d", "history": [["a", "b"]], "system": "s"})
+    said = [(message["role"], message["content"][0]["text"]) for message in row["prompt"]]
+    assert said == [("system", "s"), ("user", "a"), ("assistant", "b"), ("user", "c")]
+
+
 def test_arrow_takes_converted_rows_of_unlike_kinds():
     rows = Dataset.from_list([convert_row({**ROWS[name][0], "images": None}) for name in ("openai", "alpaca")])
     assert len(rows) == 2
@@ -152,6 +158,15 @@ WRONG = {
     "two pictures in a part": (
         {"messages": turns([{"type": "image", "image": RED, "url": "a.png"}])},
         r"has an image part with \['image', 'url'\]",
+    ),
+    "a history of no pairs": ({"instruction": "a", "output": "b", "history": ["c"]}, "`history` must hold pairs"),
+    "two conversations": (
+        {"messages": turns("a"), "conversations": [{"from": "human", "value": "b"}, {"from": "gpt", "value": "c"}]},
+        "has both `conversations` and `messages`",
+    ),
+    "marks of objects": (
+        {"messages": turns("find <ref-object>", "<bbox>"), "objects": {"ref": ["a"], "bbox": [[1, 2, 3, 4]]}},
+        "has marks of `objects`",
     ),
     "numbers in alpaca": ({"instruction": 1, "output": "a"}, "must be texts"),
 }

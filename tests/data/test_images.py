@@ -80,8 +80,28 @@ def test_floating_point_pictures():
     assert np.array_equal(np.asarray(load_image(Image.fromarray(values)))[..., 0], [[0, 127], [255, 51]])
     wide = load_image(Image.fromarray(values * 4000 - 1000))
     assert np.array_equal(np.asarray(wide)[..., 0], [[0, 127], [255, 51]])
+    assert load_image(Image.fromarray(np.full((2, 2), 128.0, np.float32))).getpixel((0, 0)) == (128,) * 3
+    assert load_image(Image.fromarray(np.float32([[100.0, 150.0]]))).getpixel((1, 0)) == (150,) * 3
+    assert load_image(Image.fromarray(np.float32([[0.0, 52428.0]]))).getpixel((1, 0)) == (204,) * 3
     with pytest.raises(ImageError, match="not finite"):
         load_image(Image.fromarray(np.array([[np.nan, 1.0]], dtype=np.float32)))
+
+
+def test_integers_of_32_bits_have_the_range_that_holds_them():
+    for values, wanted in (([100, 200], [100, 200]), ([0, 52428], [0, 204]), ([-100, 100], [0, 255])):
+        assert np.asarray(load_image(Image.fromarray(np.int32([values]))))[0, :, 0].tolist() == wanted
+    dark = load_image(encoded(Image.fromarray(np.full((2, 2), 200, np.uint16))))
+    assert dark.getpixel((0, 0)) == (0,) * 3
+
+
+def test_sixteen_bits_of_colour_keep_it():
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    line = b"\0" + struct.pack(">HHHH", 51400, 7710, 10280, 65535) * 2
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 2, 2, 16, 6, 0, 0, 0))
+    data = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(line * 2)) + chunk(b"IEND", b"")
+    assert load_image(data).getpixel((1, 1)) == (200, 30, 40)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV"])
@@ -172,6 +192,44 @@ def test_values_that_are_no_pictures(value):
         load_image(value)
 
 
+def test_a_text_that_is_no_path_is_not_printed():
+    payload = base64.b64encode(encoded(Image.effect_noise((64, 64), 90))).decode()
+    with pytest.raises(ImageError, match="^A text of [0-9]+ characters is no path.*data URL") as caught:
+        load_image(payload, ".")
+    assert payload[:20] not in str(caught.value)
+
+
+def test_a_picture_without_a_pixel():
+    with pytest.raises(ImageError, match="no pixels: 0×5"):
+        load_image(Image.new("RGB", (0, 5)))
+
+
+def test_the_reason_is_the_same_each_time():
+    """It names no address in memory, so that a row is listed once."""
+    with pytest.raises(ImageError, match="its format is unknown") as caught:
+        load_image(b"version https://git-lfs.github.com/spec/v1")
+    assert "0x" not in str(caught.value)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_of_exif(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = np.asarray(load_image(encoded(gradient(), "PNG", exif=exif)))
+    own = np.asarray(gradient())
+    upright = {
+        1: own,
+        2: own[:, ::-1],
+        3: own[::-1, ::-1],
+        4: own[::-1],
+        5: own.swapaxes(0, 1),
+        6: own[::-1].swapaxes(0, 1),
+        7: own[::-1, ::-1].swapaxes(0, 1),
+        8: own[:, ::-1].swapaxes(0, 1),
+    }
+    assert np.array_equal(turned, upright[orientation])
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_what_is_transparent_becomes_white(mode):
     image = Image.new("RGBA", (4, 4), (0, 0, 0, 0))
@@ -188,6 +246,7 @@ def test_what_is_transparent_becomes_white(mode):
 def test_data_urls():
     url = "data:image/png;base64," + base64.b64encode(encoded(gradient())).decode()
     assert np.array_equal(load_image(url), gradient())
+    assert np.array_equal(load_image(url.replace("data:image/png;base64", "DATA:image/png;BASE64")), gradient())
     for broken, message in (
         (url[:-5] + "?", "no base64"),
         (url.replace(";base64", ""), "not in base64"),

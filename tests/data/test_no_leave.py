@@ -140,35 +140,90 @@ def test_the_judge_opens_neither(secret):
     assert not touched
 
 
-@pytest.mark.parametrize("kind", ["images", "a column that datasets decodes"])
-def test_trainers_open_neither_and_say_so_before_the_first_step(secret, kind, tmp_path):
-    from latent_trl import (
-        LatentActionGRPOConfig,
-        LatentActionGRPOTrainer,
-        LatentActionSFTConfig,
-        LatentActionSFTTrainer,
+def one(completions, **columns):
+    return [1.0] * len(completions)
+
+
+RL = {"per_device_train_batch_size": 2, "max_completion_length": 2}
+TRAINERS = {
+    "Space": {"stages": ["inverse_dynamics"], "inverse_dynamics_max_steps": 1},
+    "SFT": {},
+    "GRPO": {**RL, "num_generations": 2},
+    "RLOO": {**RL, "num_generations": 2},
+    "PPO": RL,
+    "PlanSpace": {"max_completion_length": 2, "answers_per_prompt": 3},
+    "PlanBandit": {"max_completion_length": 2, "rollout_prompts": 2},
+}
+
+
+def trainer_of(name: str, folder, rows, evaluated=None, **options):
+    import latent_trl
+
+    plans = name.startswith("Plan")
+    prefix = name if plans else f"LatentAction{name}"
+    shared = {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+    args = getattr(latent_trl, f"{prefix}Config")(str(folder), **shared, **TRAINERS[name], **options)
+    model, own = latent("llava")
+    if plans:
+        model = latent_trl.PlanModel(own.model, latent_trl.PlanConfig(num_plans=4, depth=1, rank=2))
+    else:
+        model.config.stage = "policy"
+    rewards = {} if name in ("Space", "SFT", "PlanSpace") else {"reward_funcs": one}
+    return getattr(latent_trl, f"{prefix}Trainer")(
+        model, args=args, train_dataset=rows, eval_dataset=evaluated, processing_class=own.processor, **rewards
     )
 
-    options = {"use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True, "max_steps": 1}
+
+@pytest.mark.parametrize("name", TRAINERS)
+def test_trainers_open_neither_and_say_so_before_the_first_step(name, secret, tmp_path):
+    fine = Dataset.from_list([{"prompt": USER, "completion": SAID, "reference": "red"}] * 4)
+    evaluates = {"eval_strategy": "no"} if name == "PlanSpace" else {}
     for cell in (secret, URL):
-        rows = ROWS[kind](cell)
-        rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
-        model, own = latent("llava")
-        model.config.stage = "policy"
-        args = LatentActionSFTConfig(str(tmp_path / "sft"), **options)
-        with pytest.raises(ValueError, match="Row [01]: "):
-            LatentActionSFTTrainer(model, args, rows, processing_class=own.processor).train()
-        model, own = latent("llava")
-        args = LatentActionGRPOConfig(
-            str(tmp_path / "rl"), per_device_train_batch_size=2, num_generations=2, max_completion_length=2, **options
-        )
-        reward = lambda completions, **_: [1.0] * len(completions)  # noqa: E731
-        with pytest.raises(ValueError, match="Row [01]: "):
-            LatentActionGRPOTrainer(model, reward, args, train_dataset=rows, processing_class=own.processor).train()
+        for kind in ("images", "a column that datasets decodes"):
+            rows = ROWS[kind](cell)
+            rows = rows if isinstance(rows, Dataset) else Dataset.from_list(rows)
+            with pytest.raises(ValueError, match="Row [01]: "):
+                trainer_of(name, tmp_path / "train", rows, **evaluates).train()
+            with pytest.raises(ValueError, match="Row [01] of `eval_dataset`: "):
+                trainer_of(name, tmp_path / "eval", fine, rows, **evaluates).train()
+            with pytest.raises(ValueError, match="Row [01] of `eval_dataset`: "):
+                trainer_of(name, tmp_path / "other", fine, **evaluates).evaluate(rows)
     assert not touched
 
 
-def test_commands_open_neither(secret, tmp_path, checkpoint_without_pictures):
+@pytest.mark.parametrize("name", TRAINERS)
+def test_skipping_opens_neither(name, secret, tmp_path):
+    fine = [{"prompt": USER, "completion": SAID, "images": [], "reference": "red"}] * 3
+    rows = [*fine, *ROWS["images"](secret), *ROWS["images"](URL)]
+    trainer = trainer_of(
+        name,
+        tmp_path,
+        Dataset.from_list(fine),
+        on_bad_row="skip",
+        **({"eval_strategy": "no"} if name == "PlanSpace" else {}),
+    )
+    trainer.evaluate(Dataset.from_list(rows))
+    assert len(trainer.bad_rows.listed()) == 4 and not touched
+
+
+def test_the_anchor_opens_neither(secret, tmp_path):
+    from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
+
+    fine = Dataset.from_list([{"prompt": USER}] * 4)
+    for cell in (secret, URL):
+        model, own = latent("llava")
+        args = LatentActionGRPOConfig(
+            str(tmp_path), use_cpu=True, bf16=False, save_strategy="no", anchor_coef=0.1, **TRAINERS["GRPO"]
+        )
+        trainer = LatentActionGRPOTrainer(
+            model, one, args, train_dataset=fine, processing_class=own.processor, anchor_dataset=ROWS["images"](cell)
+        )
+        with pytest.raises(ValueError, match="Row [01] of `anchor_dataset`: "):
+            trainer.train()
+    assert not touched
+
+
+def test_commands_open_neither(secret, tmp_path, checkpoint_without_pictures, capsys):
     from latent_trl.commands.main import main
 
     for name, cell in (("path", secret), ("url", URL)):
@@ -177,6 +232,16 @@ def test_commands_open_neither(secret, tmp_path, checkpoint_without_pictures):
         assert main(["evaluate", checkpoint_without_pictures, str(rows), "--split", "train"]) == 1
         output = ["--output", str(tmp_path / "a.html")]
         assert main(["atlas", checkpoint_without_pictures, str(rows), "--split", "train", *output]) == 1
+        row = {"prompt": USER, "completion": SAID, "images": [cell], "answer": "red"}
+        rows.write_text((json.dumps(row) + "\n") * 16)
+        for command in ("learn", "sft", "grpo", "ppo", "rloo"):
+            words = [command, "--model_name_or_path", checkpoint_without_pictures, "--dataset_name", str(rows)]
+            words += ["--output_dir", str(tmp_path / command), "--use_cpu", "true", "--save_strategy", "no"]
+            words += ["--per_device_train_batch_size", "8"]
+            words += ["--reward_funcs", "exact_match"] if command in ("grpo", "ppo", "rloo") else []
+            words += ["--stages", "policy"] if command == "learn" else []
+            assert main(words) == 1, command
+            assert "Row " in capsys.readouterr().err
     assert not touched
 
 

@@ -65,7 +65,7 @@ def test_a_launched_run_ends_with_the_error(tmp_path):
         f"trainer = build_failing('grpo', {str(tmp_path / 'run')!r})\n"
         "try:\n    trainer.train()\nfinally:\n    import time; print('ended at', time.time(), flush=True)\n"
     )
-    config = TESTS.parent / "examples" / "accelerate_configs" / "two_cpu_processes.yaml"
+    config = TESTS.parent / "examples" / "accelerate_configs" / "cpu" / "multi_gpu.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(config), str(script)]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

@@ -59,7 +59,8 @@ def test_the_host_does_not_wait_for_the_device_at_each_token(perturbed, monkeypa
     stock = waits(tiny.model.generate, do_sample=False)
     assert stock >= 10, "the count must see the backbone's own test for the end of the text"
     # transformers looks for padding whenever it makes a mask for SDPA: once for the backbone, once for the policy.
-    allowed = stock + (10 if padded else 0)
+    # Once in four tokens the host looks which rows have ended.
+    allowed = stock + (10 if padded else 0) + 3
     assert waits(model.generate) <= allowed
     assert waits(model.generate, action_top_k=4, action_top_p=0.9) <= allowed
     assert waits(model.generate, action_bias=torch.zeros(16)) <= allowed

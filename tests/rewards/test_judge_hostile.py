@@ -63,6 +63,16 @@ def test_replies_without_end_are_not_read(server, make_judge, monkeypatch, bad):
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
 
+def test_a_reply_of_a_gigabyte_takes_no_memory(server, make_judge):
+    """With the limit as it is, of four calls at once."""
+    judge = make_judge(max_retries=0)
+    server.respond = lambda request, count: Reply(endless=2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert call(judge, ["good", "poor", "fair", "good"]) == [None] * 4
+    assert judge.stats.reasons == {"too_large": judge.stats.failed}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000
+
+
 @pytest.mark.parametrize("charset", ["rot13", "utf-16", "utf-7", "idna", "no-such-thing", "hex", "x" * 5000])
 @pytest.mark.parametrize("status", [200, 400])
 def test_a_charset_that_does_not_decode(server, make_judge, charset, status):

@@ -71,7 +71,7 @@ BATCH = {
 
 
 PACKAGE = Path(latent_trl.trainer.__file__).parent
-RL_FOLDERS, LEARNING_FOLDERS = ("grpo", "ppo", "rloo", "rollout", "run"), ("space", "sft", "plans")
+RL_FOLDERS, LEARNING_FOLDERS = ("grpo", "ppo", "rloo", "rollout", "run"), ("distillation", "space", "sft", "plans")
 
 
 def upstream_methods() -> dict[str, Any]:

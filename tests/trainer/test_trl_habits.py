@@ -304,7 +304,7 @@ def test_other_conversations_beyond_the_backbones_positions_are_named_too(tmp_pa
     with pytest.raises(ValueError, match="Row 0.* tokens, and the backbone has positions for 256"):
         text_perplexity(model, tiny.processor, rows)
     trainer = build(tmp_path, family="gpt2", anchor_coef=0.1, anchor_dataset=Dataset.from_list(rows * 8))
-    with pytest.raises(ValueError, match="`anchor_dataset`: Row .* tokens, and the backbone has positions for 256"):
+    with pytest.raises(ValueError, match="Row .* of `anchor_dataset`: .*, and the backbone has positions for 256"):
         trainer.train()
 
 

@@ -10,6 +10,7 @@ from trl import GRPOConfig
 from ...data.bad_rows import ON_BAD_ROW
 from ...generation.arithmetic_sampling import ACTION_SAMPLING
 from ...generation.settings import REFUSED_SETTINGS, check_generation_kwargs
+from ...rewards.time_limit import check_timeout
 from ..rollout.advantages import GROUP_ADVANTAGES
 from ..run.defaults import settle_arguments
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
@@ -99,6 +100,9 @@ class LatentActionGRPOConfig(GRPOConfig):
             What follows a reward, loss or gradient that is NaN or infinite: `"stop"` with an error before the update,
             or `"skip"`: such a reward counts as `None`, such an update is not made, `skipped_updates` is logged, and 20
             in a row stop the run.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
+            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
         on_collapse (`str`, defaults to `"warn"`):
             What follows an alarm, of a constant reward too: `"warn"` once for each, `"stop"` with an error, or
             `"ignore"`.
@@ -126,6 +130,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     image_root: str | None = None
     on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
+    reward_timeout: float | None = None
     on_collapse: str = "warn"
     learning_rate: float | None = None
     beta: float = 0.01
@@ -165,6 +170,7 @@ class LatentActionGRPOConfig(GRPOConfig):
         check_choice("action_sampling", self.action_sampling, ACTION_SAMPLING)
         check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         check_choice("on_nonfinite", self.on_nonfinite, ON_NONFINITE)
+        check_timeout("reward_timeout", self.reward_timeout)
         check_choice("on_collapse", self.on_collapse, ON_COLLAPSE)
         if self.dynamic_sampling_rounds < 0:
             raise ValueError(f"`dynamic_sampling_rounds` must not be negative, got {self.dynamic_sampling_rounds}.")

@@ -27,6 +27,7 @@ from ..rollout.source import GenerateSource, RolloutSource
 from ..run.completions_table import CompletionsTable
 from ..run.component_training import ComponentTrainingMixin, train_only
 from ..run.defaults import settle_rate
+from ..run.engines import shards_layers
 from ..run.loading import load_named_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from ..run.state import ExactResumeMixin
@@ -124,7 +125,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         check_train_dataset(self.train_dataset, args)
         self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.reader = PromptReader.of(self)
-        self.encoder = self.reader.encoder
+        self.encoder, self.bad_rows = self.reader.encoder, self.reader.bad_rows
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
         self.rewards = RolloutRewards.of(self)
@@ -139,11 +140,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         finally:
             self.train_dataset = given
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
-        name = f"eval_dataset[{eval_dataset!r}]" if isinstance(eval_dataset, str) else "eval_dataset"
-        if eval_dataset is None or isinstance(eval_dataset, str):
-            eval_dataset = self.eval_dataset if eval_dataset is None else self.eval_dataset[eval_dataset]
-        return super().get_eval_dataloader(stored(eval_dataset, name))
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        return self.reader.usable(stored(dataset, name))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         """From the rows of a batch, each as often as it is to be answered, to the scored batch that TRL buffers."""
@@ -159,6 +157,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             self.pad_to_multiple_of or 1,
             self.args.offload_context_states,
         )
+        if shards_layers(self):
+            # Processes would pass prompts and completions in other numbers of calls, as their completions end.
+            rollout.prompt_index = torch.arange(len(samples))
         ends = {*self.eos_token_ids, self._tokenizer.pad_token_id}
         ended = ended_by_itself(samples, ends).to(rollout.completion_mask.device)
         if self.mask_truncated_completions:
@@ -172,8 +173,6 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
         if training:
             self.watch_rewards(total)
-            if self.args.on_bad_row == "skip":
-                self._metrics["train"]["bad_rows"] = [float(self.reader.bad_rows.count())]
         # TRL's figures of a batch want a row, where none counts too.
         return rollout.rows(0, max(counted, 1)).to_batch()
 
@@ -293,5 +292,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def train(self, *args: Any, **kwargs: Any):
         self.reader.preflight(self.args.seed)
+        if self.anchor is not None:
+            self.anchor.preflight()
         self._latent_model().config.stage = "rl"
         return super().train(*args, **kwargs)

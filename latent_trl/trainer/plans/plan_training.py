@@ -7,8 +7,9 @@ from typing import Any
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
+from ...data.bad_rows import BadRows
 from ...data.prompts import PromptEncoder
-from ...data.reading import OpenedRows
+from ...data.reading import OpenedRows, StoredRows
 from ...generation.answers import end_tokens
 from ...plans.model import PlanModel
 from ...plans.segments import sentence_ends
@@ -29,14 +30,15 @@ class PromptRows(Dataset):
     """
 
     def __init__(self, rows: Any, image_root: str | None, places: list[int] | None = None):
-        self.rows = OpenedRows(rows, image_root)
-        self.places = list(range(len(self.rows))) if places is None else places
+        opened = OpenedRows(rows, image_root)
+        self.places = list(range(len(opened))) if places is None else places
+        self.rows = opened.only(self.places)
 
     def __len__(self) -> int:
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {**self.rows[self.places[index]], "_index": self.places[index]}
+        return {**self.rows[index], "_index": self.places[index]}
 
 
 class PlanTrainer(WholeCheckpointMixin, Trainer):
@@ -91,6 +93,10 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
             )
         if config.segment == "sentence" and config.segment_end_token_ids is None:
             config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
+        sources = [StoredRows(train_dataset)]
+        if eval_dataset is not None:
+            sources.append(StoredRows(eval_dataset, "eval_dataset"))
+        self.bad_rows = BadRows(args.on_bad_row, args.output_dir, sources)
         self.figures: dict[str, list[float]] = defaultdict(list)
         self.rows_in_use: list[int] | None = None
         # What the plans say to held-out prompts, and which of them is chosen for each, once that has been evaluated.
@@ -107,6 +113,17 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
             callbacks=callbacks,
         )
 
+    def usable_places(self, dataset: Any, name: str) -> list[int]:
+        """Numbers of the rows of a set that can be used; all, unless bad ones are skipped."""
+        return self.bad_rows.usable_places(StoredRows(dataset, name), self.encoder)
+
+    def evaluated_rows(self, dataset: Any) -> list[dict[str, Any]]:
+        """Rows of an evaluation set that can be used, with their pictures opened."""
+        check_prompts(dataset, "eval_dataset")
+        opened = OpenedRows(dataset, self.args.image_root, "eval_dataset")
+        opened = opened.only(self.usable_places(dataset, "eval_dataset"))
+        return [opened[i] for i in range(len(opened))]
+
     def before_training(self) -> None:
         """Called before the first step: what a trainer needs to know of its prompts."""
 
@@ -120,9 +137,11 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
         Raises:
             ValueError: When `output_dir` is in use by another run, holds checkpoints of an earlier one that is not to
                 be resumed, or none to resume.
+            RowError: For a row that cannot be used, as `on_bad_row` says.
             CheckpointWriteError: When a checkpoint could not be written. The one before it is whole.
         """
         folder = self.args.output_dir
+        self.bad_rows.preflight(self.encoder, seed=self.args.seed)
         with only_run(self.accelerator, folder):
             clear_run_folder(folder)
             raise_together(None if resume_from_checkpoint else earlier_run(folder))
@@ -150,6 +169,7 @@ class PlanTrainer(WholeCheckpointMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
+            logs |= self.bad_rows.figures()
             self.figures.clear()
         super().log(logs, start_time)
 
@@ -178,10 +198,3 @@ def check_prompts(dataset: Any, name: str) -> None:
     columns = getattr(dataset, "column_names", None) or list(dataset[0])
     if "prompt" not in columns:
         raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")
-
-
-def stored_rows(dataset: Any, name: str, image_root: str | None) -> list[dict[str, Any]]:
-    """All rows of `dataset` with their pictures opened."""
-    check_prompts(dataset, name)
-    opened = OpenedRows(dataset, image_root)
-    return [opened[i] for i in range(len(opened))]

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from ...data.bad_rows import ON_BAD_ROW
+from ...rewards.time_limit import check_timeout
+from ..run.health import check_choice
+
 
 @dataclass
 class PlanRLConfig(TrainingArguments):
@@ -28,6 +32,12 @@ class PlanRLConfig(TrainingArguments):
             Most tokens of a prompt, visual ones included; a longer one is an error.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
+            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
+            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
         measure_ceiling (`bool`, defaults to `True`):
             Whether the first evaluation also lets every plan answer every held-out prompt once, to log the reward of
             the best plan. Turn it off where K rewards a prompt are too dear.
@@ -53,6 +63,8 @@ class PlanRLConfig(TrainingArguments):
     max_completion_length: int = 32
     max_prompt_length: int | None = None
     image_root: str | None = None
+    on_bad_row: str = "raise"
+    reward_timeout: float | None = None
     measure_ceiling: bool = True
     ceiling_prompts: int = 0
     ceiling_steps: int = 100
@@ -68,6 +80,8 @@ class PlanRLConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        check_timeout("reward_timeout", self.reward_timeout)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         counts = ("max_steps", "rollout_prompts", "num_generations", "num_iterations", "ceiling_steps", "max_plans")
         for name in counts:
             if getattr(self, name) < 1:

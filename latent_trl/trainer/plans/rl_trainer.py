@@ -23,7 +23,7 @@ from ..rollout.metrics import length_figures, reward_figures
 from ..run.loading import own_config
 from .ceiling import Ceiling, Judge
 from .growth import add_learned_plans
-from .plan_training import PlanTrainer, PromptRows, stored_rows
+from .plan_training import PlanTrainer, PromptRows
 from .replay import Replay, padded_states, said_key
 from .report import report_plans
 from .rl_config import PlanRLConfig
@@ -75,7 +75,7 @@ class PlanRLTrainer(PlanTrainer):
         space_args: PlanSpaceConfig | None = None,
     ):
         args = own_config(args, self.config_class, self.run_name)
-        self.caller = RewardCaller(reward_funcs)
+        self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
         if args.grow_plans and args.grow_plans + self.model.plan_config.num_plans > args.max_plans:
             raise ValueError(
@@ -125,6 +125,8 @@ class PlanRLTrainer(PlanTrainer):
 
     def before_training(self) -> None:
         self.model.chooser_is_trained = True
+        places = self.usable_places(self.train_dataset, "train_dataset")
+        self.rows = PromptRows(self.train_dataset, self.args.image_root, places)
 
     @property
     def learned(self) -> list[nn.Module]:
@@ -315,7 +317,7 @@ class PlanRLTrainer(PlanTrainer):
     ) -> dict[str, float]:
         """The mean reward of the greedy answers under the plans that the chooser finds the best."""
         own = eval_dataset is None
-        rows = stored_rows(self.eval_dataset if own else eval_dataset, "eval_dataset", self.args.image_root)
+        rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
         spoken = self.spoken([self.encoder(row) for row in rows], self.best_plans)
         plans = {plan for answer in spoken for plan in answer.plans}
         figures = {"reward": self.rewards_of(rows, spoken).nanmean().item(), "plans": float(len(plans))}

@@ -4,6 +4,10 @@ from dataclasses import dataclass
 
 from transformers import TrainingArguments
 
+from ...data.bad_rows import ON_BAD_ROW
+from ...rewards.time_limit import check_timeout
+from ..run.health import check_choice
+
 
 @dataclass
 class PlanSpaceConfig(TrainingArguments):
@@ -17,6 +21,12 @@ class PlanSpaceConfig(TrainingArguments):
             Most tokens of a prompt, visual ones included; a longer one is an error.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
+        on_bad_row (`str`, defaults to `"raise"`):
+            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
+            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
+        reward_timeout (`float`, *optional*):
+            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
+            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
         branch_top_k (`int`, defaults to `6`), branch_min_prob (`float`, defaults to `0.02`), max_branches (`int`,
         defaults to `16`):
             Of the alternatives of the backbone ([`~latent_trl.plans.branching.branch_answers`]). Lower the probability
@@ -45,6 +55,8 @@ class PlanSpaceConfig(TrainingArguments):
     max_completion_length: int = 32
     max_prompt_length: int | None = None
     image_root: str | None = None
+    on_bad_row: str = "raise"
+    reward_timeout: float | None = None
     branch_top_k: int = 6
     branch_min_prob: float = 0.02
     max_branches: int = 16
@@ -75,6 +87,8 @@ class PlanSpaceConfig(TrainingArguments):
         # transformers fills in a loss, which an evaluation of plans has not.
         self.metric_for_best_model = given
         self.greater_is_better = True
+        check_timeout("reward_timeout", self.reward_timeout)
+        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.answers_per_prompt < 2:
             raise ValueError(
                 f"`answers_per_prompt` must be at least 2, or plans have nothing to differ in; got "

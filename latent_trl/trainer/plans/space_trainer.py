@@ -19,7 +19,7 @@ from ...plans.scoring import log_likelihoods
 from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .ceiling import Judge
-from .plan_training import PlanTrainer, stored_rows
+from .plan_training import PlanTrainer
 from .report import report_plans
 from .space_config import PlanSpaceConfig
 
@@ -76,7 +76,9 @@ class PlanSpaceTrainer(PlanTrainer):
         callbacks: list[TrainerCallback] | None = None,
     ):
         args = own_config(args, PlanSpaceConfig, "plans")
-        self.caller = None if reward_funcs is None else RewardCaller(reward_funcs)
+        self.caller = None
+        if reward_funcs is not None:
+            self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.is_fluent = is_fluent
         self.starts: dict[int, list[SegmentStart]] = {}
         if args.eval_strategy != "no" and eval_dataset is None:
@@ -136,12 +138,13 @@ class PlanSpaceTrainer(PlanTrainer):
         return self.model.plan_logits(**inputs).argmax(dim=-1)
 
     def before_training(self) -> None:
-        rows = OpenedRows(self.train_dataset, self.args.image_root)
+        places = self.usable_places(self.train_dataset, "train_dataset")
+        rows = OpenedRows(self.train_dataset, self.args.image_root).only(places)
         size = self.args.scoring_batch_size // 4 or 1
         for start in range(0, len(rows), size):
-            numbers = range(start, min(start + size, len(rows)))
-            found = self._starts([self.encoder(rows[i]) for i in numbers])
-            self.starts |= dict(zip(numbers, found, strict=True))
+            some = range(start, min(start + size, len(rows)))
+            found = self._starts([self.encoder(rows[i]) for i in some])
+            self.starts |= {places[i]: own for i, own in zip(some, found, strict=True)}
         kept = [i for i, starts in self.starts.items() if any(len(start.answers) > 1 for start in starts)]
         if self.model.plan_config.segment != "answer" and all(len(own) < 2 for own in self.starts.values()):
             logger.warning(
@@ -223,7 +226,7 @@ class PlanSpaceTrainer(PlanTrainer):
         `output_dir`.
         """
         own = eval_dataset is None
-        rows = stored_rows(self.eval_dataset if own else eval_dataset, "eval_dataset", self.args.image_root)
+        rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
         if not own or self._held_out_alternatives is None:
             alternatives = []
             for start in range(0, len(rows), self.args.scoring_batch_size):

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from accelerate.utils import send_to_device
 from torch import nn
 
+from ...data.bad_rows import BadRows
 from ...data.collator import LatentActionDataCollator
 from ...data.reading import StoredRows
-from ...data.rows import RowError
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
 
@@ -31,6 +31,7 @@ class PolicyAnchor:
         collate (`Callable`): Makes a batch of rows.
         rows (`int`): In a batch of one process.
         seed (`int`): What is drawn is a function of it, the step and the process alone.
+        on_bad_row (`str`, defaults to `"raise"`), folder (`str`, *optional*): Of [`BadRows`].
     """
 
     def __init__(
@@ -40,9 +41,12 @@ class PolicyAnchor:
         collate: Callable[[list[dict[str, Any]]], dict[str, Any]],
         rows: int,
         seed: int,
+        on_bad_row: str = "raise",
+        folder: str | None = None,
     ):
         self.reference = reference
         self.dataset = StoredRows(dataset, "anchor_dataset")
+        self.bad_rows = BadRows(on_bad_row, folder, [self.dataset])
         self.collate = collate
         self.rows = min(rows, len(dataset))
         self.seed = seed
@@ -57,17 +61,18 @@ class PolicyAnchor:
         collate = LatentActionDataCollator.of(
             model, trainer.processing_class, max_length=MAX_LENGTH, image_root=args.image_root
         )
-        return cls(trainer.reference.policy, dataset, collate, BATCH_SIZE, args.seed)
+        options = {"on_bad_row": args.on_bad_row, "folder": args.output_dir}
+        return cls(trainer.reference.policy, dataset, collate, BATCH_SIZE, args.seed, **options)
+
+    def preflight(self) -> None:
+        """Looks at some rows before the first step; raises [`RowError`] as `bad_rows` decides."""
+        self.bad_rows.preflight(lambda row: self.collate([row]), seed=self.seed)
 
     def batch(self, step: int, process_index: int) -> dict[str, Any]:
-        """A batch of different rows; `RowError` for one that cannot be used."""
+        """A batch of different rows; `RowError` for one that cannot be used, unless such rows are skipped."""
         generator = np.random.default_rng([self.seed, step, process_index])
         drawn = generator.choice(len(self.dataset), self.rows, replace=False).tolist()
-        try:
-            return self.collate([self.dataset[i] for i in drawn])
-        except RowError as error:
-            # The rows are counted in a data set of their own.
-            raise RowError(f"`anchor_dataset`: {error}") from error
+        return self.bad_rows.collate([self.dataset[i] for i in drawn], self.collate)
 
     @staticmethod
     def count(batch: dict[str, Any]) -> int:

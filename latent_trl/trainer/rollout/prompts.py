@@ -90,16 +90,14 @@ class PromptReader:
         return self([row])[0][0]
 
     def preflight(self, seed: int) -> None:
-        """
-        Looks at some rows of each data set; raises [`RowError`] as `bad_rows` decides. Pictures are opened and put in
-        their places, and left for the rollout to process, which is what takes time.
-        """
-        self.bad_rows.preflight(self._look, seed=seed)
+        """Looks at some rows of each data set; raises [`RowError`] as `bad_rows` decides."""
+        self.bad_rows.preflight(self._read, seed=seed)
 
-    def _look(self, row: dict[str, Any]) -> None:
-        loaded = load_row_images(row, self.image_root)
-        if not self.encoder.renderer.prompt(loaded).images:
-            self.encoder(loaded)
+    def usable(self, rows: Any) -> Any:
+        """The rows of an evaluation set that can be used; a stream's bad ones are replaced when they are met."""
+        if not isinstance(rows, StoredRows):
+            return rows
+        return rows.only(self.bad_rows.usable_places(rows, self._read))
 
     def _read(self, row: dict[str, Any]) -> tuple[dict[str, Any], EncodedPrompt]:
         loaded = load_row_images(row, self.image_root)

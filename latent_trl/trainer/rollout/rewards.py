@@ -58,6 +58,8 @@ class RolloutRewards:
             args.chat_template_kwargs,
             args.on_nonfinite,
             trainer.accelerator.device,
+            args.reward_timeout,
+            "reward_timeout",
         )
         removed = set(describe_data(trainer.train_dataset).get("columns", ())) - {"prompt", *IMAGE_COLUMNS}
         return cls(caller, trainer.accelerator, shaping, sorted(removed) if args.remove_unused_columns else ())

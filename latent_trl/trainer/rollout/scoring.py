@@ -8,6 +8,7 @@ import torch
 from ...data.prompts import PromptEncoder
 from ...generation.action_law import ActionLaw
 from ...generation.output import trunk_positions
+from ...models.backbone import DecoderCall
 from ...models.latent_action_model import LatentActionModel
 from ...models.policy import LatentActionPolicy
 from .groups import has_groups, policy_over_groups
@@ -74,6 +75,16 @@ def encode(
     model: LatentActionModel, rollout: Rollout, mask: torch.Tensor, encoder: PromptEncoder, aux_loss: bool = False
 ):
     """Context states `[B, P+C-1, d]`, their position ids, and the auxiliary loss, by a pass of the backbone."""
+    call = backbone_pass(model, rollout, mask, encoder, aux_loss)
+    ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
+    return model.context_states(call.states, model.has_image(ids)), call.position_ids, call.aux_loss
+
+
+def backbone_pass(
+    model: LatentActionModel, rollout: Rollout, mask: torch.Tensor, encoder: PromptEncoder, aux_loss: bool = False
+) -> DecoderCall:
+    """The backbone over the rollout's texts but for their last tokens, without its vocabulary head. `mask`
+    `[B, P+C-1]` is of their tokens."""
     ids = torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1)[:, :-1]
     width, device = rollout.prompt_ids.shape[1], ids.device
     inputs = encoder.collate(rollout.prompts)
@@ -86,8 +97,7 @@ def encode(
         # A backbone may read a prompt both ways: a completion is read forward alone.
         inputs["completion_mask"] = torch.ones_like(ids)
         inputs["completion_mask"][:, :width] = 0
-    call = model.backbone_view.encode(ids, mask, with_aux_loss=aux_loss, **inputs)
-    return model.context_states(call.states, model.has_image(ids)), call.position_ids, call.aux_loss
+    return model.backbone_view.encode(ids, mask, with_aux_loss=aux_loss, **inputs)
 
 
 def score(

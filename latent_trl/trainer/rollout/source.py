@@ -38,6 +38,7 @@ class GenerateSource:
         end_token_ids (`list[int]`): What ends a completion.
         keep_states (`bool`): Whether samples carry their context states.
         gather (`bool`): Whether ZeRO-3 gathers all parameters for the time of the call (`ds3_gather_for_generation`).
+        synced (`bool`): Whether processes gather layers together, so that those that are done go on with the others.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class GenerateSource:
         end_token_ids: list[int],
         keep_states: bool,
         gather: bool = True,
+        synced: bool = False,
     ):
         self.model = model
         self.accelerator = accelerator
@@ -57,6 +59,7 @@ class GenerateSource:
         self.end_token_ids = end_token_ids
         self.keep_states = keep_states
         self.gather = gather
+        self.synced = synced
 
     @classmethod
     def of(cls, trainer: Any) -> "GenerateSource":
@@ -69,20 +72,25 @@ class GenerateSource:
             trainer.eos_token_ids,
             trainer.args.reuse_context_states,
             trainer.args.ds3_gather_for_generation,
+            # transformers sees to it under ZeRO-3, and does not know of accelerate's FSDP2.
+            synced=trainer.is_fsdp_enabled,
         )
 
     def __call__(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt], copies: int) -> list[Sample]:
         inputs = self.encoder.collate(prompts)
         inputs = {name: value.to(self.accelerator.device) for name, value in inputs.items()}
+        synced = {"synced_gpus": True} if self.synced else {}
         with (
             unwrap_model_for_generation(self.model, self.accelerator, gather_deepspeed3_params=self.gather) as model,
             self.accelerator.autocast(),
         ):
             output = model.generate(
                 **inputs,
+                **synced,
                 generation_config=self.generation_config,
                 num_return_sequences=copies,
                 output_context_states=self.keep_states,
+                output_cache=False,
                 return_dict_in_generate=True,
             )
         width = inputs["input_ids"].shape[1]

@@ -6,14 +6,17 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import TrainerCallback
+from transformers.trainer_pt_utils import get_model_param_count
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import logging
 from trl import BEMACallback, SyncRefModelCallback
 
 from ...checkpoint.files import ADAPTER_FOLDER, TUNED_FOLDER, WEIGHTS_NAME, CheckpointError, read_config, read_weights
+from ...data.bad_rows import BadRows
 from ...models.adapter import fitting_tensors, read_adapter
 from ...models.component import check_state
 from ...models.latent_action_model import LatentActionModel
+from .engines import check_engine, elements, prepare_model
 from .health import RunHealth, is_finite, loss_trouble, origin, remedy, what_is_kept
 from .hub import HubTrainingMixin
 from .output_folder import (
@@ -49,8 +52,8 @@ def train_only(model: LatentActionModel, components: tuple[str, ...], backbone_p
     for name, parameter in model.backbone.named_parameters():
         if name in wanted and parameter.is_floating_point():
             parameter.requires_grad_(True)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
+    trained = get_model_param_count(model, trainable_only=True)
+    total = get_model_param_count(model)
     if not trained:
         raise ValueError("No parameter is left to train: check the components and the backbone's layers named.")
     what = [*components, *(["backbone"] if wanted else [])]
@@ -140,6 +143,8 @@ class RestoreRun(TrainerCallback):
 class ComponentTrainingMixin(HubTrainingMixin):
     """Checkpoints of a Trainer whose model is a [`LatentActionModel`]: components in, components out."""
 
+    # What becomes of rows that cannot be used.
+    bad_rows: BadRows
     # The checkpoint that the run goes on from.
     resumed_from: str | None = None
     # The folder of the run that this trainer has made, if any.
@@ -149,6 +154,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         check_kernels(kwargs["args"])
         check_callbacks(kwargs.get("callbacks") or [])
         super().__init__(*args, **kwargs)
+        check_engine(self.accelerator)
+        prepare_model(self)
         self.add_callback(RestoreRun(self))
         self.stop_on_signal = StopOnSignal()
         self.add_callback(self.stop_on_signal)
@@ -163,6 +170,26 @@ class ComponentTrainingMixin(HubTrainingMixin):
         """As `Trainer.add_callback`; raises `ValueError` for those that copy or follow the whole model."""
         check_callbacks([callback])
         super().add_callback(callback)
+
+    def usable_rows(self, dataset: Any, name: str) -> Any:
+        """An evaluation set, called `name`, as the trainer reads it: of the rows that can be used."""
+        raise NotImplementedError
+
+    def get_eval_dataloader(self, eval_dataset: Any = None):
+        """As `Trainer.get_eval_dataloader`. Skipped rows are left out, so that figures are means over the others."""
+        given = self.eval_dataset
+        # One process lists the rows, and the others find them listed.
+        with self.accelerator.main_process_first():
+            if isinstance(eval_dataset, str):
+                name = f"eval_dataset[{eval_dataset!r}]"
+                self.eval_dataset = {eval_dataset: self.usable_rows(given[eval_dataset], name)}
+            else:
+                rows = given if eval_dataset is None else eval_dataset
+                eval_dataset = None if rows is None else self.usable_rows(rows, "eval_dataset")
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.eval_dataset = given
 
     def _latent_model(self) -> LatentActionModel:
         return self.accelerator.unwrap_model(self.model)
@@ -197,14 +224,18 @@ class ComponentTrainingMixin(HubTrainingMixin):
             return self._train_alone(resume_from_checkpoint, **kwargs)
 
     def _checkpoint_bytes(self) -> int:
-        """About what a checkpoint takes: the components, what is trained of the backbone, and Adam's two moments."""
+        """
+        About what a checkpoint takes: the components, what is trained of the backbone, and Adam's two moments. FSDP and
+        DeepSpeed write all of the model a second time.
+        """
         model = self.accelerator.unwrap_model(self.model)
         components = [getattr(model, name) for name in model.component_classes]
         kept = {id(p): p for module in components if module is not None for p in module.parameters()}
         trained = [p for p in model.parameters() if p.requires_grad]
         kept.update((id(p), p) for p in trained)
-        moments = 2 * sum(4 * p.numel() for p in trained) if self.args.optim.startswith("adamw_torch") else 0
-        return sum(p.numel() * p.element_size() for p in kept.values()) + moments
+        moments = 2 * sum(4 * elements(p) for p in trained) if self.args.optim.startswith("adamw_torch") else 0
+        again = list(model.parameters()) if self.is_fsdp_enabled or self.is_deepspeed_enabled else []
+        return sum(elements(p) * p.element_size() for p in [*kept.values(), *again]) + moments
 
     def _train_alone(self, resume_from_checkpoint: str | bool | None, **kwargs):
         if self.args.should_save:
@@ -285,4 +316,8 @@ class ComponentTrainingMixin(HubTrainingMixin):
         return grad_norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs | self.health.figures() if "loss" in logs else logs, start_time)
+        super().log(logs | self.run_figures() if "loss" in logs else logs, start_time)
+
+    def run_figures(self) -> dict[str, float]:
+        """What is logged of a run beside its loss: skipped updates since the last time, and skipped rows so far."""
+        return self.health.figures() | self.bad_rows.figures()

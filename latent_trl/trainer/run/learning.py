@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from ...data.bad_rows import BadRows
 from ...data.collator import LatentActionDataCollator
-from ...data.mixing import MixedRows
+from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
 from .loading import check_columns
@@ -81,10 +81,20 @@ class LearningMixin(ComponentTrainingMixin):
     resumed run goes on bit by bit, in the middle of a logging interval too.
     """
 
+    data_collator: MixedRowsCollator
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, compute_metrics=self.held_out_metrics, **kwargs)
+        if isinstance(self.data_collator, MixedRowsCollator):
+            self.bad_rows = self.data_collator.bad_rows
         # The loss is divided by the whole update's positions, and Trainer must not divide it by the batches again.
         self.model_accepts_loss_kwargs = True
+
+    def prepared(self, batch: dict[str, Any], place: int | None) -> dict[str, Any]:
+        """A batch of the collator's on the device, as the loss reads it; `place` is its number in the update, or `None`
+        in an evaluation. Trainer restores random states only afterwards when it resumes: none may be drawn from here.
+        """
+        return self._prepare_inputs(batch)
 
     def whole_update(self, batches: list[dict[str, Any]]) -> Any:
         """What the loss of each of `batches`, those of one update on this process, must know of the others."""
@@ -100,15 +110,15 @@ class LearningMixin(ComponentTrainingMixin):
 
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._prepare_inputs(batch) for batch in batches]
+        batches = [self.prepared(batch, place) for place, batch in enumerate(batches)]
         return batches, self.whole_update(batches) if batches else None
 
-    def get_eval_dataloader(self, eval_dataset: Any = None):
-        return super().get_eval_dataloader(evaluation_rows(eval_dataset))
+    def usable_rows(self, dataset: Any, name: str) -> MixedRows:
+        return self.data_collator.usable(evaluation_rows(dataset, name))
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         # Trainer gathers what it takes for predictions and labels, and drops the rows that fill up a last batch.
-        inputs = self._prepare_inputs(inputs)
+        inputs = self.prepared(inputs, None)
         with torch.no_grad(), self.compute_loss_context_manager():
             sums = model(objective=self.held_out_sums, batch=inputs).loss
         return None, sums[..., 0], sums[..., 1]

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from .engines import ENGINE_FILE, check_same_engine, engine_record
 from .manifest import (
     MANIFEST_FILE,
     checkpoint_fault,
@@ -58,6 +59,7 @@ class WholeCheckpointMixin:
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self.save_arguments(folder)
+                write_json(folder / ENGINE_FILE, engine_record(self))
                 write_manifest(folder)
         if push:
             self.push_checkpoint(folder)
@@ -69,7 +71,7 @@ class WholeCheckpointMixin:
         The folder to go on from; `True` is the newest checkpoint of `output_dir` that is whole.
 
         Raises:
-            ValueError: When there is none.
+            ValueError: When there is none, or it is of an engine whose optimizer this run cannot read.
         """
         if resume_from_checkpoint is True:
             newest = newest_whole_checkpoint(self.args.output_dir)
@@ -78,7 +80,9 @@ class WholeCheckpointMixin:
                     f"`resume_from_checkpoint=True`, but {self.args.output_dir!r} holds no whole checkpoint. Leave it "
                     "out to start anew."
                 )
-            return newest
-        if resume_from_checkpoint and (fault := checkpoint_fault(resume_from_checkpoint)):
+            resume_from_checkpoint = newest
+        elif resume_from_checkpoint and (fault := checkpoint_fault(resume_from_checkpoint)):
             logger.warning(f"Checkpoint {resume_from_checkpoint} may be damaged: {fault}.")
+        if resume_from_checkpoint:
+            check_same_engine(self, resume_from_checkpoint)
         return resume_from_checkpoint or None

@@ -2,7 +2,7 @@
 
 import torch
 
-from ...models.spoken import chunk_size, spoken_laws
+from ...models.spoken import chunk_size, mixture_law, spoken_laws
 
 # Of expectation-maximisation. One comes as close, but spreads over more codes.
 MIXTURE_STEPS = 3
@@ -38,7 +38,7 @@ def backbone_codes(
         surest = surest_codes(tokens, log_probs)
         said = wanted.gather(1, tokens) * (surest == torch.arange(tokens.shape[1], device=tokens.device))
         codes = said + _mixture_codes(laws, log_probs.exp(), wanted.scatter(1, tokens, 0.0), said)
-        mixture = ((of_policy * log_probs.exp())[:, None] @ laws).squeeze(1)
+        mixture = mixture_law(laws, log_probs, of_policy)
         tiny = torch.finfo(torch.float32).tiny
         kl = (torch.special.xlogy(wanted, wanted) - wanted * mixture.clamp(min=tiny).log()).sum(dim=-1)
         found.append((codes, kl, said.sum(dim=-1)))

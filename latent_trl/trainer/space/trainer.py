@@ -281,7 +281,7 @@ class LatentActionSpaceTrainer(LearningMixin, Trainer):
                     f"Stage 'projector' compares states with and without the image, and no row up to step "
                     f"{self.state.global_step} has an image. Give paired data, or leave the stage out of `stages`."
                 )
-            logs.update(figures | self.health.figures())
+            logs.update(figures | self.run_figures())
             self._watch(logs)
         if self.stage is not None:
             self.history.append({"stage": self.stage, "step": self.state.global_step, **logs})

@@ -26,11 +26,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="While talking:\n" + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("model", nargs="?", help="folder or Hub id of latent actions; with --url a name there")
+    parser.add_argument("--url", help="of a server that answers, `latent-trl serve`: http://127.0.0.1:8000/v1")
     parser.add_argument("--image", metavar="FILE", help="a picture to show with the first message")
     parser.add_argument("--system", help="a system message")
     add_sampling(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model is None and args.url is None:
+        parser.error("give a model, or --url")
+    if args.url is not None and (args.backbone or args.dtype):
+        parser.error("--backbone and --dtype are the server's with --url")
+    return args
 
 
 class Chat:
@@ -38,7 +44,8 @@ class Chat:
     A conversation.
 
     Args:
-        answerer ([`~latent_trl.commands.replies.Answerer`]): Who answers.
+        answerer ([`~latent_trl.commands.replies.Answerer`] or [`~latent_trl.commands.remote.RemoteAnswerer`]):
+            Who answers.
         console (`Console`): Where answers are printed.
         system (`str`, *optional*): A system message.
     """
@@ -60,7 +67,10 @@ class Chat:
         if not line:
             return True
         if not line.startswith("/"):
-            self.say(line)
+            try:
+                self.say(line)
+            except ConnectionError as error:
+                self.problem(str(error))
             return True
         name, *words = line[1:].split()
         if name in ("quit", "exit", "q"):
@@ -103,7 +113,7 @@ class Chat:
         from ..evaluation.report import code_colour
         from .replies import visible
 
-        special = set(self.answerer.tokenizer.all_special_tokens)
+        special = self.answerer.special_tokens
 
         def show(token: str, code: int) -> None:
             style = f"black on {code_colour(code)}" if self.colours else None
@@ -126,8 +136,8 @@ class Chat:
             raise ValueError(f"the answer has {len(self.last.action_ids)} tokens; /codes shows them")
         forced = self.last.action_ids[:kept]
         if code is not None:
-            if not 0 <= int(code) < self.answerer.model.config.num_codes:
-                raise ValueError(f"codes are 0 to {self.answerer.model.config.num_codes - 1}")
+            if not 0 <= int(code) < self.answerer.num_codes:
+                raise ValueError(f"codes are 0 to {self.answerer.num_codes - 1}")
             forced = [*forced, int(code)]
         self.messages.pop()
         self._answer(forced)
@@ -162,14 +172,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from rich.console import Console
 
+    from .remote import RemoteAnswerer
     from .replies import load_answerer
 
     console = Console()
-    chat = Chat(load_answerer(args), console, args.system)
+    answerer = load_answerer(args) if args.url is None else RemoteAnswerer(args.url, args.model, args)
+    chat = Chat(answerer, console, args.system)
     if args.image:
         chat.show_image(args.image)
-    codes = chat.answerer.model.config.num_codes
-    console.print(f"{codes} codes. /help lists what can be done, /quit leaves.", highlight=False)
+    console.print(f"{chat.answerer.num_codes} codes. /help lists what can be done, /quit leaves.", highlight=False)
     while True:
         try:
             line = input("> ")

@@ -25,6 +25,8 @@ from .engine import Engine, GenerationRequest, RequestError
 # Whole numbers are taken too.
 Number = Annotated[float, Field(strict=True)]
 MAX_STOPS = 4
+# Far from what would leave the range of float32.
+LARGEST_BIAS = 1e6
 NO_TOKEN_CHOICE = (
     "is about the choice of tokens, which are the most likely ones given their codes. `latent_actions` has `bias`, "
     "`banned` and `forced` for codes"
@@ -270,6 +272,13 @@ def _codes(codes: list[int], name: str, count: int, least: int = 0) -> list[int]
 
 def _bias(own: LatentActionsRequest, count: int) -> dict[int, float]:
     bias: dict[int, float] = {code: float(own.bias[code]) for code in _codes(list(own.bias), "bias", count)}
+    wrong = [code for code, value in bias.items() if abs(value) > LARGEST_BIAS]
+    if wrong:
+        raise RequestError(
+            f"`latent_actions.bias`: at most {LARGEST_BIAS:g} either way, got {bias[wrong[0]]:g} for the code "
+            f"{wrong[0]}. `banned` leaves a code out.",
+            "latent_actions.bias",
+        )
     bias |= dict.fromkeys(_codes(own.banned, "banned", count), -math.inf)
     if len(set(own.banned)) == count:
         raise RequestError("`latent_actions.banned` must leave at least one code.", "latent_actions.banned")

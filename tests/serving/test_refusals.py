@@ -75,6 +75,7 @@ CASES = [
     ({"latent_actions": {"banned": [-1]}}, 400, "latent_actions.banned", "codes are 0 to 127, got -1"),
     ({"latent_actions": {"banned": list(range(128))}}, 400, "latent_actions.banned", "at least one code"),
     ({"latent_actions": {"bias": {"200": 1}}}, 400, "latent_actions.bias", "got 200"),
+    ({"latent_actions": {"bias": {"2": -1e300}}}, 400, "latent_actions.bias", "`banned` leaves a code out"),
     ({"latent_actions": {"bias": {"a": 1}}}, 400, "latent_actions.bias.a", "valid integer"),
     ({"stream_options": {"include_usage": True}}, 400, "stream_options", "needs `stream: true`"),
 ]

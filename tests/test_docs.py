@@ -22,6 +22,7 @@ RUN_ELSEWHERE = {
     "docs/sft_trainer.md": "tests/trainer/test_sft_page.py",
     "docs/distillation_trainer.md": "tests/trainer/test_distillation_page.py",
     "docs/checkpoint_format.md": "tests/hub",
+    "docs/serving.md": "tests/serving/test_page.py",
 }
 BLOCK = re.compile(r"(?:^<!-- no-run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 

@@ -32,11 +32,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         epilog="While talking:\n" + HELP + "\n\nWith plans, in the place of what is about codes:\n" + OF_PLANS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("model", nargs="?", help="folder or Hub id of latent actions; with --url a name there")
+    parser.add_argument("--url", help="of a server that answers, `latent-trl serve`: http://127.0.0.1:8000/v1")
     parser.add_argument("--image", metavar="FILE", help="a picture to show with the first message")
     parser.add_argument("--system", help="a system message")
     add_sampling(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.model is None and args.url is None:
+        parser.error("give a model, or --url")
+    if args.url is not None and (args.backbone or args.dtype):
+        parser.error("--backbone and --dtype are the server's with --url")
+    return args
 
 
 class Chat:
@@ -44,7 +50,8 @@ class Chat:
     A conversation.
 
     Args:
-        answerer ([`~latent_trl.commands.replies.Answerer`]): Who answers.
+        answerer ([`~latent_trl.commands.replies.Answerer`] or [`~latent_trl.commands.remote.RemoteAnswerer`]):
+            Who answers.
         console (`Console`): Where answers are printed.
         system (`str`, *optional*): A system message.
     """
@@ -79,7 +86,10 @@ class Chat:
         if not line:
             return True
         if not line.startswith("/"):
-            self.say(line)
+            try:
+                self.say(line)
+            except ConnectionError as error:
+                self.problem(str(error))
             return True
         name, *words = line[1:].split()
         if name in ("quit", "exit", "q"):
@@ -117,7 +127,7 @@ class Chat:
         from ..evaluation.report import code_colour
         from .replies import visible
 
-        special = set(self.answerer.tokenizer.all_special_tokens)
+        special = self.answerer.special_tokens
 
         def show(token: str, code: int) -> None:
             style = f"black on {code_colour(code)}" if self.colours else None
@@ -144,8 +154,8 @@ class Chat:
             raise ValueError(f"the answer has {len(self.last.action_ids)} tokens; /codes shows them")
         forced = self.last.action_ids[:kept]
         if code is not None:
-            if not 0 <= int(code) < self.answerer.model.config.num_codes:
-                raise ValueError(f"codes are 0 to {self.answerer.model.config.num_codes - 1}")
+            if not 0 <= int(code) < self.answerer.num_codes:
+                raise ValueError(f"codes are 0 to {self.answerer.num_codes - 1}")
             forced = [*forced, int(code)]
         self.messages.pop()
         self._answer(forced)
@@ -182,19 +192,26 @@ def main(argv: list[str] | None = None) -> int:
 
     from .plan_loading import is_plan_model
 
+    chat: Chat
     console = Console()
-    if is_plan_model(args.model):
+    if args.url is not None:
+        from .remote import RemoteAnswerer
+
+        refuse_given("latent-trl chat", args, OF_PLANS, "is for plans, and the server answers with codes a token.")
+        chat = Chat(RemoteAnswerer(args.url, args.model, args), console, args.system)
+        what = f"{chat.answerer.num_codes} codes"
+    elif is_plan_model(args.model):
         from .plan_chat import PlanChat
         from .plan_replies import load_plan_answerer
 
-        chat: Chat = PlanChat(load_plan_answerer(args, "latent-trl chat"), console, args.system, args.plan)
+        chat = PlanChat(load_plan_answerer(args, "latent-trl chat"), console, args.system, args.plan)
         what = f"{len(chat.answerer.plans)} plans"
     else:
         from .replies import load_answerer
 
         refuse_given("latent-trl chat", args, OF_PLANS, f"is for plans, and {args.model!r} has codes a token.")
         chat = Chat(load_answerer(args), console, args.system)
-        what = f"{chat.answerer.model.config.num_codes} codes"
+        what = f"{chat.answerer.num_codes} codes"
     if args.image:
         chat.show_image(args.image)
     console.print(f"{what}. /help lists what can be done, /quit leaves.", highlight=False)

@@ -72,6 +72,8 @@ class Answerer:
 
         self.model, self.processor, self.args = model.eval(), processor, args
         self.tokenizer = getattr(processor, "tokenizer", processor)
+        self.num_codes = model.config.num_codes
+        self.special_tokens = set(self.tokenizer.all_special_tokens)
         self.generator = torch.Generator(device=model.device).manual_seed(args.seed)
         self.bias = self._bias()
 

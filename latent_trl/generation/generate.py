@@ -21,6 +21,7 @@ from .ended_rows import EndedRows
 from .exclusive import exclusive
 from .output import LatentActionGenerateOutput
 from .rollout_hook import POLICY_LAYERS, RolloutHook
+from .row_choices import RowChoices
 from .settings import settled_choice, settled_config, without_own_defaults
 from .shared_prefill import SharedPrefill
 
@@ -44,6 +45,7 @@ class LatentActionGenerationMixin:
         action_bias: torch.Tensor | None = None,
         forced_action_ids: torch.Tensor | None = None,
         action_generator: torch.Generator | None = None,
+        action_choice: RowChoices | None = None,
         output_context_states: bool = False,
         output_cache: bool = True,
         cuda_graphs: bool | None = None,
@@ -75,6 +77,7 @@ class LatentActionGenerationMixin:
             action_bias (`torch.Tensor`, *optional*): `[K]`, added to the policy's logits; `-inf` bans a code.
             forced_action_ids (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
             action_generator (`torch.Generator`, *optional*): Source of the sampling; the global one by default.
+            action_choice (`RowChoices`, *optional*): In the place of all of these, where rows differ in them.
             output_context_states (`bool`, defaults to `False`): Also return states and positions.
             output_cache (`bool`, defaults to `True`): Also return the cache, where `return_dict_in_generate=True`. It
                 holds all rows, so all are computed until the last text has ended: without it mixed lengths take less.
@@ -109,7 +112,8 @@ class LatentActionGenerationMixin:
         _check_prompt(input_ids, inputs["attention_mask"])
         _check_positions(_length(config, input_ids.shape[1]), self.backbone_view.max_positions)
         forced = self._checked_forced(forced_action_ids, len(input_ids) * copies)
-        choice = ActionChoice(
+        choice = self._given_choice(action_choice, copies, [*given.values(), action_bias, forced, action_generator])
+        choice = choice or ActionChoice(
             law=ActionLaw(*(settings[f"action_{name}"] for name in ("temperature", "top_k", "top_p"))),
             do_sample=settings["action_do_sample"],
             bias=self._checked_bias(action_bias),
@@ -130,7 +134,7 @@ class LatentActionGenerationMixin:
         input_ids: torch.Tensor,
         inputs: dict[str, Any],
         config: GenerationConfig,
-        choice: ActionChoice,
+        choice: ActionChoice | RowChoices,
         forced: torch.Tensor | None,
         keep_states: bool,
         graphed: bool,
@@ -174,6 +178,13 @@ class LatentActionGenerationMixin:
         )
         shared.restore_order(result)
         return result
+
+    def _given_choice(self, choice: RowChoices | None, copies: int, others: list[Any]) -> RowChoices | None:
+        if choice is not None:
+            if any(other is not None for other in others):
+                raise ValueError("`action_choice` says how codes are chosen, so no other `action_...` can be given.")
+            choice.copies = copies
+        return choice
 
     def _settle(
         self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]

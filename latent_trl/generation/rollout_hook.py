@@ -13,6 +13,7 @@ from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
 from .ended_rows import EndedRows
+from .row_choices import RowChoices
 from .shared_prefill import SharedPrefill
 
 POLICY_LAYERS = "latent_action_policy_layers"
@@ -27,7 +28,7 @@ class RolloutHook:
 
     Args:
         model (`LatentActionModel`): Whose components are run.
-        choice (`ActionChoice`): How codes are chosen.
+        choice (`ActionChoice` or `RowChoices`): How codes are chosen.
         attention_mask (`torch.Tensor`): `[B, P]` of the prompts, one row per generated sequence.
         has_image (`torch.Tensor`): Boolean `[B, P]`, whether the prompt has an image at or before a position.
         keep_states (`bool`): Whether context states are kept.
@@ -39,7 +40,7 @@ class RolloutHook:
     def __init__(
         self,
         model,
-        choice: ActionChoice,
+        choice: ActionChoice | RowChoices,
         attention_mask: torch.Tensor,
         has_image: torch.Tensor,
         keep_states: bool,

@@ -1,0 +1,95 @@
+"""`latent-trl serve MODEL`: OpenAI's chat completions over HTTP."""
+
+import argparse
+from importlib.util import find_spec
+from pathlib import Path
+
+from .arguments import CommandParser, at_least
+
+ENGINES = ("vllm", "transformers")
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="latent-trl serve",
+        description="Serves a model: OpenAI's chat completions, with the codes behind the words.",
+        epilog="An API key is read from the environment variable LATENT_TRL_API_KEY, or from --api-key-file.",
+    )
+    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="transformers", help="the model's own `generate` (%(default)s)"
+    )
+    parser.add_argument("--host", default="127.0.0.1", help="address (%(default)s); others than this need an API key")
+    parser.add_argument("--port", type=at_least(0), default=8000, help="(%(default)s); 0 takes a free one")
+    parser.add_argument("--served-model-name", metavar="NAME", help="as requests give it (default: the folder's or id)")
+    parser.add_argument("--api-key-file", metavar="FILE", help="holds the API key, which clients send")
+    parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
+    parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-batch-size", type=at_least(1), default=32, help="answers made at once (%(default)s)")
+    limits.add_argument("--max-completion-length", type=at_least(1), default=1024, help="of an answer (%(default)s)")
+    limits.add_argument("--max-model-len", type=at_least(2), help="of a conversation with its answer (the model's own)")
+    limits.add_argument(
+        "--max-requests", type=at_least(1), default=256, help="at once, waiting ones included (%(default)s)"
+    )
+    limits.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of a request (%(default)s)")
+    limits.add_argument("--max-images", type=at_least(0), default=8, help="pictures of a request (%(default)s)")
+    limits.add_argument("--max-pixels", type=at_least(1), default=25_000_000, help="of a picture (%(default)s)")
+    return parser.parse_args(argv)
+
+
+def check_engine(name: str) -> None:
+    """
+    Raises:
+        ImportError: When what the engine needs is not there.
+    """
+    missing = [package for package in NEEDED if find_spec(package) is None]
+    if missing:
+        raise ImportError(f"Serving needs {', '.join(missing)}: pip install latent_trl[serve]")
+    if name == "vllm":
+        raise ImportError("`--engine vllm` needs `latent_trl.vllm`, which is not in this version. Take `transformers`.")
+
+
+def make_engine(args: argparse.Namespace):
+    """The engine that the options ask for, with the model in it."""
+    from transformers.utils import logging
+
+    from ..serving.transformers_engine import TransformersEngine
+    from .loading import load_model, load_processor
+
+    logging.set_verbosity_error()
+    model = load_model(args.model, args.backbone, dtype=args.dtype)
+    return TransformersEngine(
+        model,
+        load_processor(model, args.backbone),
+        args.max_batch_size,
+        args.max_completion_length,
+        args.max_model_len,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    check_engine(args.engine)
+
+    from ..serving.chat_request import RequestLimits
+    from ..serving.key import read_key
+    from ..serving.server import make_server
+
+    key = read_key(args.api_key_file)
+    folder = Path(args.model).expanduser()
+    name = args.served_model_name or (folder.resolve().name if folder.is_dir() else args.model)
+    server = make_server(
+        make_engine(args),
+        name,
+        args.host,
+        args.port,
+        key,
+        lambda url: print(f"{name} is served at {url}", flush=True),
+        limits=RequestLimits(max_images=args.max_images, max_pixels=args.max_pixels),
+        max_requests=args.max_requests,
+        timeout=args.timeout,
+    )
+    server.run()
+    return 0

@@ -115,7 +115,7 @@ def test_several_answers_share_the_encoding_of_their_prompt(pocket, monkeypatch)
             alone = [await answered(engine, each) for each in wanted]
             sizes = []
             monkeypatch.setattr(engine.model, "generate", counted(engine, sizes))
-            first = asyncio.ensure_future(answered(engine, request(max_tokens=200)))
+            first = asyncio.ensure_future(answered(engine, request(max_tokens=200, ignore_eos=True)))
             await asyncio.sleep(0.02)
             together = await asyncio.gather(*(answered(engine, each) for each in wanted))
             await first

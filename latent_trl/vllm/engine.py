@@ -264,6 +264,10 @@ class LatentActionEngine:
         size = sum(t.numel() * t.element_size() for t in (*weights.values(), *others.values()))
         return {"seconds": time.perf_counter() - start, "bytes": float(size)}
 
+    def close(self) -> None:
+        """Ends the engine, and gives its memory back."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def sleep(self, level: int = 1) -> None:
         """Frees the memory of keys and values, and moves the weights to the host (`enable_sleep_mode=True`)."""
         self.llm.sleep(level=level)

@@ -16,8 +16,8 @@ from ..generation.settings import ACTION_DEFAULTS
 from ..models.latent_action_model import LatentActionModel
 from ..models.policy import LatentActionPolicy
 from .folders import EngineFolders, folders_of_checkpoint, folders_of_model
-from .model import policy_weights
-from .plugin import PREFIX, register
+from .names import policy_weights
+from .plugin import PREFIX, check_architecture, register
 
 # What an engine over codes is started with, and cannot be told otherwise.
 OWN_ARGUMENTS = ("model", "revision", "hf_overrides", "logits_processors", "logprobs_mode", "worker_extension_cls")
@@ -55,6 +55,8 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
         )
     register()
     architectures = [architecture] if architecture else _architectures(folders)
+    for name in architectures:
+        check_architecture(name)
     record = {
         "path": folders.checkpoint,
         "vision_token_ids": config.vision_token_ids,

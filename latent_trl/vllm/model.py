@@ -10,8 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
-from transformers.core_model_loading import revert_weight_conversion
+from transformers import PreTrainedConfig
 from vllm import ModelRegistry
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
@@ -23,6 +22,7 @@ from ..models.codebook import Codebook
 from ..models.policy import LatentActionPolicy
 from ..models.projector import CrossModalProjector
 from ..models.world_model import LanguageWorldModel
+from .names import policy_weights, with_old_prefixes
 from .plugin import PREFIX
 from .requests import REQUESTS, ActionRequests
 
@@ -102,7 +102,8 @@ class LatentActionEngineMixin:
         if self.plain and positions.ndim == 2:
             # A backbone with several coordinates a position: in text they are all the same.
             positions = positions.amax(dim=0)
-        entered = self.latent_actions["policy_input"](states)
+        # A copy: some models scale their input in place.
+        entered = self.latent_actions["policy_input"](states.clone())
         features = getattr(self, TRUNK)(None, positions, None, inputs_embeds=entered)
         return torch.cat([states, features], dim=-1)
 
@@ -136,6 +137,8 @@ class LatentActionEngineMixin:
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """The backbone's, and then those of the policy's decoder. Other components have theirs from the start."""
+        if self.vision_token_ids:
+            weights = with_old_prefixes(weights, self.model_config.hf_config)
         loaded = super().load_weights(weights)
         trunk = getattr(self, TRUNK)
         trunk.load_weights(self.policy_weights.items())
@@ -160,14 +163,3 @@ class LatentActionEngineMixin:
         own = dict(self.latent_actions.named_parameters())
         for name, tensor in others.items():
             own[name].copy_(tensor)
-
-
-def policy_weights(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
-    """The tensors of the policy's decoder, under the names that they would have in the checkpoint of a causal model of
-    transformers, which is what vLLM reads."""
-    decoder = policy.decoder_stack.decoder
-    with torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(decoder.config)
-    prefix = causal.base_model_prefix
-    tensors = {f"{prefix}.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    return revert_weight_conversion(causal, tensors)

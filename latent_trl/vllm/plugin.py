@@ -7,6 +7,20 @@ from .sampler import rebind_sampler
 
 # In front of the name of an architecture that vLLM knows.
 PREFIX = "LatentAction"
+# Where vLLM runs a model of transformers' own, whose layers cannot be had twice in an engine.
+FOREIGN = "vllm.model_executor.models.transformers"
+
+
+def check_architecture(name: str) -> None:
+    """Raises `ValueError` for an architecture of a backbone that cannot have latent actions in an engine."""
+    known = ModelRegistry.models.get(name)
+    if known is None:
+        raise ValueError(f"vLLM does not know the backbone's architecture {name!r}. Generate with transformers.")
+    if known.module_name == FOREIGN:
+        raise ValueError(
+            f"vLLM has no {name!r} of its own, it runs transformers' one, and that cannot have latent actions. Generate "
+            "with transformers."
+        )
 
 
 def register() -> None:

@@ -25,21 +25,11 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.vllm)
 
 
-def register_classes(*architectures: str) -> None:
-    """vLLM looks at a class that it has not imported in a process of its own, which takes most of a start's time."""
-    from vllm import ModelRegistry
-
-    from latent_trl.vllm.plugin import PREFIX, register
-
-    register()
-    for architecture in architectures:
-        for name in (architecture, PREFIX + architecture):
-            ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
-
-
 @pytest.fixture
 def engine():
     """Makes engines, and takes their memory back."""
+    from exact import register_classes
+
     from latent_trl.vllm.engine import LatentActionEngine
 
     made = []

@@ -13,13 +13,10 @@ FOREIGN = "vllm.model_executor.models.transformers"
 
 def check_architecture(name: str) -> None:
     """Raises `ValueError` for an architecture of a backbone that cannot have latent actions in an engine."""
-    known = ModelRegistry.models.get(name)
-    if known is None:
-        raise ValueError(f"vLLM does not know the backbone's architecture {name!r}. Generate with transformers.")
-    if known.module_name == FOREIGN:
+    if PREFIX + name not in ModelRegistry.models:
         raise ValueError(
-            f"vLLM has no {name!r} of its own, it runs transformers' one, and that cannot have latent actions. Generate "
-            "with transformers."
+            f"vLLM has no {name!r} of its own, so that it cannot have latent actions in an engine. Generate with "
+            "transformers."
         )
 
 
@@ -27,7 +24,8 @@ def register() -> None:
     """Registers every architecture of vLLM a second time, with latent actions; the classes are made when asked for."""
     for architecture in set(ModelRegistry.get_supported_archs()):
         name = PREFIX + architecture
-        if architecture.startswith(PREFIX) or name in ModelRegistry.models:
+        known = ModelRegistry.models[architecture]
+        if architecture.startswith(PREFIX) or name in ModelRegistry.models or vars(known).get("module_name") == FOREIGN:
             continue
         ModelRegistry.register_model(name, f"latent_trl.vllm.model:{name}")
         if architecture in MODELS_CONFIG_MAP:

@@ -21,7 +21,7 @@ ALLOWED = {
     "plans": {"checkpoint", "data", "generation", "hub", "models"},
     "search": {"data", "generation", "models", "rewards"},
     "evaluation": {"checkpoint", "data", "generation", "hub", "models", "rewards", "search"},
-    "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search"},
+    "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search", "vllm"},
     "vllm": {"checkpoint", "generation", "hub", "models"},
 }
 ALLOWED["serving"] = ALLOWED["studio"] = ALLOWED["trainer"] | {"trainer"}

@@ -1,6 +1,7 @@
 """An engine of vLLM over latent actions: what it is started with, and the object that answers prompts."""
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Sequence
@@ -53,6 +54,8 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
             f"`read_out={config.read_out!r}` needs the backbone's final norm by itself, which an engine does not give. "
             "Only checkpoints of `read_out='residual'` can be served."
         )
+    # The sampler is that of the first runner.
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     register()
     architectures = [architecture] if architecture else _architectures(folders)
     for name in architectures:
@@ -73,6 +76,10 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
         "worker_extension_cls": "latent_trl.vllm.worker.LatentActionWorkerExtension",
         # A checkpoint's own defaults are about tokens.
         "generation_config": "vllm",
+        # Who is in which row of the batch is read on the host, in forward too, and a step's tokens are known before the
+        # next step.
+        "enforce_eager": True,
+        "async_scheduling": False,
     }
     if folders.processor is not None:
         arguments["tokenizer"] = folders.processor

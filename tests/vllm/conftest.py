@@ -1,6 +1,5 @@
 """Tests of the engine, skipped where vLLM is not installed."""
 
-import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,26 +26,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def engine():
-    """Makes engines, and takes their memory back."""
-    from exact import register_classes
-
-    from latent_trl.vllm.engine import LatentActionEngine
+    """Starts engines for a test, and ends them."""
+    from exact import start
 
     made = []
 
     def make(model, **options):
-        if isinstance(model, str):
-            sizes = {}
-        else:
-            sizes = {"skip_tokenizer_init": True, "max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
-        shared = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64, **sizes}
-        if not isinstance(model, str):
-            register_classes(type(model.backbone).__name__, "LlamaForCausalLM")
-        made.append(LatentActionEngine(model, **{**shared, **options}))
+        made.append(start(model, **options))
         return made[-1]
 
     yield make
     for one in made:
         one.close()
-    made.clear()
-    gc.collect()

@@ -47,6 +47,21 @@ def register_classes(*architectures: str) -> None:
             ModelRegistry.register_model(name, ModelRegistry.models[name].load_model_cls())
 
 
+def start(model: LatentActionModel | str, **options):
+    """A small engine."""
+    from latent_trl.vllm.engine import LatentActionEngine
+
+    shared = {"dtype": "float32", "enforce_eager": True, "max_num_seqs": 64}
+    if isinstance(model, str):
+        register_classes("LlavaForConditionalGeneration", "LlamaForCausalLM")
+    else:
+        register_classes(type(model.backbone).__name__, "LlamaForCausalLM")
+        shared |= {"max_model_len": 128, "kv_cache_memory_bytes": 64 << 20}
+        if model.config.base_model_name_or_path is None:
+            shared["skip_tokenizer_init"] = True
+    return LatentActionEngine(model, **{**shared, **options})
+
+
 def tiny(family: str, **config) -> LatentActionModel:
     """A random model of a family, whose codes say different tokens."""
     kind, fields = FAMILIES[family]

@@ -19,6 +19,7 @@ from ..models.policy import LatentActionPolicy
 from .folders import EngineFolders, folders_of_checkpoint, folders_of_model
 from .names import policy_weights
 from .plugin import PREFIX, check_architecture, register
+from .settings import check_sampling_params
 
 # What an engine over codes is started with, and cannot be told otherwise.
 OWN_ARGUMENTS = ("model", "revision", "hf_overrides", "logits_processors", "logprobs_mode", "worker_extension_cls")
@@ -109,7 +110,7 @@ def sampling_params(
             [`~latent_trl.vllm.settings.ActionSettings`].
         support (`bool`, defaults to `False`): Whether the log-probabilities of all codes are wanted, for which
             `num_codes` must be given; by default that of the chosen one.
-        options: Of `SamplingParams`: `seed`, `stop_token_ids`, `stop`, `min_tokens`, `output_kind`, ...
+        options: Of `SamplingParams`: `stop_token_ids`, `stop`, `min_tokens`, `output_kind`, ...
     """
     return SamplingParams(
         max_tokens=max_new_tokens,
@@ -229,9 +230,9 @@ class LatentActionEngine:
             points = even_points(len(prompts), n, generator, "cpu").T.flatten().tolist()
         requests, params = [], []
         for row in range(rows):
-            own = dict(settings)
+            own = {**settings, "action_seed": seeds[row]}
             if points is not None:
-                own["action_group"] = {"seed": seeds[row // n * n] % 2**40, "size": n, "point": points[row]}
+                own["action_group"] = {"seed": seeds[row // n * n], "size": n, "point": points[row]}
             if forced_action_ids is not None:
                 own["forced_action_ids"] = list(forced_action_ids[row])
             requests.append(self._prompt(prompts[row // n]))
@@ -241,9 +242,11 @@ class LatentActionEngine:
                     own,
                     output_support,
                     self.config.num_codes,
-                    **{"seed": seeds[row], "detokenize": False, **options},
+                    **{"detokenize": False, **options},
                 )
             )
+        for one in params:
+            check_sampling_params(one, self.config.num_codes)
         outputs = self.llm.generate(requests, params, use_tqdm=False)
         codes = self.config.num_codes if output_support else None
         return [answer_of(output.prompt_token_ids, output.outputs[0], codes) for output in outputs]

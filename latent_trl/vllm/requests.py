@@ -1,9 +1,8 @@
 """The requests in an engine's batch: how each one's codes are chosen."""
 
 import re
-from collections.abc import Mapping
+from collections import OrderedDict
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from vllm import SamplingParams
@@ -14,6 +13,12 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from ..generation.arithmetic_sampling import ArithmeticSampler, random_orders
 from ..generation.choice import draw, masked_law
 from .settings import ActionSettings, check_sampling_params
+
+# A prime, so that seeds and steps do not meet.
+STRIDE = 1_000_003
+# Intervals of arithmetic codes that are remembered, as a multiple of the rows of a batch. Of a request that has waited
+# for longer than so many others took, what follows is drawn by itself, under the same law.
+REMEMBERED = 64
 
 # Under which the processor of an engine is found by its model.
 REQUESTS = "latent_action_requests"
@@ -66,9 +71,11 @@ class ActionRequests(LogitsProcessor):
         self.device = device
         self.vision_token_ids = set(vllm_config.model_config.hf_config.latent_action["vision_token_ids"])
         self.rows: dict[int, ActionRow] = {}
-        # An arithmetic code's point and width. A request's own generator lives as long as the request, also where that
-        # leaves the batch for a while.
-        self.intervals: WeakKeyDictionary[torch.Generator, tuple[torch.Tensor, torch.Tensor]] = WeakKeyDictionary()
+        # Point and width of an arithmetic code at a step, by the group's seed, the row's point and the step. A request
+        # may leave the batch for a while, and what is drawn for a prompt that was read in part is thrown away: so a
+        # step's interval stays until the next step's is made, and then it is of no more use.
+        self.intervals: OrderedDict[tuple[int, float, int], tuple[float, float]] = OrderedDict()
+        self.remembered = REMEMBERED * vllm_config.scheduler_config.max_num_seqs
         # Set by the model, which is made later.
         self.model: Any = None
         vllm_config.compilation_config.static_forward_context[REQUESTS] = self
@@ -100,13 +107,10 @@ class ActionRequests(LogitsProcessor):
         """`[R]`, the first position of each row that has seen an image."""
         return torch.tensor([self.rows[i].first_image for i in range(len(self.rows))], device=self.device)
 
-    def choose(
-        self, logits: torch.Tensor, generators: Mapping[int, torch.Generator]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Args:
             logits (`torch.Tensor`): `[R, K]` of the policy.
-            generators (`Mapping[int, torch.Generator]`): Of the rows that have a seed.
 
         Returns:
             Codes `[R]` and the log-probabilities of all codes `[R, K]`, float32. That of a code which was forced from
@@ -120,11 +124,12 @@ class ActionRequests(LogitsProcessor):
             probs = log_probs[sampled].exp()
             noise = torch.empty_like(probs).exponential_()
             for place, i in enumerate(sampled):
-                if i in generators:
-                    noise[place].exponential_(generator=generators[i])
+                if rows[i].settings.seed is not None:
+                    own = _generator(rows[i].settings.seed, len(rows[i].output_ids))
+                    noise[place] = torch.empty(probs.shape[-1]).exponential_(generator=own)
             action_ids[sampled] = draw(probs, noise)
         forced = torch.tensor([row.forced for row in rows], device=logits.device)
-        self._draw_together(rows, log_probs, action_ids, forced < 0, generators)
+        self._draw_together(rows, log_probs, action_ids, forced < 0)
         action_ids = torch.where(forced >= 0, forced, action_ids)
         chosen = log_probs.gather(-1, action_ids[:, None])
         return action_ids, log_probs.scatter(-1, action_ids[:, None], chosen.masked_fill(chosen.isneginf(), 0.0))
@@ -151,7 +156,6 @@ class ActionRequests(LogitsProcessor):
         log_probs: torch.Tensor,
         action_ids: torch.Tensor,
         free: torch.Tensor,
-        generators: Mapping[int, torch.Generator],
     ) -> None:
         """Puts the codes of an arithmetic code in place in `action_ids`, which holds what samples that are alone take.
         Samples of a group may be at different steps, or in different engines: the order of a step's codes is drawn from
@@ -161,22 +165,34 @@ class ActionRequests(LogitsProcessor):
             if row.settings.group is not None:
                 sizes.setdefault(row.settings.group.size, []).append(i)
         for size, members in sizes.items():
-            intervals = [self._interval(rows[i], generators[i], log_probs) for i in members]
-            sampler = ArithmeticSampler(torch.stack([point for point, _ in intervals]), size)
-            sampler.width = torch.stack([width for _, width in intervals])
+            intervals = log_probs.new_tensor([self._interval(rows[i]) for i in members])
+            sampler = ArithmeticSampler(intervals[:, 0], size)
+            sampler.width = intervals[:, 1]
             orders = torch.stack([self._order(rows[i], log_probs.shape[-1]) for i in members]).to(log_probs.device)
             action_ids[members] = sampler.draw(log_probs[members].exp(), orders, action_ids[members], free[members])
-            for place, i in enumerate(members):
-                self.intervals[generators[i]] = (sampler.points[place], sampler.width[place])
+            for i, *interval in zip(members, sampler.points.tolist(), sampler.width.tolist()):
+                self._remember(rows[i], tuple(interval))
 
-    def _interval(
-        self, row: ActionRow, generator: torch.Generator, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        if generator not in self.intervals:
-            return like.new_tensor(row.settings.group.point), like.new_tensor(1.0)
-        return self.intervals[generator]
+    def _interval(self, row: ActionRow) -> tuple[float, float]:
+        group, step = row.settings.group, len(row.output_ids)
+        if step == 0:
+            return group.point, 1.0
+        self.intervals.pop((group.seed, group.point, step - 1), None)
+        # Of width 0 it has nobody beside it.
+        return self.intervals.get((group.seed, group.point, step), (group.point, 0.0))
+
+    def _remember(self, row: ActionRow, interval: tuple[float, float]) -> None:
+        key = (row.settings.group.seed, row.settings.group.point, len(row.output_ids) + 1)
+        self.intervals[key] = interval
+        self.intervals.move_to_end(key)
+        while len(self.intervals) > self.remembered:
+            self.intervals.popitem(last=False)
 
     @staticmethod
     def _order(row: ActionRow, codes: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed((row.settings.group.seed * 1_000_003 + len(row.output_ids)) % 2**63)
-        return random_orders(1, codes, generator, "cpu")[0]
+        return random_orders(1, codes, _generator(row.settings.group.seed, len(row.output_ids)), "cpu")[0]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """What a step draws is a function of seed and step: no state is lost where a request leaves the batch."""
+    return torch.Generator().manual_seed((seed * STRIDE + step) % 2**63)

@@ -22,7 +22,7 @@ class LatentActionSampler(Sampler):
         requests = next((p for p in processors if isinstance(p, ActionRequests)), None)
         if requests is None:
             return super().forward(logits, sampling_metadata, *args, **kwargs)
-        action_ids, log_probs = requests.choose(logits, sampling_metadata.generators)
+        action_ids, log_probs = requests.choose(logits)
         token_logits = requests.model.token_logits(action_ids)
         # Of what acts on tokens, requests may have the fewest that end a text.
         token_logits = self.apply_logits_processors(token_logits, sampling_metadata, False)

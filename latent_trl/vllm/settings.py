@@ -21,6 +21,7 @@ REFUSED_PARAMS: dict[str, tuple[tuple[Any, ...], str]] = {
     "top_k": ((0, -1), _TOKENS),
     "top_p": ((1.0,), _TOKENS),
     "min_p": ((0.0,), _TOKENS),
+    "seed": ((None,), "is of a generator of tokens. Use `action_seed` in `extra_args`"),
     "presence_penalty": ((0.0,), _ON_TOKENS),
     "frequency_penalty": ((0.0,), _ON_TOKENS),
     "repetition_penalty": ((1.0,), _ON_TOKENS),
@@ -36,6 +37,7 @@ ARGUMENTS = (
     "action_temperature",
     "action_top_k",
     "action_top_p",
+    "action_seed",
     "action_bias",
     "forced_action_ids",
     "action_group",
@@ -49,7 +51,7 @@ class ActionGroup:
     [`~latent_trl.generation.arithmetic_sampling.ArithmeticSampler`].
 
     Args:
-        seed (`int`): The same for all of the group.
+        seed (`int`): The same for all of the group, and for no other group at the time.
         size (`int`): Samples of the group.
         point (`float`): The row's own, in [0, 1).
     """
@@ -67,6 +69,7 @@ class ActionSettings:
     Args:
         do_sample (`bool`, defaults to `True`): Sample, or take the most likely code.
         law (`ActionLaw`): To sample from.
+        seed (`int`, *optional*): Of the sampling; what a step draws is a function of it and the step.
         bias (`tuple[float]` or `dict[int, float]`, *optional*): One a code, or of some codes; `-inf` bans one.
         forced (`tuple[int]`): Codes of the first steps; -1 leaves a step free.
         group (`ActionGroup`, *optional*): For `action_sampling="arithmetic"`.
@@ -74,6 +77,7 @@ class ActionSettings:
 
     do_sample: bool = True
     law: ActionLaw = field(default_factory=ActionLaw)
+    seed: int | None = None
     bias: Any = None
     forced: tuple[int, ...] = ()
     group: ActionGroup | None = None
@@ -102,6 +106,7 @@ class ActionSettings:
         return cls(
             do_sample=do_sample is not False,
             law=ActionLaw(**law),
+            seed=None if given.get("action_seed") is None else _number("action_seed", given["action_seed"], whole=True),
             bias=_bias(given.get("action_bias")),
             forced=_forced(given.get("forced_action_ids")),
             group=None if group is None else _group(group),
@@ -187,5 +192,3 @@ def check_sampling_params(params: SamplingParams, num_codes: int) -> None:
             raise ValueError(f"`{name}={value!r}` {why}.")
     settings = ActionSettings.of(params.extra_args)
     settings.check_codes(num_codes)
-    if settings.group is not None and params.seed is None:
-        raise ValueError("`action_group` needs a `seed` of the request: its samples go on by themselves in the end.")

@@ -154,7 +154,6 @@ def count_preemptions(engine):
         ({"action_bias": [0.0]}, "action_bias"),
         ({"action_temperature": 0.0}, "action_temperature"),
         ({"forced_action_ids": [[CODES]]}, "forced_action_ids"),
-        ({"extra_args": {"action_temprature": 1}}, "action_temprature"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(shared, options, named):

@@ -1,4 +1,4 @@
-"""What corrects for an engine whose log-probabilities differ from the trainer's: importance weights, truncated as TRL's."""
+"""Importance weights, truncated as TRL's, where an engine's log-probabilities differ from the trainer's."""
 
 import torch
 

@@ -21,9 +21,10 @@ ALLOWED = {
     "plans": {"checkpoint", "data", "generation", "hub", "models"},
     "search": {"data", "generation", "models", "rewards"},
     "evaluation": {"checkpoint", "data", "generation", "hub", "models", "rewards", "search"},
-    "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search", "vllm"},
+    "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search"},
     "vllm": {"checkpoint", "generation", "hub", "models"},
 }
+ALLOWED["trainer"].add("vllm")
 ALLOWED["serving"] = ALLOWED["studio"] = ALLOWED["trainer"] | {"trainer"}
 ALLOWED["commands"] = ALLOWED["serving"] | {"serving", "sizing", "studio", "vllm"}
 ALLOWED["__main__"] = {"commands"}

@@ -20,8 +20,10 @@ def masked_law(
 
 
 def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Codes `[B]` of `probs` `[B, K]`, by exponential `noise` `[B, K]`: what `torch.multinomial` draws, without its look
-    at the values, for which the host would wait."""
+    """
+    Codes `[B]` of `probs` `[B, K]`, by exponential `noise` `[B, K]`: what `torch.multinomial` draws, without its look
+    at the values, for which the host would wait.
+    """
     return (probs / noise).argmax(dim=-1)
 
 

@@ -16,6 +16,8 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 if find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
+else:
+    import picture_imports  # noqa: F401
 
 
 def pytest_collection_modifyitems(items):

@@ -39,7 +39,7 @@ def test_pictures_and_text_in_one_batch(chats, monkeypatch, tmp_path):
     model = LatentActionModel.from_pretrained(folder)
     pixels = [one.get("pixel_values") for one in inputs]
     # Prompts in parts: a picture may be in an earlier part than the text that has seen it.
-    engine = start(folder, max_model_len=256, max_num_batched_tokens=32, enable_chunked_prefill=True)
+    engine = start(folder, max_model_len=256, max_num_batched_tokens=32, max_num_seqs=32)
     try:
         settings = {"max_new_tokens": 24, "stop_token_ids": [END]}
         answers = engine.generate(requests, action_do_sample=False, **settings)

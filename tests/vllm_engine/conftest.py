@@ -1,4 +1,4 @@
-"""Tests of the engine, skipped where vLLM is not installed."""
+"""Tests of `latent_trl.vllm`, skipped where vLLM is not installed. A folder called `vllm` would be imported for it."""
 
 import os
 from importlib.util import find_spec

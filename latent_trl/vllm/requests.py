@@ -124,8 +124,9 @@ class ActionRequests(LogitsProcessor):
             probs = log_probs[sampled].exp()
             noise = torch.empty_like(probs).exponential_()
             for place, i in enumerate(sampled):
-                if rows[i].settings.seed is not None:
-                    own = _generator(rows[i].settings.seed, len(rows[i].output_ids))
+                seed = rows[i].settings.seed
+                if seed is not None:
+                    own = _generator(seed, len(rows[i].output_ids))
                     noise[place] = torch.empty(probs.shape[-1]).exponential_(generator=own)
             action_ids[sampled] = draw(probs, noise)
         forced = torch.tensor([row.forced for row in rows], device=logits.device)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from vllm import LLM, SamplingParams
 
 from ..generation.arithmetic_sampling import even_points
@@ -268,8 +269,11 @@ class LatentActionEngine:
         start = time.perf_counter()
         weights = {name: tensor.detach().contiguous() for name, tensor in policy_weights(policy).items()}
         parts = {"policy_input": policy.decoder_stack.input, "policy_head": policy.head}
-        others = {f"{k}.{name}": p.detach() for k, part in parts.items() for name, p in part.named_parameters()}
-        self.llm.collective_rpc("update_latent_action_policy", args=(weights, others))
+        # As bytes they reach an engine in a process of its own too.
+        others = {
+            f"{k}.{name}": p.detach().contiguous() for k, part in parts.items() for name, p in part.named_parameters()
+        }
+        self.llm.collective_rpc("update_latent_action_policy", args=(save(weights), save(others)))
         # The policy's keys and values of a prefix are those of its old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("The engine's prefix cache could not be emptied: requests are running in it.")

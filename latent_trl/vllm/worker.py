@@ -2,7 +2,7 @@
 
 from typing import Any
 
-import torch
+from safetensors.torch import load
 
 
 class LatentActionWorkerExtension:
@@ -10,6 +10,7 @@ class LatentActionWorkerExtension:
 
     model_runner: Any
 
-    def update_latent_action_policy(self, weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
-        """Puts other values into the policy, see [`~latent_trl.vllm.model.LatentActionEngineMixin.update_policy`]."""
-        self.model_runner.model.update_policy(weights, others)
+    def update_latent_action_policy(self, weights: bytes, others: bytes) -> None:
+        """Puts other values, as safetensors, into the policy, see
+        [`~latent_trl.vllm.model.LatentActionEngineMixin.update_policy`]."""
+        self.model_runner.model.update_policy(load(weights), load(others))

@@ -24,8 +24,8 @@ ALLOWED = {
     "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search"},
     "vllm": {"checkpoint", "generation", "hub", "models"},
 }
-ALLOWED["studio"] = ALLOWED["trainer"] | {"trainer"}
-ALLOWED["serving"] = ALLOWED["studio"] | {"vllm"}
+ALLOWED["trainer"].add("vllm")
+ALLOWED["serving"] = ALLOWED["studio"] = ALLOWED["trainer"] | {"trainer"}
 ALLOWED["commands"] = ALLOWED["serving"] | {"serving", "sizing", "studio"}
 ALLOWED["__main__"] = {"commands"}
 ALLOWED["__init__"] = set()

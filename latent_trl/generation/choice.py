@@ -8,6 +8,25 @@ from .action_law import ActionLaw
 from .arithmetic_sampling import ArithmeticSampler, even_points, random_orders
 
 
+def masked_law(
+    law: ActionLaw, logits: torch.Tensor, allowed: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Log-probabilities `[B, K]` of the law over `logits` `[B, K]` with the bias added, float32, and its support less
+    what is not `allowed` `[B, K]`; `None` where that is all codes."""
+    support = law.support(logits)
+    if allowed is not None:
+        support = allowed if support is None else support & allowed
+    return law.log_probs(logits, support), support
+
+
+def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """
+    Codes `[B]` of `probs` `[B, K]`, by exponential `noise` `[B, K]`: what `torch.multinomial` draws, without its look
+    at the values, for which the host would wait.
+    """
+    return (probs / noise).argmax(dim=-1)
+
+
 @dataclass
 class ActionChoice:
     """
@@ -40,14 +59,10 @@ class ActionChoice:
 
     def choose(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Codes `[B]`, their log-probabilities `[B]` and the support `[B, K]` for logits `[B, K]` of step `step`."""
-        support = None
         if self.bias is not None:
             logits = logits + self.bias.to(logits)
-        support = self.law.support(logits)
-        if self.allowed is not None:
-            allowed = self.allowed.to(logits.device).expand_as(logits)
-            support = allowed if support is None else support & allowed
-        log_probs = self.law.log_probs(logits, support)
+        allowed = None if self.allowed is None else self.allowed.to(logits.device).expand_as(logits)
+        log_probs, support = masked_law(self.law, logits, allowed)
         wanted = None
         if self.forced is not None and step < self.forced.shape[1]:
             wanted = self.forced[:, step].to(log_probs.device)
@@ -65,8 +80,7 @@ class ActionChoice:
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Codes `[B]`, drawn prompt by prompt though rows come in tiles: a seed gives the same samples either way."""
         by_prompt = probs.unflatten(0, (self.copies, -1)).transpose(0, 1).flatten(0, 1)
-        # What `torch.multinomial` draws, without its look at the values, for which the host would wait.
-        drawn = (by_prompt / torch.empty_like(by_prompt).exponential_(generator=self.generator)).argmax(dim=-1)
+        drawn = draw(by_prompt, torch.empty_like(by_prompt).exponential_(generator=self.generator))
         return drawn.unflatten(0, (-1, self.copies)).transpose(0, 1).flatten()
 
     def _draw_together(self, probs: torch.Tensor, wanted: torch.Tensor | None) -> torch.Tensor:

@@ -88,14 +88,15 @@ LETTERS = "abcdef"
 FIRST = 3
 
 
-def target_problem(seed: int = 0):
+def target_problem(seed: int = 0, **sizes):
     """
     A latent action model of 6 codes that are read as 6 letters, its tokenizer, and the letters' ids. Which code is
-    right depends on the last token, so codes that are scored a place too early or late cannot be learned.
+    right depends on the last token, so codes that are scored a place too early or late cannot be learned. `sizes` are
+    fields of the backbone's configuration.
     """
     tokenizer = make_tokenizer()
     letters = [tokenizer.convert_tokens_to_ids(c) for c in LETTERS]
-    backbone = llama(num_hidden_layers=1).model
+    backbone = llama(num_hidden_layers=1, **sizes).model
     torch.manual_seed(seed)
     config = LatentActionConfig(
         num_codes=NUM_CODES,

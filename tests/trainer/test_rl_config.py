@@ -3,8 +3,15 @@
 import logging
 
 import pytest
+from rl_models import prompts
+from tiny_models import latent, latent_config
 
-from latent_trl import LatentActionGRPOConfig, LatentActionPPOConfig, LatentActionRLOOConfig
+from latent_trl import (
+    LatentActionGRPOConfig,
+    LatentActionGRPOTrainer,
+    LatentActionPPOConfig,
+    LatentActionRLOOConfig,
+)
 
 CONFIGS = (LatentActionGRPOConfig, LatentActionPPOConfig, LatentActionRLOOConfig)
 
@@ -79,3 +86,17 @@ def test_estimators_have_scales_of_their_own():
     assert config(advantage_estimator="rloo", scale_rewards="batch").scale_rewards == "batch"
     with pytest.raises(ValueError, match="`advantage_estimator='rloo'` is about groups"):
         config(LatentActionPPOConfig, advantage_estimator="rloo")
+
+
+@pytest.mark.parametrize("options", [{"vllm_max_model_length": 64}, {"use_vllm": True, "train_backbone": True}])
+def test_what_is_about_an_engine_or_cannot_be_had_with_one(tmp_path, options):
+    with pytest.raises(ValueError, match=list(options)[-1]):
+        LatentActionGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, **options)
+
+
+def test_without_vllm_one_is_told_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("latent_trl.trainer.rollout.engine_source.find_spec", lambda name: None)
+    args = LatentActionGRPOConfig(str(tmp_path), use_cpu=True, bf16=False, use_vllm=True)
+    model, tiny = latent("llama", latent_config(use_projector=False))
+    with pytest.raises(ImportError, match="pip install"):
+        LatentActionGRPOTrainer(model, len, args, prompts(8), processing_class=tiny.processor)

@@ -4,6 +4,7 @@ from collections.abc import Sized
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from torch import nn
 from transformers.utils import logging
@@ -16,7 +17,9 @@ from ..rollout.advantages import GROUP_ADVANTAGES, normalize_then_sum, weighted_
 from ..rollout.anchor import PolicyAnchor
 from ..rollout.checks import check_anchor, check_arguments, check_train_dataset, evaluation_samples
 from ..rollout.dynamic_sampling import DynamicSampling, equal_groups
+from ..rollout.engine_source import EngineSource, check_engine
 from ..rollout.generation_config import rollout_config
+from ..rollout.importance import difference_figures, importance_ratio
 from ..rollout.log import RolloutLog
 from ..rollout.prompts import PromptReader, answers, groups_of, stored
 from ..rollout.reference import Reference
@@ -90,6 +93,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         args = own_config(args, self.config_class, f"latent-action-{self._tag_names[-1]}")
         check_anchor(args, anchor_dataset)
         check_writable(args)
+        if args.use_vllm:
+            check_engine(args, PartialState().num_processes)
         model = load_named_model(model, args, quantization_config)
         model.require("codebook", "world_model", "policy")
         if "value_head" in self.trained_components and model.value_head is None:
@@ -99,6 +104,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         settle_rate(args, "learning_rate", self.large_rate, model.policy.decoder_stack.hidden_size, RATE_EXPONENT)
         # The reference is the policy before RL, never a second model.
         beta, args.beta = args.beta, 0.0
+        # And TRL's engine would choose among tokens.
+        use_vllm, args.use_vllm = args.use_vllm, False
         try:
             super().__init__(
                 model,
@@ -112,7 +119,8 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
                 optimizers=optimizers,
             )
         finally:
-            args.beta = beta
+            args.beta, args.use_vllm = beta, use_vllm
+        self.use_vllm = use_vllm
         # TRL's forward for the scores of tokens.
         vars(model).pop("forward", None)
         self.beta = beta
@@ -129,6 +137,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
         self.rewards = RolloutRewards.of(self)
+        self.engine_source = EngineSource(self) if use_vllm else None
         self.rollout_log = RolloutLog(self._metrics, self._logs, args.log_multimodal)
         if args.log_completions:
             self.add_callback(CompletionsTable(self))
@@ -194,7 +203,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     def rollout_source(self) -> RolloutSource:
         """What answers prompts: the policy as it is now."""
-        return GenerateSource.of(self)
+        return GenerateSource.of(self) if self.engine_source is None else self.engine_source
 
     def _replace_equal_groups(self, samples: list[Sample], rewards: torch.Tensor) -> dict[str, Any]:
         def draw(rows):
@@ -206,7 +215,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     @property
     def needs_old_scores(self) -> bool:
         """Whether an update may read a rollout that an earlier policy made."""
-        return self.args.gradient_accumulation_steps % (self.args.steps_per_generation * self.num_iterations) != 0
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        steps = self.args.steps_per_generation * self.num_iterations
+        return corrected or self.args.gradient_accumulation_steps % steps != 0
 
     def score_rollout(self, rollout: Rollout) -> None:
         """Scores the rollout under the policy that made it, and under the reference, where they are needed."""
@@ -217,11 +228,25 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             if self.needs_old_scores:
                 scores = score_in_parts(self.model, *shared)
                 rollout.old_per_token_logps, rollout.old_values = scores.log_probs, scores.values
+                if self.use_vllm and self.vllm_importance_sampling_correction:
+                    self._correct_for_engine(rollout)
             if self.beta != 0.0:
                 model = self._latent_model()
                 with backbone_of_reference(model, self.args.train_backbone, self.reference.adapter):
                     scores = score_in_parts(model, *shared, reference=self.reference.policy)
                 rollout.ref_per_token_logps = scores.log_probs
+
+    def _correct_for_engine(self, rollout: Rollout) -> None:
+        """Gives a rollout of an engine its importance weights."""
+        args, old = self.args, rollout.old_per_token_logps
+        sampled, mask = rollout.sampling_per_token_logps, rollout.completion_mask
+        bounds = (args.vllm_importance_sampling_clip_min, args.vllm_importance_sampling_clip_max)
+        ratio = importance_ratio(old, sampled, mask, args.vllm_importance_sampling_mode, *bounds)
+        rollout.importance_sampling_ratio = ratio
+        figures = difference_figures(old, sampled, ratio, mask)
+        self.rollout_log.figures(self.model.training, figures)
+        if figures:
+            self.health.watch_engine(figures["sampling/log_prob_difference"][0], self.state.global_step)
 
     def set_advantages(self, rollout: Rollout, rewards: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """

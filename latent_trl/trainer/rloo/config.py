@@ -50,6 +50,11 @@ class LatentActionRLOOConfig(LatentActionGRPOConfig):
                 )
         if self.reward_clip_range is not None and not self.reward_clip_range[0] < self.reward_clip_range[1]:
             raise ValueError(f"`reward_clip_range` must be (low, high), got {self.reward_clip_range}.")
+        if self.use_vllm and not self.vllm_importance_sampling_mode.startswith("sequence"):
+            raise ValueError(
+                f"`vllm_importance_sampling_mode={self.vllm_importance_sampling_mode!r}` weighs single codes, and "
+                "RLOO's loss is of whole completions. Use `'sequence_mask'` or `'sequence_truncate'`."
+            )
         super().__post_init__()
         if self.normalize_advantages:
             self.scale_rewards = "batch"

@@ -61,6 +61,7 @@ class Rollout:
         context_states (`torch.Tensor`, *optional*): `[B, P+C-1, d]`. Without them the backbone is run again.
         position_ids (`torch.Tensor`, *optional*): `[B, ..., P+C-1]`.
         prompts (`list[EncodedPrompt]`, *optional*): With their pictures, where the backbone is run again.
+        importance_sampling_ratio (`torch.Tensor`, *optional*): `[B, C]` or `[B, 1]`, of samples from an engine.
         advantages (`torch.Tensor`, *optional*): `[B]`, or `[B, C]` from a value function.
         old_per_token_logps, ref_per_token_logps (`torch.Tensor`, *optional*): `[B, C]`.
         old_values, returns, value_mask (`torch.Tensor`, *optional*): `[B, C]`, of PPO.
@@ -78,6 +79,7 @@ class Rollout:
     context_states: torch.Tensor | None = None
     position_ids: torch.Tensor | None = None
     prompts: list[EncodedPrompt] | None = None
+    importance_sampling_ratio: torch.Tensor | None = None
     advantages: torch.Tensor | None = None
     old_per_token_logps: torch.Tensor | None = None
     ref_per_token_logps: torch.Tensor | None = None

@@ -21,6 +21,8 @@ MOST_CONSTANT = 5
 MIN_ENTROPY = 0.01
 # Below this perplexity of the codes that rollouts use, the policy has collapsed to one.
 MIN_PERPLEXITY = 1.5
+# Mean difference, in nats, between an engine's log-probability of a code and the trainer's; bfloat16 makes some 0.01.
+MAX_ENGINE_DIFFERENCE = 0.1
 
 
 class CollapseError(RuntimeError):
@@ -99,6 +101,17 @@ class RunHealth:
             if mean < least:
                 remedy = "Raise `action_temperature`, `entropy_coef` or `beta`, or lower the learning rate"
                 self.collapse(kind, f"{text.format(mean)}. {remedy}", step)
+
+    def watch_engine(self, difference: float, step: int) -> None:
+        """Names an engine that disagrees with the trainer by `difference`, in nats a code on average."""
+        if difference > MAX_ENGINE_DIFFERENCE:
+            self.collapse(
+                "engine",
+                f"the engine's log-probabilities of codes differ from the trainer's by {difference:.2g} nats on "
+                "average, so that importance weights carry the update. Use the same precision in both (`bf16`, "
+                "float32), or leave `use_vllm` out",
+                step,
+            )
 
     def count_rewards(self, rewards: torch.Tensor, all_equal: bool, what: str, step: int) -> None:
         """

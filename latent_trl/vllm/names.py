@@ -1,0 +1,43 @@
+"""Names of tensors: from those that transformers has in memory or writes, to those that vLLM reads."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, revert_weight_conversion
+
+from ..models.policy import LatentActionPolicy
+
+
+def policy_weights(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
+    """The tensors of the policy's decoder, under the names that they would have in the checkpoint of a causal model of
+    transformers, which is what vLLM reads."""
+    decoder = policy.decoder_stack.decoder
+    with torch.device("meta"):
+        causal = AutoModelForCausalLM.from_config(decoder.config)
+    prefix = causal.base_model_prefix
+    tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in decoder.state_dict().items()}
+    return revert_weight_conversion(causal, tensors)
+
+
+def with_old_prefixes(
+    weights: Iterable[tuple[str, torch.Tensor]], config: PreTrainedConfig
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Tensors of a backbone with pictures, under the names that vLLM knows. A model that was not loaded from a file of an
+    older transformers is written without the prefixes that transformers has since taken off its parts.
+
+    Args:
+        weights (`Iterable[tuple[str, torch.Tensor]]`): As the backbone's files have them.
+        config (`PreTrainedConfig`): Of the backbone.
+    """
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    changes = [c for c in get_model_conversion_mapping(model, add_legacy=False) if isinstance(c, PrefixChange)]
+    model._weight_conversions = changes
+    for name, tensor in weights:
+        old = next(iter(revert_weight_conversion(model, {name: tensor}))) if changes else name
+        # What was put in stands there already in a file of an older transformers.
+        added = next((part for part in old.split(".") if part not in name.split(".")), None)
+        yield name if added is None else old, tensor

@@ -1,0 +1,199 @@
+"""The requests in an engine's batch: how each one's codes are chosen."""
+
+import re
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.sample.logits_processor.builtin import process_dict_updates
+
+from ..generation.arithmetic_sampling import ArithmeticSampler, random_orders
+from ..generation.choice import draw, masked_law
+from .settings import ActionSettings, check_sampling_params
+
+# A prime, so that seeds and steps do not meet.
+STRIDE = 1_000_003
+# Intervals of arithmetic codes that are remembered, as a multiple of the rows of a batch. Of a request that has waited
+# for longer than so many others took, what follows is drawn by itself, under the same law.
+REMEMBERED = 64
+
+# Under which the processor of an engine is found by its model.
+REQUESTS = "latent_action_requests"
+
+
+class ActionRow:
+    """
+    One request in the batch.
+
+    Args:
+        settings (`ActionSettings`): How its codes are chosen.
+        bias (`torch.Tensor`, *optional*): `[K]`, added to its logits.
+        first_image (`int`): Place of the first vision placeholder in its prompt; the prompt's length where none is.
+        output_ids (`list[int]`): Its tokens so far; vLLM appends to this list.
+    """
+
+    def __init__(self, settings: ActionSettings, bias: torch.Tensor | None, first_image: int, output_ids: list[int]):
+        self.settings = settings
+        self.bias = bias
+        self.first_image = first_image
+        self.output_ids = output_ids
+
+    @property
+    def forced(self) -> int:
+        """The code of this step, -1 where it is free."""
+        step, forced = len(self.output_ids), self.settings.forced
+        return forced[step] if step < len(forced) else -1
+
+
+def __getattr__(name: str) -> type["ActionRequests"]:
+    if not re.fullmatch(r"ActionRequests[0-9]+", name):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    made = type(name, (ActionRequests,), {"num_codes": int(name.removeprefix("ActionRequests"))})
+    return globals().setdefault(name, made)
+
+
+class ActionRequests(LogitsProcessor):
+    """
+    vLLM tells a logits processor which request is in which row of the batch. This one changes no logits: model and
+    sampler ask it. `ActionRequests128` of this module is the one for 128 codes: requests are checked where no model is.
+
+    Args:
+        vllm_config (`VllmConfig`): Of an engine whose model has latent actions.
+        device (`torch.device`), is_pin_memory (`bool`): As vLLM gives them.
+    """
+
+    num_codes: int
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool):
+        self.device = device
+        self.vision_token_ids = set(vllm_config.model_config.hf_config.latent_action["vision_token_ids"])
+        self.rows: dict[int, ActionRow] = {}
+        # Point and width of an arithmetic code at a step, by the group's seed, the row's point and the step. A request
+        # may leave the batch for a while, and what is drawn for a prompt that was read in part is thrown away: so a
+        # step's interval stays until the next step's is made, and then it is of no more use.
+        self.intervals: OrderedDict[tuple[int, float, int], tuple[float, float]] = OrderedDict()
+        self.remembered = REMEMBERED * vllm_config.scheduler_config.max_num_seqs
+        # Set by the model, which is made later.
+        self.model: Any = None
+        vllm_config.compilation_config.static_forward_context[REQUESTS] = self
+
+    @classmethod
+    def validate_params(cls, sampling_params: SamplingParams) -> None:
+        check_sampling_params(sampling_params, cls.num_codes)
+
+    def is_argmax_invariant(self) -> bool:
+        return True
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        process_dict_updates(self.rows, batch_update, self._row)
+
+    def _row(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> ActionRow:
+        settings = ActionSettings.of(params.extra_args)
+        prompt_ids = prompt_ids or []
+        first = next((i for i, token in enumerate(prompt_ids) if token in self.vision_token_ids), len(prompt_ids))
+        if first == len(prompt_ids):
+            # No position of it has seen an image.
+            first = 2**31 - 1
+        bias = settings.bias_tensor(self.num_codes)
+        return ActionRow(settings, None if bias is None else bias.to(self.device), first, output_ids)
+
+    def first_images(self) -> torch.Tensor:
+        """`[R]`, the first position of each row that has seen an image."""
+        return torch.tensor([self.rows[i].first_image for i in range(len(self.rows))], device=self.device)
+
+    def choose(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """
+        Args:
+            logits (`torch.Tensor`): `[R, K]` of the policy.
+
+        Returns:
+            Codes `[R]` and the log-probabilities of all codes `[R, K]`, float32. That of a code which was forced from
+            outside of its law's support is 0.
+        """
+        rows = [self.rows[i] for i in range(len(logits))]
+        log_probs = self._laws(rows, logits.float())
+        action_ids = log_probs.argmax(dim=-1)
+        sampled = [i for i, row in enumerate(rows) if row.settings.do_sample]
+        if sampled:
+            probs = log_probs[sampled].exp()
+            noise = torch.empty_like(probs).exponential_()
+            for place, i in enumerate(sampled):
+                seed = rows[i].settings.seed
+                if seed is not None:
+                    own = _generator(seed, len(rows[i].output_ids))
+                    noise[place] = torch.empty(probs.shape[-1]).exponential_(generator=own)
+            action_ids[sampled] = draw(probs, noise)
+        forced = torch.tensor([row.forced for row in rows], device=logits.device)
+        self._draw_together(rows, log_probs, action_ids, forced < 0)
+        action_ids = torch.where(forced >= 0, forced, action_ids)
+        chosen = log_probs.gather(-1, action_ids[:, None])
+        return action_ids, log_probs.scatter(-1, action_ids[:, None], chosen.masked_fill(chosen.isneginf(), 0.0))
+
+    def _laws(self, rows: list[ActionRow], logits: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities `[R, K]`, each row's of its own law."""
+        biased = [i for i, row in enumerate(rows) if row.bias is not None]
+        allowed = None
+        if biased:
+            bias = torch.zeros_like(logits)
+            bias[biased] = torch.stack([rows[i].bias for i in biased])
+            logits, allowed = logits + bias, ~bias.isneginf()
+        laws: dict[Any, list[int]] = {}
+        for i, row in enumerate(rows):
+            laws.setdefault(row.settings.law, []).append(i)
+        log_probs = torch.empty_like(logits)
+        for law, members in laws.items():
+            log_probs[members] = masked_law(law, logits[members], None if allowed is None else allowed[members])[0]
+        return log_probs
+
+    def _draw_together(
+        self,
+        rows: list[ActionRow],
+        log_probs: torch.Tensor,
+        action_ids: torch.Tensor,
+        free: torch.Tensor,
+    ) -> None:
+        """Puts the codes of an arithmetic code in place in `action_ids`, which holds what samples that are alone take.
+        Samples of a group may be at different steps, or in different engines: the order of a step's codes is drawn from
+        the group's seed and the step."""
+        sizes: dict[int, list[int]] = {}
+        for i, row in enumerate(rows):
+            if row.settings.group is not None:
+                sizes.setdefault(row.settings.group.size, []).append(i)
+        for size, members in sizes.items():
+            intervals = log_probs.new_tensor([self._interval(rows[i]) for i in members])
+            sampler = ArithmeticSampler(intervals[:, 0], size)
+            sampler.width = intervals[:, 1]
+            orders = torch.stack([self._order(rows[i], log_probs.shape[-1]) for i in members]).to(log_probs.device)
+            action_ids[members] = sampler.draw(log_probs[members].exp(), orders, action_ids[members], free[members])
+            for i, *interval in zip(members, sampler.points.tolist(), sampler.width.tolist()):
+                self._remember(rows[i], tuple(interval))
+
+    def _interval(self, row: ActionRow) -> tuple[float, float]:
+        group, step = row.settings.group, len(row.output_ids)
+        if step == 0:
+            return group.point, 1.0
+        self.intervals.pop((group.seed, group.point, step - 1), None)
+        # Of width 0 it has nobody beside it.
+        return self.intervals.get((group.seed, group.point, step), (group.point, 0.0))
+
+    def _remember(self, row: ActionRow, interval: tuple[float, float]) -> None:
+        key = (row.settings.group.seed, row.settings.group.point, len(row.output_ids) + 1)
+        self.intervals[key] = interval
+        self.intervals.move_to_end(key)
+        while len(self.intervals) > self.remembered:
+            self.intervals.popitem(last=False)
+
+    @staticmethod
+    def _order(row: ActionRow, codes: int) -> torch.Tensor:
+        return random_orders(1, codes, _generator(row.settings.group.seed, len(row.output_ids)), "cpu")[0]
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    """What a step draws is a function of seed and step: no state is lost where a request leaves the batch."""
+    return torch.Generator().manual_seed((seed * STRIDE + step) % 2**63)

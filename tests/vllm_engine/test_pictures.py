@@ -1,0 +1,54 @@
+"""The pocket VLM, its adapter merged: prompts with pictures and without, through the projector where there are none."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from exact import measured, same_rows, start
+from PIL import Image
+from transformers import AutoProcessor
+
+from latent_trl import LatentActionModel
+
+CARDS = Path(__file__).parents[2] / "model_cards"
+END = 1
+
+pytest.importorskip("torchvision", reason="vLLM reads pictures with torchvision")
+
+
+@pytest.fixture(scope="module")
+def chats():
+    """Requests, every fourth without a picture, and what the processor makes of them."""
+    processor = AutoProcessor.from_pretrained(CARDS / "pocket-vlm")
+    random = np.random.default_rng(0)
+    requests, inputs = [], []
+    for i in range(16):
+        image = Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)) if i % 4 else None
+        content = [{"type": "image"}] * (image is not None) + [{"type": "text", "text": f"What is in picture {i}?"}]
+        text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        requests.append({"prompt": text} | ({} if image is None else {"multi_modal_data": {"image": [image]}}))
+        inputs.append(processor(text=[text], images=None if image is None else [image], return_tensors="pt"))
+    return requests, inputs
+
+
+def test_pictures_and_text_in_one_batch(chats, monkeypatch, tmp_path):
+    monkeypatch.chdir(CARDS.parent)
+    monkeypatch.setattr("latent_trl.vllm.folders.HF_HOME", tmp_path)
+    requests, inputs = chats
+    folder = "model_cards/pocket-vlm-latent-actions-grpo"
+    model = LatentActionModel.from_pretrained(folder)
+    pixels = [one.get("pixel_values") for one in inputs]
+    # Prompts in parts: a picture may be in an earlier part than the text that has seen it.
+    engine = start(folder, max_model_len=256, max_num_batched_tokens=32, max_num_seqs=32)
+    try:
+        settings = {"max_new_tokens": 24, "stop_token_ids": [END]}
+        answers = engine.generate(requests, action_do_sample=False, **settings)
+        drawn = engine.generate(requests, n=4, seed=1, action_sampling="arithmetic", **settings)
+    finally:
+        engine.close()
+    assert [answer.prompt_ids for answer in answers] == [one["input_ids"][0].tolist() for one in inputs]
+    found = measured(model, answers, pixel_values=pixels)
+    assert found.log_prob < 1e-3 and found.token < 1e-3 and found.code < 1e-3, found
+    assert same_rows(model, answers, ends=[END], pixel_values=pixels) >= 0.99
+    found = measured(model, drawn, pixel_values=[value for value in pixels for _ in range(4)])
+    assert found.log_prob < 1e-3 and found.token < 1e-3, found

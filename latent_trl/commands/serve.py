@@ -18,7 +18,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("model", help="folder or Hub id of latent actions")
     parser.add_argument(
-        "--engine", choices=ENGINES, default="transformers", help="the model's own `generate` (%(default)s)"
+        "--engine", choices=ENGINES, help="vLLM, or the model's own `generate` (default: vllm where it is installed)"
     )
     parser.add_argument("--host", default="127.0.0.1", help="address (%(default)s); others than this need an API key")
     parser.add_argument("--port", type=at_least(0), default=8000, help="(%(default)s); 0 takes a free one")
@@ -26,6 +26,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--api-key-file", metavar="FILE", help="holds the API key, which clients send")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
     parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
+    parser.add_argument(
+        "--engine-options", metavar="JSON", help="""further arguments of vLLM's: '{"gpu_memory_utilization": 0.8}'"""
+    )
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-batch-size", type=at_least(1), default=32, help="answers made at once (%(default)s)")
     limits.add_argument("--max-completion-length", type=at_least(1), default=1024, help="of an answer (%(default)s)")
@@ -39,39 +42,56 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def check_engine(name: str) -> None:
+def chosen_engine(name: str | None) -> str:
     """
+    The engine of that name, by default vLLM where it is installed.
+
     Raises:
-        ImportError: When what the engine needs is not there.
+        ImportError: When what it needs is not installed.
     """
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ImportError(f"Serving needs {', '.join(missing)}: pip install latent_trl[serve]")
-    if name == "vllm":
-        raise ImportError("`--engine vllm` needs `latent_trl.vllm`, which is not in this version. Take `transformers`.")
+    has_vllm = find_spec("vllm") is not None
+    if name == "vllm" and not has_vllm:
+        raise ImportError(
+            "`--engine vllm` needs vLLM: pip install latent_trl[vllm]. Without it there is `--engine transformers`."
+        )
+    return name or ("vllm" if has_vllm else "transformers")
 
 
 def make_engine(args: argparse.Namespace):
     """The engine that the options ask for, with the model in it."""
+    from .arguments import as_dict
+    from .loading import check_latent_actions, load_model, load_processor
+
+    name, options = chosen_engine(args.engine), as_dict("engine_options", args.engine_options) or {}
+    sizes = {"max_batch_size": args.max_batch_size, "max_completion_length": args.max_completion_length}
+    if args.max_model_len is not None:
+        sizes["max_model_len"] = args.max_model_len
+    if name == "vllm":
+        from ..serving.vllm_engine import VLLMEngine
+
+        if args.backbone:
+            raise ValueError(
+                "`--backbone` is for `--engine transformers`: vLLM reads the one that the checkpoint names."
+            )
+        check_latent_actions(args.model)
+        return VLLMEngine(args.model, **sizes, **({"dtype": args.dtype} if args.dtype else {}), **options)
+    if options:
+        raise ValueError(f"`--engine-options` are vLLM's, and the engine is `transformers`: {sorted(options)}.")
     from transformers.utils import logging
 
     from ..serving.transformers_engine import TransformersEngine
-    from .loading import load_model, load_processor
 
     logging.set_verbosity_error()
     model = load_model(args.model, args.backbone, dtype=args.dtype)
-    return TransformersEngine(
-        model,
-        load_processor(model, args.backbone),
-        args.max_batch_size,
-        args.max_completion_length,
-        args.max_model_len,
-    )
+    return TransformersEngine(model, load_processor(model, args.backbone), **sizes)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    check_engine(args.engine)
+    chosen_engine(args.engine)
 
     from ..serving.chat_request import RequestLimits
     from ..serving.key import read_key

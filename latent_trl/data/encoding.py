@@ -72,6 +72,11 @@ class Encoder:
             )
         return encodings, vision
 
+    def unfilled(self, rendering: Rendering) -> list[int]:
+        """Tokens of a prompt in which an image is its one placeholder, as engines take it beside the pictures."""
+        begin = self.beginning if self._begins(rendering) else []
+        return [*begin, *self._texts([rendering])[rendering.text]]
+
     def vision(self, renderings: list[Rendering]) -> dict[str, torch.Tensor]:
         """The visual inputs of renderings with images, made together."""
         return self._process([r.head() for r in renderings])[1]

@@ -27,7 +27,7 @@ class RemoteAnswerer:
         try:
             import openai
         except ImportError:
-            raise ImportError("`--url` needs the `openai` package: pip install latent_trl[serve]") from None
+            raise ImportError("`--url` needs the `openai` package: pip install openai") from None
         from ..serving.key import read_key
 
         self.args, self.asked = args, 0

@@ -51,12 +51,10 @@ def chosen_engine(name: str | None) -> str:
     """
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
-        raise ImportError(f"Serving needs {', '.join(missing)}: pip install latent_trl[serve]")
+        raise ImportError(f"Serving needs {', '.join(missing)}: pip install {' '.join(missing)}")
     has_vllm = find_spec("vllm") is not None
     if name == "vllm" and not has_vllm:
-        raise ImportError(
-            "`--engine vllm` needs vLLM: pip install latent_trl[vllm]. Without it there is `--engine transformers`."
-        )
+        raise ImportError("`--engine vllm` needs vLLM: see docs/vllm.md. Without it there is `--engine transformers`.")
     return name or ("vllm" if has_vllm else "transformers")
 
 

@@ -279,7 +279,7 @@ def import_openai() -> Any:
     try:
         import openai
     except ImportError:
-        raise ImportError("`JudgeReward` needs the `openai` package: pip install latent_trl[judge]") from None
+        raise ImportError("`JudgeReward` needs the `openai` package: pip install openai") from None
     return openai
 
 

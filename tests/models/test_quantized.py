@@ -6,7 +6,7 @@ from tiny_models import FAMILIES, latent_config, perturb
 
 from latent_trl import ActionLaw, LatentActionModel
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install latent_trl[quantization]`)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install bitsandbytes`)")
 
 
 def four_bits():

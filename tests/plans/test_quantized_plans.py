@@ -11,7 +11,7 @@ from tiny_models import FAMILIES
 from latent_trl import PlanBanditConfig, PlanBanditTrainer, PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer
 from latent_trl.models.backbone import Backbone
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install latent_trl[quantization]`)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install bitsandbytes`)")
 CONFIG = PlanConfig(num_plans=3, depth=1, rank=2, init_std=0.5)
 
 

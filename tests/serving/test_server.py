@@ -198,4 +198,7 @@ def test_the_command_says_what_is_missing(monkeypatch, capsys):
 
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert main(["serve", str(CARDS / "pocket-vlm-latent-actions-grpo")]) == 1
-    assert "starlette, uvicorn, pydantic, prometheus_client: pip install latent_trl[serve]" in capsys.readouterr().err
+    assert (
+        "starlette, uvicorn, pydantic, prometheus_client: pip install starlette uvicorn pydantic prometheus_client"
+        in capsys.readouterr().err
+    )

@@ -17,7 +17,7 @@ from latent_trl import (
     LatentActionPPOTrainer,
 )
 
-pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install latent_trl[quantization]`)")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (`pip install bitsandbytes`)")
 
 IMAGES = (1, 0, 2)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]

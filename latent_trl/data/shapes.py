@@ -92,7 +92,8 @@ def _package_folder(name: str) -> Path:
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None:
         raise ImportError(
-            f"The `{name}` package, which ships the demo's data, is missing: `pip install easy-vqa==1.0 chitchat-dataset==0.9.0`."
+            f"The `{name}` package, which ships the demo's data, is missing: "
+            "`pip install easy-vqa==1.0 chitchat-dataset==0.9.0`."
         )
     return Path(spec.origin).parent
 

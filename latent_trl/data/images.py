@@ -14,7 +14,10 @@ from .rows import IMAGE_COLUMNS, UNREADABLE, RowError, is_data_url, row_name, sh
 MAX_PIXELS = 50_000_000
 LONGEST_PATH = 1_000
 # Of Pillow's formats those that pictures come in; some others start programs or read further files.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+PICTURE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+Image.init()
+# AVIF has come to Pillow with 11.3.
+FORMATS = tuple(name for name in PICTURE_FORMATS if name in Image.OPEN)
 
 
 class ImageError(ValueError):

@@ -1,7 +1,7 @@
 """
 The model inside an engine: a backbone of vLLM's, with the components of a checkpoint around it.
 
-`LatentActionLlamaForCausalLM`, and so on for every architecture that vLLM knows, are attributes of this module.
+`LatentAction` before the name of any architecture that vLLM knows is an attribute of this module.
 """
 
 from collections.abc import Iterable

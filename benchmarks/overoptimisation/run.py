@@ -1,8 +1,8 @@
 """
 What happens when the reward can be gamed: RL over codes beside RL over tokens, under three proxies of what is wanted.
 
-    python benchmarks/overoptimisation/run.py --size reduced --jobs 2
-    python benchmarks/overoptimisation/run.py --size pocket --jobs 2
+    python benchmarks/overoptimisation/run.py --size reduced     # minutes on two cores
+    python benchmarks/overoptimisation/run.py --size pocket      # hours
 
 Proxy and gold are measured along each run, greedy and sampled. A run *falls* at the first point from which on its
 sampled gold is below its start. Its *best gold* is that of the greedy answers at the point that is best on validation
@@ -85,7 +85,7 @@ CODES = {
 }
 ARMS = TOKENS | CODES
 SIZES = {
-    "reduced": Size((0,), PROXIES, ("tokens, 3e-4, KL 0.5",), ("codes, anchor 1",), 24),
+    "reduced": Size((0,), PROXIES, ("tokens, 3e-4, no KL", "tokens, 3e-4, KL 0.5"), ("codes, KL 0.5",), 24),
     "pocket": Size((0, 1, 2), PROXIES, tuple(TOKENS), tuple(CODES)),
     "quick": Size((0,), ("attributes",), ("tokens, 3e-4, no KL",), ("codes, default",), 2, 2, 2, 12, 12),
 }
@@ -345,7 +345,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="reduced")
     parser.add_argument("--output_dir", type=Path)
-    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="only these")
     parser.add_argument("--proxies", nargs="+", choices=PROXIES, help="only these")
     parser.add_argument("--seeds", nargs="+", type=int, help="only these")

@@ -244,6 +244,18 @@ def test_each_evaluation_set_has_its_own_figures(kind, sets, tmp_path):
     assert len(list((tmp_path / "completions").glob("*.html"))) == 2
 
 
+@pytest.mark.parametrize("kind", ["grpo", "ppo", "sft"])
+@pytest.mark.parametrize("wrong, said", [(lambda rows: [rows, rows], "as a dict"), (lambda rows: {1: rows}, "texts")])
+def test_several_evaluation_sets_without_names(kind, wrong, said, tmp_path):
+    with pytest.raises(TypeError, match=f"eval_dataset.*{said}"):
+        if kind == "sft":
+            model, tiny = latent("llama", latent_config(use_projector=False, stage="policy"))
+            args = LatentActionSFTConfig(str(tmp_path), use_cpu=True, bf16=False)
+            LatentActionSFTTrainer(model, args, ROWS, wrong(ROWS), tiny.processor)
+        else:
+            build(tmp_path, kind, eval_dataset=wrong(prompts(4)))
+
+
 def test_a_reward_and_callbacks_may_generate(tmp_path):
     model, tiny = latent("llama", latent_config(use_projector=False))
     made = []

@@ -11,6 +11,7 @@ from ...data.images import load_row_images
 from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...data.reading import StoredRows
 from ...rewards.conversation import IMAGE_COLUMNS
+from ..run.loading import check_one_set
 from .rollout import Sample
 from .source import RolloutSource
 
@@ -130,6 +131,7 @@ def answers(rows: list[dict[str, Any]], copies: int, reader: PromptReader, sourc
 
 def stored(dataset: Any, name: str = "eval_dataset") -> Any:
     """A data set, or a dict of several, as rows that are read one by one; streams and names of sets stay."""
+    check_one_set(dataset, name)
     if isinstance(dataset, dict):
         return {key: stored(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
     if dataset is None or isinstance(dataset, (str, StoredRows, IterableDataset)):

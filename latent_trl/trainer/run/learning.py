@@ -15,7 +15,7 @@ from ...data.collator import LatentActionDataCollator
 from ...data.mixing import MixedRows, MixedRowsCollator
 from ...models.latent_action_model import LatentActionModel
 from .component_training import ComponentTrainingMixin
-from .loading import check_columns
+from .loading import check_columns, check_one_set
 from .manifest import write_json
 
 logger = logging.get_logger(__name__)
@@ -32,6 +32,7 @@ def evaluation_rows(dataset: Any, name: str = "eval_dataset") -> Any:
     """
     if dataset is None or isinstance(dataset, (str, MixedRows)):
         return dataset
+    check_one_set(dataset, name)
     if isinstance(dataset, dict):
         return {key: evaluation_rows(rows, f"{name}[{key!r}]") for key, rows in dataset.items()}
     check_columns(dataset, name)

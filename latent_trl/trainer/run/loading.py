@@ -115,6 +115,19 @@ def own_config(args: Any, config_class: type, output_dir: str) -> Any:
     )
 
 
+def check_one_set(dataset: Any, name: str) -> None:
+    """Raises `TypeError` for a list of data sets: several evaluation sets are given under names."""
+    if isinstance(dataset, (list, tuple)) and dataset and not isinstance(dataset[0], dict):
+        raise TypeError(
+            f"`{name}` is a {type(dataset).__name__} of {type(dataset[0]).__name__}s, and no data set. Give several "
+            f"evaluation sets as a dict, `{{'questions': ..., 'captions': ...}}`."
+        )
+    if isinstance(dataset, dict) and not all(isinstance(key, str) for key in dataset):
+        raise TypeError(
+            f"The names in `{name}` must be texts, got {[key for key in dataset if not isinstance(key, str)]}."
+        )
+
+
 def check_columns(dataset: Any, name: str) -> None:
     """Raises `ValueError` unless `dataset` has `messages`, or `prompt` and `completion`."""
     if dataset is None:

@@ -22,8 +22,7 @@ class LatentActionDistillationConfig(TrainingArguments):
         teacher (`str`, defaults to `"spoken"`):
             The law over tokens that is taught: `"spoken"`, in which a code puts all on its likeliest token, as
             `generate` does; or `"mixture"`, \\( \sum_a \pi(a \mid s) \, p(x \mid s, a) \\).
-        action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
-        defaults to `1.0`):
+        action_temperature, action_top_k, action_top_p (`float`, `int`, `float`, default to `1.0`, `0`, `1.0`):
             The law of the codes, in the samples and in what is taught.
         max_completion_length (`int`, defaults to `256`):
             Longest sample, in tokens.

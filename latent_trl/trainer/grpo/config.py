@@ -81,8 +81,7 @@ class LatentActionGRPOConfig(GRPOConfig):
         advantage_estimator (`str`, defaults to `"grpo"`):
             `"grpo"`: the reward less its group's mean; `"rloo"`: less the mean of the others of its group; or
             `"reinforce++"`: less the batch's mean, over the batch's standard deviation.
-        action_temperature (`float`, defaults to `1.0`), action_top_k (`int`, defaults to `0`), action_top_p (`float`,
-        defaults to `1.0`):
+        action_temperature, action_top_k, action_top_p (`float`, `int`, `float`, default to `1.0`, `0`, `1.0`):
             The law that codes are sampled from in rollouts, and scored under.
         action_sampling (`str`, defaults to `"arithmetic"`):
             How the samples of a prompt are drawn in rollouts: `"arithmetic"`: together, so that a code of probability p

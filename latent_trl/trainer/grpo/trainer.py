@@ -54,8 +54,9 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
 
     Args:
         model (`LatentActionModel` or `str`): The model, a folder or a Hub id. Its policy must have been trained.
-        reward_funcs, args, train_dataset, eval_dataset, processing_class, reward_processing_classes, callbacks,
-        optimizers, quantization_config: As in `GRPOTrainer`; `args` is a [`LatentActionGRPOConfig`].
+        reward_funcs, args, train_dataset, eval_dataset, processing_class: As in `GRPOTrainer`; `args` is a
+            [`LatentActionGRPOConfig`].
+        reward_processing_classes, callbacks, optimizers, quantization_config: As in `GRPOTrainer`.
         peft_config (`PeftConfig`, *optional*): An adapter for the backbone, with `train_backbone=True`.
         anchor_dataset (`Dataset`, *optional*): Conversations on which the policy is held in place, with `anchor_coef`:
             `messages`, or `prompt` and `completion`, with `images` or without.

@@ -13,8 +13,7 @@ class PlanGRPOConfig(PlanRLConfig):
     that GRPO over tokens has in TRL have its names.
 
     Args:
-        rollout_prompts (`int`, defaults to `16`), num_generations (`int`, defaults to `8`), num_iterations (`int`,
-        defaults to `4`):
+        rollout_prompts, num_generations, num_iterations (`int`, default to `16`, `8` and `4`):
             Rollouts of a batch, and updates on each.
         exploration (`str`, defaults to `"independent"`):
             How plans are drawn from the softmax of the chooser's logits over `exploration_temperature`:

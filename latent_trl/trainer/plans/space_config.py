@@ -49,8 +49,7 @@ class PlanSpaceConfig(TrainingArguments):
             Of the assignment of answers to plans, in nats.
         scoring_batch_size (`int`, defaults to `512`):
             Rows of a pass without gradient. Lower it to save memory.
-        early_stopping_patience (`int`, *optional*, defaults to `3`), early_stopping_threshold (`float`, defaults to
-        `0.002`):
+        early_stopping_patience, early_stopping_threshold (`int` and `float`, default to `3` and `0.002`):
             Learning stops when so many evaluations in a row have not raised `metric_for_best_model` by more. `None`
             goes on to `max_steps`. The last plans are kept, since they become more distinct while the ceiling is flat;
             with `load_best_model_at_end=True` the best.

@@ -22,8 +22,7 @@ class LatentActionSpaceConfig(TrainingArguments):
         stages (`list[str]`, defaults to all four):
             Stages to run, in this order: `inverse_dynamics`, `projector`, `joint`, `policy`. Leave `projector` out for
             a model without one, and those that a loaded model has been through.
-        inverse_dynamics_learning_rate (`float`, *optional*), joint_learning_rate (`float`, *optional*),
-        policy_learning_rate (`float`, *optional*):
+        inverse_dynamics_learning_rate, joint_learning_rate, policy_learning_rate (`float`, *optional*):
             By default the paper's 1e-4 where the stage's decoder is 2048 wide or wider, and larger for a narrower one:
             at 192, 3.5e-3 for the first stage and 1.1e-3 for the others.
         projector_learning_rate (`float`, defaults to `1e-3`):

@@ -154,7 +154,7 @@ def test_what_is_not_run_says_why(record_property):
             record_property(page, reason)
             assert len(reason.split()) >= 3, f"{page}: {reason!r} is no reason"
     assert not reasons["README.md"]
-    assert sum(map(len, reasons.values())) <= 6
+    assert sum(map(len, reasons.values())) <= 9
 
 
 def test_pages_that_are_run_elsewhere_are():

@@ -203,6 +203,13 @@ def at_least(least: int) -> Callable[[str], int]:
     return number
 
 
+def above_zero(text: str) -> float:
+    """A finite number of an option, above 0."""
+    if not 0 < float(text) < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return float(text)
+
+
 class CommandParser(argparse.ArgumentParser):
     """Takes options with `_` or `-`; what is wrong is one line that names the nearest right option."""
 

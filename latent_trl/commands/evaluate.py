@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .arguments import DATASET, CommandParser, at_least, refuse_given
+from .arguments import DATASET, CommandParser, above_zero, at_least, refuse_given
 
 # Those of `latent_trl.evaluation.perplexity`, which imports torch.
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
@@ -26,7 +26,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--reward-funcs", nargs="+", default=[], metavar="NAME", help="as for `latent-trl grpo`")
     parser.add_argument("--reward-kwargs", help="as for `latent-trl grpo`")
     parser.add_argument(
-        "--reward-timeout", type=float, metavar="SECONDS", help="that a reward function may take for a batch"
+        "--reward-timeout", type=above_zero, metavar="SECONDS", help="that a reward function may take for a batch"
     )
     parser.add_argument("--judge", metavar="JSON", help="options of JudgeReward: grade sampled answers by aspect")
     parser.add_argument(

@@ -49,6 +49,7 @@ def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
     check_exists(name, "model")
     if is_latent_action_model(name):
         return load_model(name, **backbone_kwargs)
+    check_is_backbone(name)
     backbone = load_backbone(name, **{key: value for key, value in backbone_kwargs.items() if value is not None})
     # Without one, the commit is looked up in the cache.
     revision = backbone_kwargs.get("revision")
@@ -87,6 +88,30 @@ def check_latent_actions(name: str, backbone: str | None = None) -> None:
     if base:
         hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
         check_exists(base, "backbone", hint)
+
+
+def check_is_backbone(name: str) -> None:
+    """
+    Says what is wrong with the folder of a backbone before its configuration is read.
+
+    Raises:
+        FileNotFoundError: When it is not there.
+        ValueError: When it holds latent actions, or no model.
+    """
+    from ..checkpoint.files import CONFIG_FILE
+    from ..checkpoint.plan_files import PLAN_CONFIG
+
+    check_exists(name, "model")
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        return
+    for file, what in ((CONFIG_FILE, "codes a token"), (PLAN_CONFIG, "plans")):
+        if (folder / file).is_file():
+            base = json.loads((folder / file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            named = f", {base!r}" if base else ""
+            raise ValueError(f"{name!r} holds {what}, and a backbone is asked for: name that{named}.")
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{name!r} is no model: there is no config.json in it.")
 
 
 def is_latent_action_model(name: str) -> bool:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from .arguments import CommandParser, UsageError
+from .arguments import CommandParser, UsageError, above_zero, at_least
 
 if TYPE_CHECKING:
     from ..sizing.layout import Layout
@@ -42,8 +42,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ppo", action="store_true", help="PPO's value head")
     parser.add_argument("--reference", action="store_true", help="a reference policy (`beta` above 0)")
     parser.add_argument("--gradient-checkpointing", action="store_true", help="run layers again in the backward pass")
-    parser.add_argument("--learning-tokens", type=float, default=2e7, help="tokens of each stage of learning (2e7)")
-    parser.add_argument("--rl-steps", type=int, default=500, help="steps of RL (500)")
+    parser.add_argument("--learning-tokens", type=above_zero, default=2e7, help="tokens of each stage (2e7)")
+    parser.add_argument("--rl-steps", type=at_least(1), default=500, help="steps of RL (500)")
     parser.add_argument("--json", action="store_true", help="JSON in place of tables")
     return parser.parse_args(argv)
 
@@ -194,9 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     from transformers.utils import logging
 
     from ..sizing.layout import Layout
-    from .rows import check_exists
+    from .loading import check_is_backbone
 
-    check_exists(options.model, "model")
+    check_is_backbone(options.model)
     logging.set_verbosity_error()
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
 

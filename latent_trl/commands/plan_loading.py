@@ -10,7 +10,13 @@ LEARN = "`latent-trl learn --kind plans` makes plans on a backbone."
 
 
 def is_plan_model(name: str) -> bool:
-    """Whether a folder or repository holds plans. Asks the Hub for names that are no folder."""
+    """
+    Whether a folder or repository holds plans. Asks the Hub for names that are no folder.
+
+    Raises:
+        FileNotFoundError: For a path that is not there.
+    """
+    check_exists(name, "model")
     if Path(name).is_dir():
         return (Path(name) / PLAN_CONFIG).is_file()
     from huggingface_hub import hf_hub_download

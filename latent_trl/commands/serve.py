@@ -4,7 +4,7 @@ import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
-from .arguments import CommandParser, at_least
+from .arguments import CommandParser, above_zero, at_least
 
 ENGINES = ("vllm", "transformers")
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -36,7 +36,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     limits.add_argument(
         "--max-requests", type=at_least(1), default=256, help="at once, waiting ones included (%(default)s)"
     )
-    limits.add_argument("--timeout", type=float, default=300.0, metavar="SECONDS", help="of a request (%(default)s)")
+    limits.add_argument(
+        "--timeout", type=above_zero, default=300.0, metavar="SECONDS", help="of a request (%(default)s)"
+    )
     limits.add_argument("--max-images", type=at_least(0), default=8, help="pictures of a request (%(default)s)")
     limits.add_argument("--max-pixels", type=at_least(1), default=25_000_000, help="of a picture (%(default)s)")
     return parser.parse_args(argv)

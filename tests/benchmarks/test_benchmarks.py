@@ -144,7 +144,7 @@ def test_page_names_what_the_benchmarks_take():
     """Each command of docs/speed.md is one that the scripts parse, and each key has its row."""
     page = DOCS.read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in KEYS)
-    scripts = (rl_step, learn_step, scaling, four_bit_step)
+    scripts = (rl_step, learn_step, scaling, four_bit_step, rollout)
     parsers = {script.__name__: script.parse for script in scripts}
     commands = re.findall(r"python benchmarks/(\w+)\.py([^\n#`]*)", page)
     assert {name for name, _ in commands} == set(parsers)

@@ -161,3 +161,14 @@ def test_what_is_wrong_is_named(capsys, tmp_path):
     assert "`rows`" in capsys.readouterr().err
     assert main(["plan", str(tmp_path / "none")]) == 1
     assert "none" in capsys.readouterr().err
+    assert main(["plan", "model_cards/pocket-vlm-latent-actions"]) == 1
+    assert "holds codes a token, and a backbone is asked for" in capsys.readouterr().err
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "plan_config.json").write_text("{}")
+    for command in (["plan"], ["learn", "--dataset_name", "shapes", "--model_name_or_path"]):
+        assert main([*command, str(tmp_path / "plans")]) == 1
+        assert "holds plans, and a backbone is asked for" in capsys.readouterr().err
+    for words in (["--learning-tokens", "nan"], ["--rl-steps", "0"]):
+        with pytest.raises(SystemExit):
+            main(["plan", POCKET, *words])
+        assert words[0] in capsys.readouterr().err

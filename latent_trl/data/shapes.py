@@ -263,11 +263,13 @@ def shape_questions(split: str, limit: int | None = None, seed: int = 0) -> Data
 
     Raises:
         `ImportError`: when the `easy_vqa` package is missing.
-        `ValueError`: when `split` is unknown.
+        `ValueError`: when `split` is unknown, or `limit` is below 6.
     """
     generator = random.Random(f"questions {split} {seed}")
     pictures = _pictures(split, generator)
     count = (len(pictures) if limit is None else limit) // 6 * 6
+    if not count:
+        raise ValueError(f"`limit` must be at least 6, which keeps the kinds of questions balanced; got {limit}.")
     asked = [("colour", None), ("shape", None), ("yes_no", "yes"), ("colour", None), ("shape", None), ("yes_no", "no")]
     asked *= count // 6
     generator.shuffle(asked)

@@ -140,6 +140,12 @@ def test_an_unknown_split_is_refused():
         shapes.shape_questions("train")
 
 
+@pytest.mark.parametrize("limit", [0, 1, 5])
+def test_too_few_questions_to_be_balanced_are_refused(limit):
+    with pytest.raises(ValueError, match="`limit` must be at least 6"):
+        shape_questions("test", limit=limit)
+
+
 def test_a_rate_of_errors_is_taken_and_checked():
     rows = shapes.shape_pairs("base", limit=400, seed=1, error_rate=1.0)["messages"]
     said = " ".join(m["content"] for row in rows if len(row) == 4 for m in row if m["role"] == "assistant")

@@ -131,7 +131,7 @@ def test_small_talk_is_short_and_alternates():
 
 def test_a_missing_package_is_named_with_its_remedy(monkeypatch):
     monkeypatch.setattr(shapes.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ImportError, match=r"easy_vqa.*pip install latent_trl\[demo\]"):
+    with pytest.raises(ImportError, match=r"easy_vqa.*pip install easy-vqa"):
         shapes.shape_pairs("base", limit=1)
 
 
@@ -143,7 +143,7 @@ def test_an_unknown_split_is_refused():
 @pytest.mark.parametrize("limit", [0, 1, 5])
 def test_too_few_questions_to_be_balanced_are_refused(limit):
     with pytest.raises(ValueError, match="`limit` must be at least 6"):
-        shape_questions("test", limit=limit)
+        shapes.shape_questions("test", limit=limit)
 
 
 def test_a_rate_of_errors_is_taken_and_checked():

@@ -254,7 +254,7 @@ def test_keys_leak_nowhere(make_judge, server, tmp_path, caplog):
 
 def test_without_the_openai_package_it_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ImportError, match=r"pip install latent_trl\[judge\]"):
+    with pytest.raises(ImportError, match=r"pip install openai"):
         JudgeReward("a-judge")
 
 

@@ -39,4 +39,6 @@ def main(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python benchmarks/mmrole_official.py FILE")
     main(Path(sys.argv[1]))

@@ -45,7 +45,8 @@ class JudgeReport:
 
     def __str__(self) -> str:
         unscored = f", {self.num_unscored} not scored" if self.num_unscored else ""
-        return f"{self.mean:.3f} ± {self.std:.3f} ({self.interval}, {self.num_samples} samples{unscored})"
+        spread = f" ± {self.std:.3f}" if np.isfinite(self.std) else ""
+        return f"{self.mean:.3f}{spread} ({self.interval}, {self.num_samples} samples{unscored})"
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,7 @@ def test_what_was_not_scored_is_left_out_and_counted():
 def test_a_generation_without_any_score_is_no_zero():
     report = summarize_judgements(["a"], [[judgement(1.5)], [None]])
     assert report.mean == 1.5 and math.isnan(report.std) and math.isnan(report.generations[1])
+    assert "nan" not in str(report) and str(report).startswith("1.500 (")
 
 
 def test_a_judge_is_asked_for_every_generation():

@@ -87,7 +87,11 @@ def test_the_engine_answers_as_the_model(folder, ask):
 def test_a_stream_joined_is_the_answer(ask):
     options = {"temperature": 1.2, "seed": 5, "n": 2, "max_completion_tokens": 12, "codes": {"top_k": 9}}
     whole, again = ask(**options), ask(**options)
-    assert [c.latent_actions for c in whole.choices] == [c.latent_actions for c in again.choices]
+    for first, second in zip(whole.choices, again.choices, strict=True):
+        for name in ("ids", "tokens"):
+            assert first.latent_actions[name] == second.latent_actions[name]
+        # Which rows share a batch changes the order of sums.
+        assert first.latent_actions["log_probs"] == pytest.approx(second.latent_actions["log_probs"], abs=1e-4)
     assert whole.choices[0].latent_actions != whole.choices[1].latent_actions
     chunks = list(ask(stream=True, stream_options={"include_usage": True}, **options))
     for own in whole.choices:

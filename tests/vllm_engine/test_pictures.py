@@ -4,11 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exact import measured, same_rows, start
+from datasets import Dataset
+from exact import measured, register_classes, same_rows, start
 from PIL import Image
 from transformers import AutoProcessor
 
-from latent_trl import LatentActionModel
+from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer, LatentActionModel
 
 CARDS = Path(__file__).parents[2] / "model_cards"
 END = 1
@@ -52,3 +53,39 @@ def test_pictures_and_text_in_one_batch(chats, monkeypatch, tmp_path):
     assert same_rows(model, answers, ends=[END], pixel_values=pixels) >= 0.99
     found = measured(model, drawn, pixel_values=[value for value in pixels for _ in range(4)])
     assert found.log_prob < 1e-3 and found.token < 1e-3, found
+
+
+def test_rollouts_of_questions_about_pictures(monkeypatch, tmp_path):
+    """Prompts reach the engine as the trainer's own tokens, a picture as its placeholder."""
+    monkeypatch.chdir(CARDS.parent)
+    register_classes("LlavaForConditionalGeneration", "LlamaForCausalLM")
+    random = np.random.default_rng(1)
+    rows = []
+    for i in range(4):
+        row: dict = {"prompt": [{"role": "user", "content": f"what color is shape {i}?"}], "images": []}
+        if i:
+            row["images"].append(Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)))
+        rows.append(row)
+    args = LatentActionGRPOConfig(
+        str(tmp_path / "run"),
+        use_vllm=True,
+        vllm_max_model_length=128,
+        max_steps=2,
+        per_device_train_batch_size=8,
+        num_generations=2,
+        max_completion_length=6,
+        logging_steps=1,
+        use_cpu=True,
+        bf16=False,
+        save_strategy="no",
+    )
+    model = LatentActionModel.from_pretrained("model_cards/pocket-vlm-latent-actions")
+    trainer = LatentActionGRPOTrainer(
+        model, lambda completions, **_: [float(len(str(c))) for c in completions], args, Dataset.from_list(rows[::-1])
+    )
+    try:
+        trainer.train()
+    finally:
+        trainer.engine_source.engine.close()
+    differences = [log["sampling/log_prob_difference_max"] for log in trainer.state.log_history if "loss" in log]
+    assert len(differences) == 2 and max(differences) < 1e-3

@@ -50,7 +50,7 @@ class EngineSource:
         trainer, config = self.trainer, self.trainer.generation_config
         truncates = trainer.law.truncates
         answers = self.engine.generate(
-            [_request(prompt) for prompt in prompts],
+            [self._request(prompt) for prompt in prompts],
             n=copies,
             seed=int(torch.randint(2**62, ()).item()),
             max_new_tokens=config.max_new_tokens,
@@ -85,6 +85,14 @@ class EngineSource:
         if trainer.args.reuse_context_states:
             self._add_states(samples)
         return samples
+
+    def _request(self, prompt: EncodedPrompt) -> Any:
+        images = prompt.rendering.images
+        if not images:
+            return prompt.ids
+        # Without the tokens of its pictures, which vLLM fills in.
+        ids = self.trainer.encoder.encoder.unfilled(prompt.rendering)
+        return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
 
     def _sync(self) -> None:
         """An engine that holds the policy as it is now."""
@@ -122,12 +130,6 @@ class EngineSource:
                 own = slice(width - len(sample.prompt.ids), width + len(sample.completion_ids) - 1)
                 sample.context_states = states[i, own]
                 sample.position_ids = None if positions is None else positions[i, ..., own]
-
-
-def _request(prompt: EncodedPrompt) -> Any:
-    if not prompt.rendering.images:
-        return prompt.ids
-    return {"prompt": prompt.rendering.text, "multi_modal_data": {"image": prompt.rendering.images}}
 
 
 def _started(model: Any, trainer: Any) -> Any:

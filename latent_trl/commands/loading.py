@@ -46,7 +46,6 @@ def load_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any):
 
     from ..models.checkpoint import load_backbone
 
-    check_exists(name, "model")
     if is_latent_action_model(name):
         return load_model(name, **backbone_kwargs)
     check_is_backbone(name)
@@ -81,13 +80,7 @@ def check_latent_actions(name: str, backbone: str | None = None) -> None:
             raise ValueError(f"{name!r} holds the models {inside}: name one of them, such as '{folder / inside[-1]}'.")
         what = "a backbone without latent actions" if (folder / "config.json").is_file() else "no model"
         raise ValueError(f"{name!r} is {what}. `latent-trl learn` makes latent actions on a backbone.")
-    if backbone is not None:
-        check_exists(backbone, "backbone")
-        return
-    base = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if base:
-        hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
-        check_exists(base, "backbone", hint)
+    check_base(folder / CONFIG_FILE, name, backbone)
 
 
 def check_is_backbone(name: str) -> None:
@@ -118,16 +111,39 @@ def is_latent_action_model(name: str) -> bool:
     """Whether a folder or repository holds latent actions, and not a plain backbone."""
     from ..checkpoint.files import CONFIG_FILE
 
-    if Path(name).is_dir():
-        return (Path(name) / CONFIG_FILE).is_file()
+    return holds(name, CONFIG_FILE)
+
+
+def holds(name: str, file: str) -> bool:
+    """
+    Whether a folder or repository has a file. Asks the Hub for names that are no folder.
+
+    Raises:
+        FileNotFoundError: For a path that is not there.
+    """
+    check_exists(name, "model")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return (folder / file).is_file()
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        hf_hub_download(name, CONFIG_FILE)
-    except (HfHubHTTPError, LocalEntryNotFoundError):
+        hf_hub_download(name, file)
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
         return False
     return True
+
+
+def check_base(record: Path, name: str, backbone: str | None) -> None:
+    """Raises `FileNotFoundError` when the folder of `backbone`, or of the one that `record` names, is not there."""
+    if backbone is not None:
+        check_exists(backbone, "backbone")
+        return
+    base = json.loads(record.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if base:
+        hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
+        check_exists(base, "backbone", hint)
 
 
 def placed(model):

@@ -4,29 +4,15 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.plan_files import PLAN_CONFIG
+from .loading import check_base, check_is_backbone, holds, is_latent_action_model, placed
 from .rows import check_exists
 
 LEARN = "`latent-trl learn --kind plans` makes plans on a backbone."
 
 
 def is_plan_model(name: str) -> bool:
-    """
-    Whether a folder or repository holds plans. Asks the Hub for names that are no folder.
-
-    Raises:
-        FileNotFoundError: For a path that is not there.
-    """
-    check_exists(name, "model")
-    if Path(name).is_dir():
-        return (Path(name) / PLAN_CONFIG).is_file()
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        hf_hub_download(name, PLAN_CONFIG)
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError):
-        return False
-    return True
+    """Whether a folder or repository holds plans."""
+    return holds(name, PLAN_CONFIG)
 
 
 def load_plans(name: str, backbone: str | None = None, **backbone_kwargs: Any):
@@ -45,7 +31,6 @@ def load_plans(name: str, backbone: str | None = None, **backbone_kwargs: Any):
     from latent_trl import PlanModel
 
     from ..models.checkpoint import load_backbone
-    from .loading import placed
 
     check_plans(name, backbone)
     quantized = backbone_kwargs.get("quantization_config") is not None
@@ -62,9 +47,7 @@ def load_plan_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any)
     from latent_trl import PlanConfig, PlanModel
 
     from ..models.checkpoint import load_backbone
-    from .loading import is_latent_action_model, placed
 
-    check_exists(name, "model")
     if is_plan_model(name):
         model = load_plans(name, **backbone_kwargs)
         own = vars(model.plan_config)
@@ -74,6 +57,7 @@ def load_plan_learner(name: str, config: dict[str, Any], **backbone_kwargs: Any)
         return model
     if is_latent_action_model(name):
         raise ValueError(f"{name!r} holds codes a token. Plans are learned on a backbone: name that.")
+    check_is_backbone(name)
     options = {key: value for key, value in backbone_kwargs.items() if value is not None}
     revision = options.get("revision")
     model = PlanModel(load_backbone(name, **options), PlanConfig(**config, base_model_revision=revision))
@@ -88,8 +72,6 @@ def check_plans(name: str, backbone: str | None = None) -> None:
         FileNotFoundError: When it, or the backbone's folder, is not there.
         ValueError: When it holds something else.
     """
-    import json
-
     from ..checkpoint.files import CONFIG_FILE
 
     check_exists(name, "model")
@@ -105,10 +87,4 @@ def check_plans(name: str, backbone: str | None = None) -> None:
         elif (folder / "adapter_config.json").is_file():
             what = "one plan, or another adapter of PEFT: name the folder of all plans"
         raise ValueError(f"{name!r} is {what}. {LEARN}")
-    if backbone is not None:
-        check_exists(backbone, "backbone")
-        return
-    base = json.loads((folder / PLAN_CONFIG).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if base:
-        hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
-        check_exists(base, "backbone", hint)
+    check_base(folder / PLAN_CONFIG, name, backbone)

@@ -16,7 +16,7 @@ from .facts import (
     is_of_plans,
     read_record,
 )
-from .markdown import Markup, base_model_link, cell, code_span, hub_id, one_line, quoted, table
+from .markdown import Markup, SnippetNames, base_model_link, cell, code_span, hub_id, one_line, quoted, table
 from .plan_card import ORIGIN, plan_answers, plan_components, plan_limits, plan_snippet, plan_summary
 from .plots import CODES_FILE, CURVES_FILE, can_plot, draw_codes, draw_curves, segments
 from .secrets import hide_secrets
@@ -201,29 +201,8 @@ def _snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str
         if "codebook" not in parts:
             return "Load each component with its class's `from_pretrained`, such as `LatentActionPolicy`."
         return "```python\n" + "\n".join(lines) + "\n```"
-    base = record.get("base_model_name_or_path") or "BASE_MODEL"
-    base = Path(base).name if Path(base).is_absolute() else base
-    vision = bool(record.get("vision_token_ids"))
-    auto, question = ("AutoProcessor", "What do you see?") if vision else ("AutoTokenizer", "How was your day?")
-    backbone = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    local = not hub_id(record.get("base_model_name_or_path"))
     lines = [
-        f"from transformers import {', '.join(sorted([auto, *([backbone] if local else [])]))}",
-        "",
-        "from latent_trl import LatentActionModel",
-        "",
-    ]
-    if local:
-        lines.append(f"backbone = {backbone}.from_pretrained({quoted(base)})  # what it was learned on")
-    given = ", backbone=backbone" if local else ""
-    lines += [
-        f"model = LatentActionModel.from_pretrained({quoted(repo)}{given})",
-        f"processor = {auto}.from_pretrained({quoted(repo if has_processor else base)})",
-        f'messages = [{{"role": "user", "content": "{question}"}}]',
-        "inputs = processor.apply_chat_template(",
-        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
-        ")",
-        "",
+        *SnippetNames.of(record).beginning("LatentActionModel", repo, has_processor, "what it was learned on"),
         "# The codes of an answer, one a token.",
         "options = dict(max_new_tokens=32, action_do_sample=False, return_dict_in_generate=True)",
         "answer = model.generate(**inputs, **options)",

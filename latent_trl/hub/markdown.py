@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,59 @@ def base_model_link(record: dict[str, Any]) -> str:
         sha = record.get("base_model_revision")
         return f"[{name}](https://huggingface.co/{name})" + (f" at commit {code_span(sha)}" if sha else "")
     return f"the local model {code_span(Path(name).name)}" if name else "a model that was made in memory"
+
+
+@dataclass(frozen=True)
+class SnippetNames:
+    """
+    Names that a card's example needs of a record.
+
+    Args:
+        base (`str`): The base model; of a folder of somebody's, its last part.
+        is_local (`bool`): Whether the base model is on no Hub, and has to be given.
+        backbone, processor (`str`): Classes of transformers that load them.
+        question (`str`): To ask.
+    """
+
+    base: str
+    is_local: bool
+    backbone: str
+    processor: str
+    question: str
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "SnippetNames":
+        """Those of the record of a checkpoint."""
+        base = record.get("base_model_name_or_path") or "BASE_MODEL"
+        base = Path(base).name if Path(base).is_absolute() else base
+        local = not hub_id(record.get("base_model_name_or_path"))
+        if record.get("vision_token_ids"):
+            return cls(base, local, "AutoModelForImageTextToText", "AutoProcessor", "What do you see?")
+        return cls(base, local, "AutoModelForCausalLM", "AutoTokenizer", "How was your day?")
+
+    def beginning(self, name: str, repo: str, has_processor: bool, learned_on: str) -> list[str]:
+        """
+        Lines that load a model and its processor, and make inputs.
+
+        Args:
+            name (`str`): Of the model's class.
+            repo (`str`), has_processor (`bool`): The checkpoint, and whether a processor is beside it.
+            learned_on (`str`): What is said of a backbone that has to be given.
+        """
+        used = sorted([self.processor, *([self.backbone] if self.is_local else [])])
+        given = ", backbone=backbone" if self.is_local else ""
+        backbone = f"backbone = {self.backbone}.from_pretrained({quoted(self.base)})  # {learned_on}"
+        return [
+            f"from transformers import {', '.join(used)}",
+            "",
+            f"from latent_trl import {name}",
+            "",
+            *([backbone] if self.is_local else []),
+            f"model = {name}.from_pretrained({quoted(repo)}{given})",
+            f"processor = {self.processor}.from_pretrained({quoted(repo if has_processor else self.base)})",
+            f'messages = [{{"role": "user", "content": "{self.question}"}}]',
+            "inputs = processor.apply_chat_template(",
+            '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
+            ")",
+            "",
+        ]

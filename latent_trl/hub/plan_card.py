@@ -1,11 +1,10 @@
 """What a model card says of plans, in the place of what it says of codes a token."""
 
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint.plan_files import PLAN_FOLDER
 from .facts import ComponentFacts, PlansReport
-from .markdown import Markup, base_model_link, cell, code_span, hub_id, quoted, table
+from .markdown import Markup, SnippetNames, base_model_link, cell, code_span, table
 
 ORIGIN = "Plans are of latent_trl; reinforcement learning over a codebook of latent actions is"
 PURPOSE = {"chooser": "which plan to hold for a prompt", "adapter": "PEFT adapter of the base model, below all plans"}
@@ -45,25 +44,7 @@ def plan_components(parts: dict[str, ComponentFacts]) -> str:
 
 def plan_snippet(record: dict[str, Any], parts: dict[str, ComponentFacts], repo: str, has_processor: bool) -> str:
     """Code that answers under the chosen plan and under one picked by hand, and that loads one plan in PEFT."""
-    vision = bool(record.get("vision_token_ids"))
-    auto, question = ("AutoProcessor", "What do you see?") if vision else ("AutoTokenizer", "How was your day?")
-    backbone = "AutoModelForImageTextToText" if vision else "AutoModelForCausalLM"
-    base = record.get("base_model_name_or_path") or "BASE_MODEL"
-    base = Path(base).name if Path(base).is_absolute() else base
-    local = not hub_id(record.get("base_model_name_or_path"))
-    lines = [f"from transformers import {', '.join(sorted([auto, *([backbone] if local else [])]))}", ""]
-    lines += ["from latent_trl import PlanModel", ""]
-    if local:
-        lines.append(f"backbone = {backbone}.from_pretrained({quoted(base)})  # what they were learned on")
-    lines += [
-        f"model = PlanModel.from_pretrained({quoted(repo)}{', backbone=backbone' if local else ''})",
-        f"processor = {auto}.from_pretrained({quoted(repo if has_processor else base)})",
-        f'messages = [{{"role": "user", "content": "{question}"}}]',
-        "inputs = processor.apply_chat_template(",
-        '    messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"',
-        ")",
-        "",
-    ]
+    lines = SnippetNames.of(record).beginning("PlanModel", repo, has_processor, "what they were learned on")
     if "chooser" in parts:
         lines += [
             "print(model.plan_logits(**inputs).argmax())  # the plan that is chosen",

@@ -2,18 +2,15 @@
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
-from ...data.bad_rows import ON_BAD_ROW
-from ...rewards.time_limit import check_timeout
-from ..run.health import check_choice
+from .training_config import PlanTrainingConfig
 
 
 @dataclass
-class PlanRLConfig(TrainingArguments):
+class PlanRLConfig(PlanTrainingConfig):
     """
-    Configuration of [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]. Inherits all of transformers'
-    `TrainingArguments`. A step is one update of the chooser; `num_iterations` of them follow on each batch of rollouts.
+    Configuration of [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]. Inherits all of
+    [`~latent_trl.trainer.plans.training_config.PlanTrainingConfig`]. A step is one update of the chooser;
+    `num_iterations` of them follow on each batch of rollouts.
 
     Args:
         max_steps (`int`, defaults to `300`):
@@ -26,18 +23,6 @@ class PlanRLConfig(TrainingArguments):
             Updates for each batch of rollouts.
         exploration_temperature (`float`, defaults to `1.0`):
             Plans are drawn from the softmax of the chooser's logits over it.
-        max_completion_length (`int`, defaults to `32`):
-            Longest answer in tokens.
-        max_prompt_length (`int`, *optional*):
-            Most tokens of a prompt, visual ones included; a longer one is an error.
-        image_root (`str`, *optional*):
-            The only folder from which rows may name image files.
-        on_bad_row (`str`, defaults to `"raise"`):
-            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
-            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
-        reward_timeout (`float`, *optional*):
-            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
-            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
         measure_ceiling (`bool`, defaults to `True`):
             Whether the first evaluation also lets every plan answer every held-out prompt once, to log the reward of
             the best plan. Turn it off where K rewards a prompt are too dear.
@@ -60,11 +45,6 @@ class PlanRLConfig(TrainingArguments):
     num_generations: int = 2
     num_iterations: int = 20
     exploration_temperature: float = 1.0
-    max_completion_length: int = 32
-    max_prompt_length: int | None = None
-    image_root: str | None = None
-    on_bad_row: str = "raise"
-    reward_timeout: float | None = None
     measure_ceiling: bool = True
     ceiling_prompts: int = 0
     ceiling_steps: int = 100
@@ -73,15 +53,10 @@ class PlanRLConfig(TrainingArguments):
     rollout_batch_size: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
-    lr_scheduler_type: str = "constant"
     logging_steps: float = 20
-    remove_unused_columns: bool | None = False
-    report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
         super().__post_init__()
-        check_timeout("reward_timeout", self.reward_timeout)
-        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         counts = ("max_steps", "rollout_prompts", "num_generations", "num_iterations", "ceiling_steps", "max_plans")
         for name in counts:
             if getattr(self, name) < 1:

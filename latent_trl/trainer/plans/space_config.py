@@ -2,31 +2,16 @@
 
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-
-from ...data.bad_rows import ON_BAD_ROW
-from ...rewards.time_limit import check_timeout
-from ..run.health import check_choice
+from .training_config import PlanTrainingConfig
 
 
 @dataclass
-class PlanSpaceConfig(TrainingArguments):
+class PlanSpaceConfig(PlanTrainingConfig):
     r"""
-    Configuration of [`PlanSpaceTrainer`]. Inherits all of transformers' `TrainingArguments`.
+    Configuration of [`PlanSpaceTrainer`]. Inherits all of
+    [`~latent_trl.trainer.plans.training_config.PlanTrainingConfig`].
 
     Args:
-        max_completion_length (`int`, defaults to `32`):
-            Longest answer in tokens. Longer ones are not learned.
-        max_prompt_length (`int`, *optional*):
-            Most tokens of a prompt, visual ones included; a longer one is an error.
-        image_root (`str`, *optional*):
-            The only folder from which rows may name image files.
-        on_bad_row (`str`, defaults to `"raise"`):
-            What becomes of a row that cannot be used: `"raise"` ends the run, `"skip"` leaves it out, and it is listed
-            in `bad_rows.jsonl` in `output_dir`. Some rows are looked at before the first step either way.
-        reward_timeout (`float`, *optional*):
-            Seconds that a reward function may take for a batch, after which the run ends with its name; the last
-            checkpoint is whole. An async function is cancelled; a plain one runs in a thread, which is left behind.
         answers_column (`str`, *optional*):
             Column of a row's answers, a text, a list of texts or TRL's `completion`, which are learned in place of the
             backbone's own alternatives. Rows with the same prompt share theirs.
@@ -57,12 +42,7 @@ class PlanSpaceConfig(TrainingArguments):
             `"ceiling"` where the trainer has reward functions, `"coverage"` where it has none.
     """
 
-    max_completion_length: int = 32
-    max_prompt_length: int | None = None
-    image_root: str | None = None
     answers_column: str | None = None
-    on_bad_row: str = "raise"
-    reward_timeout: float | None = None
     branch_top_k: int = 6
     branch_min_prob: float = 0.02
     max_branches: int = 16
@@ -75,7 +55,6 @@ class PlanSpaceConfig(TrainingArguments):
     early_stopping_threshold: float = 0.002
     metric_for_best_model: str | None = None
     learning_rate: float = 3e-3
-    lr_scheduler_type: str = "constant"
     max_steps: int = 200
     per_device_train_batch_size: int = 10
     logging_steps: float = 10
@@ -84,8 +63,6 @@ class PlanSpaceConfig(TrainingArguments):
     save_strategy: str = "steps"
     save_steps: float = 20
     save_total_limit: int | None = 1
-    remove_unused_columns: bool | None = False
-    report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
         given = self.metric_for_best_model
@@ -93,8 +70,6 @@ class PlanSpaceConfig(TrainingArguments):
         # transformers fills in a loss, which an evaluation of plans has not.
         self.metric_for_best_model = given
         self.greater_is_better = True
-        check_timeout("reward_timeout", self.reward_timeout)
-        check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)
         if self.answers_per_prompt < 2:
             raise ValueError(
                 f"`answers_per_prompt` must be at least 2, or plans have nothing to differ in; got "

@@ -70,27 +70,14 @@ class Answerer:
     def __init__(self, model: Any, processor: Any, args: argparse.Namespace):
         import torch
 
+        from ..generation.choice import code_bias
+
         self.model, self.processor, self.args = model.eval(), processor, args
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.num_codes = model.config.num_codes
         self.special_tokens = set(self.tokenizer.all_special_tokens)
         self.generator = torch.Generator(device=model.device).manual_seed(args.seed)
-        self.bias = self._bias()
-
-    def _bias(self):
-        import torch
-
-        count = self.model.config.num_codes
-        wrong = [code for code in (*self.args.ban, *self.args.bias) if not 0 <= code < count]
-        if wrong:
-            raise ValueError(f"Codes are 0 to {count - 1}, got {wrong}.")
-        if not self.args.ban and not self.args.bias:
-            return None
-        bias = torch.zeros(count)
-        for code, value in self.args.bias.items():
-            bias[code] = value
-        bias[self.args.ban] = -torch.inf
-        return bias.to(self.model.device)
+        self.bias = code_bias(model.config.num_codes, args.ban, args.bias, model.device)
 
     def __call__(
         self,

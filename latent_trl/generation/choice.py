@@ -1,6 +1,8 @@
 """How a code is chosen from the policy's logits: the law, forced codes, bans, and how samples are drawn."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -25,6 +27,35 @@ def draw(probs: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     at the values, for which the host would wait.
     """
     return (probs / noise).argmax(dim=-1)
+
+
+def code_bias(
+    count: int, banned: Iterable[int] = (), added: Mapping[int, float] | None = None, device: Any = None
+) -> torch.Tensor | None:
+    """
+    What bans and additions make of the logits of K codes: `[K]`, `-inf` for a ban; `None` for neither.
+
+    Args:
+        count (`int`): K.
+        banned (`Iterable[int]`), added (`Mapping[int, float]`, *optional*): Codes never to take; what is added to some.
+        device (`torch.device`, *optional*): Of the tensor.
+
+    Raises:
+        ValueError: For codes that there are not, or where none is left.
+    """
+    banned, added = list(banned), dict(added or {})
+    wrong = [code for code in (*banned, *added) if not 0 <= code < count]
+    if wrong:
+        raise ValueError(f"Codes are 0 to {count - 1}, got {wrong}.")
+    if not banned and not added:
+        return None
+    bias = torch.zeros(count)
+    for code, value in added.items():
+        bias[code] = value
+    bias[banned] = -torch.inf
+    if bias.isneginf().all():
+        raise ValueError("All codes are banned: leave at least one.")
+    return bias.to(device)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, StoppingCriter
 from ..data.prompts import EncodedPrompt, PromptEncoder
 from ..data.rows import RowError
 from ..generation.answers import end_tokens
-from ..generation.choice import ActionChoice
+from ..generation.choice import ActionChoice, code_bias
 from ..generation.row_choices import RowChoices
 from ..models.latent_action_model import LatentActionModel
 from .batches import Job, Pieces, next_batch
@@ -178,11 +178,8 @@ class TransformersEngine:
         return parts
 
     def _choice(self, request: GenerationRequest, rows: int) -> ActionChoice:
-        device, bias, forced, generator = self.model.device, None, None, None
-        if request.bias:
-            bias = torch.zeros(self.num_codes)
-            bias[list(request.bias)] = torch.tensor(list(request.bias.values()))
-            bias = bias.to(device)
+        device, forced, generator = self.model.device, None, None
+        bias = code_bias(self.num_codes, added=request.bias, device=device)
         if request.forced:
             forced = torch.tensor([request.forced] * rows, device=device)
         if request.seed is not None:

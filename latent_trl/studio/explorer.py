@@ -12,6 +12,7 @@ from ..data.pieces import text_pieces
 from ..data.prompts import encode_prompts
 from ..generation.action_law import ActionLaw
 from ..generation.answers import end_tokens, generated_answers
+from ..generation.choice import code_bias
 from ..generation.output import trunk_positions
 from ..models.latent_action_model import LatentActionModel
 
@@ -96,7 +97,7 @@ class Explorer:
         row = {"prompt": [{"role": "user", "content": question}], **({} if image is None else {"images": [image]})}
         device = self.model.device
         inputs = {name: value.to(device) for name, value in encode_prompts(self.processing_class, [row]).items()}
-        bias, law = self._bias(banned), ActionLaw(temperature or 1.0)
+        bias, law = code_bias(self.model.config.num_codes, banned, device=device), ActionLaw(temperature or 1.0)
         options: dict[str, Any] = {"action_do_sample": temperature > 0, "action_bias": bias}
         if temperature > 0:
             generator = torch.Generator(device=device).manual_seed(seed)
@@ -173,13 +174,3 @@ class Explorer:
         wrong = [code for code in codes if not 0 <= code < count]
         if wrong:
             raise ValueError(f"Codes are 0 to {count - 1}, got {wrong}.")
-
-    def _bias(self, banned: Sequence[int]) -> torch.Tensor | None:
-        if not banned:
-            return None
-        self._check(banned)
-        if len(set(banned)) == self.model.config.num_codes:
-            raise ValueError("All codes are banned: leave at least one.")
-        bias = torch.zeros(self.model.config.num_codes, device=self.model.device)
-        bias[list(banned)] = -torch.inf
-        return bias

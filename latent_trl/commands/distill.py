@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from .arguments import DistillArguments, parse_training
+from .arguments import DistillArguments, UsageError, parse_training
 from .training import quiet, run_training
 
 FIGURES = {"loss": "KL", "eval_loss": "eval KL"}
@@ -18,6 +18,10 @@ def with_options(argv: list[str]) -> list[str]:
     bare = argv[: next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))]
     named = [word for option, value in zip(BARE, bare, strict=False) for word in (option, value)]
     words = [*named, *bare[len(BARE) :], *argv[len(bare) :]]
+    heads = [word.split("=")[0] for word in words]
+    given = [head for head in heads if head in ("--output", "--output_dir", "--output-dir")]
+    if len(given) > 1:
+        raise UsageError("latent-trl distill", f"`{given[0]}` and `{given[1]}` are the same. Give one.")
     return ["--output_dir" + word.removeprefix("--output") if _is_output(word) else word for word in words]
 
 

@@ -34,10 +34,11 @@ def teacher_law(model: LatentActionModel, states: torch.Tensor, probs: torch.Ten
         if teacher == "mixture":
             law = mixture_law(laws, sureness, of_codes)
             # Placeholders of pictures are never generated.
-            law = law.index_fill(1, never[never < law.shape[1]], 0.0)
+            law.index_fill_(1, never[never < law.shape[1]], 0.0)
             parts.append(law / law.sum(dim=1, keepdim=True))
         else:
-            said = laws.index_fill(2, never[never < laws.shape[2]], 0.0).argmax(dim=-1)
+            if len(never):
+                said = laws.index_fill_(2, never[never < laws.shape[2]], 0.0).argmax(dim=-1)
             parts.append(torch.zeros_like(laws[:, 0]).scatter_add_(1, said, of_codes))
     return torch.cat(parts)
 

@@ -39,7 +39,8 @@ class LatentActionDistillationTrainer(LearningMixin, Trainer):
     r"""
     Teaches a policy's law over tokens to an adapter on its backbone, so that the backbone alone, served by anything,
     says what the policy says. The policy answers the prompts; on its own samples, token by token, the loss is
-    \\\( \mathrm{KL}(\sum_a \pi(a \mid s) \, p(x \mid s, a) \,\|\, q(x)) \\) with the adapted backbone's \\\( q \\)
+    \\( \mathrm{KL}(\sum_a \pi(a \mid s) \, p(x \mid s, a) \,\|\, q(x)) \\) with the adapted backbone's \\( q \\), where
+    by default all of \\( p(x \mid s, a) \\) is on the code's likeliest token, as `generate` says it
     (sequence-level and word-level distillation, [Kim & Rush, 2016](https://huggingface.co/papers/1606.07947)). Policy,
     codebook, world model and the backbone's own tensors stay as they are.
 

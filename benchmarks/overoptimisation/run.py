@@ -26,6 +26,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reproduction")]
 
+from transformers import TrainerCallback  # noqa: E402
+
 TOKENS_LONG = 24
 PROXIES = ("attributes", "learned", "embedding")
 
@@ -102,13 +104,8 @@ class Run:
         return f"{self.proxy} {self.arm} {self.seed}"
 
 
-class Frontier:
-    """Proxy and gold of greedy answers and of samples, at points along a run; called as a callback of the trainer."""
-
-    def __new__(cls, *args: Any, **kwargs: Any):
-        from transformers import TrainerCallback
-
-        return object.__new__(type("Frontier", (cls, TrainerCallback), {}))
+class Frontier(TrainerCallback):
+    """Proxy and gold of greedy answers and of samples, at points along a run."""
 
     def __init__(self, speaker, reward, size: Size, every: int, updates: int):
         from proxies import requests

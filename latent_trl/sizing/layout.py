@@ -99,17 +99,18 @@ class Layout:
         parts = [self.backbone if name == "backbone" else self.components[name] for name in names]
         return sum(parameter.numel() for part in parts for parameter in part.parameters())
 
-    def quantizable(self) -> int:
-        """Weights of the text model's linear maps, which 4-bit loading packs; the head is none of them."""
+    def _linear(self) -> list[nn.Linear]:
+        """The linear maps of the text model; the head is none of them."""
         head = self.backbone.get_output_embeddings()
-        linear = [m for m in self.backbone.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
-        return sum(m.weight.numel() for m in linear)
+        return [m for m in self.backbone.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
+
+    def quantizable(self) -> int:
+        """Weights of the text model's linear maps, which 4-bit loading packs."""
+        return sum(m.weight.numel() for m in self._linear())
 
     def lora(self, rank: int) -> int:
-        """Parameters of a LoRA of `rank` on the linear maps of the text model's layers."""
-        head = self.backbone.get_output_embeddings()
-        linear = [m for m in self.backbone.get_decoder().modules() if isinstance(m, nn.Linear) and m is not head]
-        return sum(rank * (m.in_features + m.out_features) for m in linear)
+        """Parameters of a LoRA of `rank` on the text model's linear maps."""
+        return sum(rank * (m.in_features + m.out_features) for m in self._linear())
 
     def cache_bytes(self, decoder: nn.Module) -> float:
         """Bytes of a token in the cache of a text model, in bfloat16. What does not grow with the text is left out."""

@@ -209,6 +209,8 @@ def test_layers_are_a_number_or_part_of_the_decoder_not_both():
         (["generate", "m", "hello"], "'hello' stands alone"),
         (["generate", "m", "--max_new_tokens", "0"], "--max-new-tokens: must be at least 1, got 0"),
         (["chat", "m", "--temprature", "1"], "Did you mean `--temperature`?"),
+        (["distill", "m", "d", "--output", "a", "--output_dir=b"], "`--output` and `--output_dir` are the same"),
+        (["evaluate", "m", "d", "--reward-timeout", "nan"], "--reward-timeout: must be a number above 0, got nan"),
     ],
 )
 def test_other_commands_name_what_is_wrong_in_one_line(words, said, capsys):

@@ -88,6 +88,23 @@ def test_the_layout_of_3b():
     assert layout.quantizable() == 36 * (2048 * (2048 + 2 * 256 + 2048) + 3 * 2048 * 11_008)
 
 
+def test_what_weights_and_training_take():
+    """Of Qwen2.5-VL-3B's layout, by numbers of parameters that are known."""
+    backbone, world_model, inverse, policy = 3_754_622_976, 225_443_840, 308_572_160, 616_880_128
+    codebook, projector, linear = 262_144, 16_789_504, 2_774_532_096
+    by_name = {phase.name: phase for phase in phases(three_billion())}
+    used = codebook + world_model + projector
+    assert by_name["learn: inverse_dynamics"].training == 16 * (inverse + codebook + world_model)
+    assert by_name["learn: inverse_dynamics"].weights == 2 * backbone + 4 * (policy + projector)
+    assert by_name["learn: policy"].training == 16 * policy
+    for name, bytes_each in (("rl: rollout", 12), ("rl: update", 16)):
+        assert by_name[name].training == bytes_each * policy
+        assert by_name[name].weights == 2 * backbone + 4 * used
+    assert by_name["serve"].training == 0 and by_name["serve"].weights == 2 * (backbone + used + policy)
+    packed = {phase.name: phase for phase in phases(three_billion(), four_bit=True, reference=True)}
+    assert packed["rl: update"].weights == pytest.approx(2 * backbone - 1.48 * linear + 4 * (used + policy))
+
+
 def test_seconds_are_near_the_run_that_they_were_calibrated_on():
     batch = Batch(prompt_length=336, completion_length=256)
     rollout, update = rl_step_seconds(three_billion(), H100, batch)

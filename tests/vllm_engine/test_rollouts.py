@@ -1,7 +1,5 @@
 """RL with rollouts from the engine: the same samples, states and updates, and what it learns."""
 
-import math
-
 import pytest
 import torch
 from datasets import Dataset
@@ -19,7 +17,6 @@ from latent_trl import (
     LatentActionRLOOConfig,
     LatentActionRLOOTrainer,
 )
-from latent_trl.trainer.rollout.importance import importance_ratio
 
 KINDS = {
     "grpo": (LatentActionGRPOTrainer, LatentActionGRPOConfig),
@@ -96,14 +93,3 @@ def test_what_is_learned_is_the_optimum(tmp_path, close, kind):
     assert max(log["sampling/log_prob_difference"] for log in history) < 1e-3
     synced = [log for log in history if "engine/sync_bytes" in log]
     assert synced and synced[-1]["engine/sync_bytes"] == sum(p.numel() * 4 for p in model.policy.parameters())
-
-
-def test_weights_are_truncated_or_masked():
-    old, sampled = torch.tensor([[0.0, -1.0, -2.0]]), torch.tensor([[-1.0, -1.0, 5.0]])
-    mask = torch.tensor([[1, 1, 0]])
-    ratios = {m: importance_ratio(old, sampled, mask, m, None, 2.0).tolist() for m in ("token_truncate", "token_mask")}
-    assert ratios == {"token_truncate": [[2.0, 1.0, 1.0]], "token_mask": [[0.0, 1.0, 1.0]]}
-    assert importance_ratio(old, sampled, mask, "sequence_truncate", None, 3.0).item() == pytest.approx(math.e)
-    assert importance_ratio(old, sampled, mask, "sequence_mask", None, 2.0).tolist() == [[0.0]]
-    with pytest.raises(ValueError, match="vllm_importance_sampling_mode"):
-        importance_ratio(old, sampled, mask, "token")

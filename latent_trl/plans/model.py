@@ -102,7 +102,18 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         self.backbone.eval()
         return self
 
-    def forward(
+    def forward(self, objective: Callable[..., Any] | None = None, **inputs: Any) -> Any:
+        """
+        [`~PlanModel.log_probs`] of inputs.
+
+        Args:
+            objective (`Callable`, *optional*): A loss `objective(model)` to compute instead, inside the forward so that
+                DDP sees it.
+            inputs: Of [`~PlanModel.log_probs`].
+        """
+        return self.log_probs(**inputs) if objective is None else objective(self)
+
+    def log_probs(
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,

@@ -22,7 +22,7 @@ from latent_trl import (
 )
 from latent_trl.data.prompts import PromptEncoder
 from latent_trl.plans.branching import branch_answers
-from latent_trl.trainer.plans import rl_trainer
+from latent_trl.trainer.plans import choosing
 from latent_trl.trainer.plans.growth import widen_optimizer
 from latent_trl.trainer.plans.grpo_trainer import advantages_without_replacement, drawn_with_weights
 from latent_trl.trainer.plans.replay import Replay
@@ -83,7 +83,7 @@ def all_sequences(found, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(found, "first_plans", lambda *_: (pairs[None, :, 0], torch.ones(1, len(pairs))))
-        patched.setattr(rl_trainer, "explored", lambda *_: pairs[:, 1:])
+        patched.setattr(choosing, "gumbel", lambda *_: 1e4 * torch.eye(plans)[pairs[:, 1]])
         patched.setattr(found, "learn_from", keep)
         found.roll_out(0)
     made = [kept["made"][2 * i : 2 * i + 2] for i in range(len(pairs))]

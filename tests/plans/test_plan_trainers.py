@@ -13,9 +13,9 @@ from tiny_models import llama, make_tokenizer
 from latent_trl import PlanBanditConfig, PlanBanditTrainer, PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer
 from latent_trl.data.prompts import PromptEncoder
 from latent_trl.rewards.calling import RewardError
+from latent_trl.trainer.plans.choosing import explored
 from latent_trl.trainer.plans.replay import Replay
 from latent_trl.trainer.plans.report import PlanReport
-from latent_trl.trainer.plans.rl_trainer import explored
 
 LENGTH = 3
 QUIET = {"use_cpu": True, "disable_tqdm": True}

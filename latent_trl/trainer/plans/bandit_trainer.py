@@ -7,8 +7,10 @@ import torch
 from ...plans.model import PlanModel
 from ...plans.segments import PlannedAnswer
 from .bandit_config import PlanBanditConfig
+from .choosing import explored
+from .processes import everywhere, shared
 from .replay import padded_states
-from .rl_trainer import PlanRLTrainer, explored
+from .rl_trainer import PlanRLTrainer
 
 # Of the posterior of the chooser's last layer, where plans are drawn from it.
 PRIOR_PRECISION = 1.0
@@ -28,7 +30,7 @@ class PlanBanditTrainer(PlanRLTrainer):
             [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]; `args` is a `PlanBanditConfig`.
 
     Raises:
-        ValueError: For data without prompts, more rollouts a prompt than plans, or a run of several processes.
+        ValueError: For data without prompts, or more rollouts a prompt than plans.
         RewardError: For a reward function that raises, or returns what is no number.
     """
 
@@ -46,7 +48,9 @@ class PlanBanditTrainer(PlanRLTrainer):
     def first_plans(self, logits: torch.Tensor, numbers: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         args, generator = self.args, self.generator(batch, 0)
         if args.exploration == "thompson" and len(self.replay):
-            deviations = self._deviations([self.replay.states[number] for number in numbers])
+            roots = self._precision_roots()
+            found = shared(len(numbers), lambda places: self._deviations([numbers[place] for place in places], roots))
+            deviations = torch.stack(found)
             noise = torch.randn(logits.shape, generator=generator)
             plans = (logits + args.exploration_temperature * deviations * noise).topk(args.num_generations).indices
         else:
@@ -54,37 +58,43 @@ class PlanBanditTrainer(PlanRLTrainer):
         return plans, torch.ones(plans.shape)
 
     @torch.no_grad()
-    def _deviations(self, states: list[torch.Tensor]) -> torch.Tensor:
-        """Standard deviations `[B, K]` of the logits at some states, given all choices so far."""
-        chooser, plans = self.model.chooser, torch.tensor(self.replay.plans)
-        features, curvatures = [], []
-        size = self.args.rollout_batch_size
-        for start in range(0, len(self.replay), size):
-            places = list(range(start, min(start + size, len(self.replay))))
-            some = self.replay.choices(places).to(self.args.device)
+    def _precision_roots(self) -> torch.Tensor:
+        """Roots `[K, size, size]` of the precisions of the last layer's weights, given all choices so far."""
+        chooser, own = self.model.chooser, self.replay.own(list(range(len(self.replay))))
+        count, size = self.model.plan_config.num_plans, chooser.output.in_features
+        total = torch.zeros(count, size, size)
+        for start in range(0, len(own), self.args.rollout_batch_size):
+            some = self.replay.choices(own[start : start + self.args.rollout_batch_size]).to(self.args.device)
             read = some.read(chooser.features(some.states, some.mask))
-            chance = chooser.output(read).gather(1, some.plans[:, None])[:, 0].sigmoid().cpu()
-            features.append(read.cpu())
-            curvatures.append(chance * (1 - chance))
-        known, curvature = torch.cat(features), torch.cat(curvatures)
-        padded, mask = padded_states(states)
-        asked = chooser.features(padded.to(self.args.device), mask.to(self.args.device)).cpu()
-        found = []
-        for plan in range(self.model.plan_config.num_plans):
-            own = known[plans == plan]
-            precision = PRIOR_PRECISION * torch.eye(known.shape[1]) + (own * curvature[plans == plan, None]).T @ own
-            root = torch.linalg.cholesky(precision)
-            found.append(torch.linalg.solve_triangular(root, asked.T, upper=False).norm(dim=0))
-        return torch.stack(found, dim=1)
+            chance = chooser.output(read).gather(1, some.plans[:, None])[:, 0].sigmoid()
+            weighted = (read * (chance * (1 - chance))[:, None]).cpu()
+            for plan in some.plans.unique().tolist():
+                mine = (some.plans == plan).cpu()
+                total[plan] += weighted[mine].T @ read.cpu()[mine]
+        return torch.linalg.cholesky(PRIOR_PRECISION * torch.eye(size) + sum(everywhere(total)))
+
+    @torch.no_grad()
+    def _deviations(self, numbers: list[int], roots: torch.Tensor) -> list[torch.Tensor]:
+        """Standard deviations `[K]` of the logits at the states of some prompts."""
+        if not numbers:
+            return []
+        padded, mask = padded_states([self.replay.states[number] for number in numbers])
+        asked = self.model.chooser.features(padded.to(self.args.device), mask.to(self.args.device)).cpu()
+        return list(torch.linalg.solve_triangular(roots, asked.T, upper=False).norm(dim=1).T)
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:
         for one in made:
             reward = rewards[one["rollout"]].item()
             if reward == reward:
-                self.replay.add(one["prompt"], one["plan"], reward, one["said"])
+                self.replay.add(one["prompt"], one["plan"], reward, one["said"], one["owner"])
 
     def update_loss(self, model: PlanModel, step: int) -> torch.Tensor:
-        some = self.replay.batch(self.args.replay_batch_size, self.generator(step, 1)).to(self.args.device)
+        drawn = self.replay.drawn(self.args.replay_batch_size, self.generator(step, 1))
+        own = self.replay.own(drawn)
+        if not own:
+            return self.no_loss()
+        some = self.replay.choices(own).to(self.args.device)
         logits = some.read(model.chooser(some.states, some.mask)).gather(1, some.plans[:, None])[:, 0]
-        targets = self.replay.targets()[some.places].to(logits.device)
-        return torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
+        targets = self.replay.targets()[own].to(logits.device)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
+        return loss * self.accelerator.num_processes / len(drawn)

@@ -9,6 +9,7 @@ from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...plans.model import PlanModel
 from ...plans.segments import PlannedAnswer
 from ...rewards.calling import RewardCaller
+from .processes import shared
 from .report import summed_rewards
 
 
@@ -96,10 +97,14 @@ class Judge:
         """Rewards `[n, R]` under R sequences of plans a row, the last of each for all later segments."""
         each = len(sequences) // len(rows)
 
-        def choose(places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
-            own = [sequences[place] for place in places]
-            return torch.tensor([one[min(len(a.plans), len(one) - 1)] for one, a in zip(own, answers, strict=True)])
+        def answered(places: range) -> list[torch.Tensor]:
+            some = [rows[place] for place in places for _ in range(each)]
+            prompts = [prompt for place in places for prompt in [self.encoder(rows[place])] * each]
 
-        prompts = [self.encoder(row) for row in rows]
-        spoken = self.spoken([prompt for prompt in prompts for _ in range(each)], choose)
-        return self.rewards([row for row in rows for _ in range(each)], spoken).view(len(rows), each)
+            def choose(numbers: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
+                own = [sequences[places.start * each + number] for number in numbers]
+                return torch.tensor([one[min(len(a.plans), len(one) - 1)] for one, a in zip(own, answers, strict=True)])
+
+            return list(self.rewards(some, self.spoken(prompts, choose)).view(len(places), each))
+
+        return torch.stack(shared(len(rows), answered))

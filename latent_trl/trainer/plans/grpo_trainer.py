@@ -7,8 +7,9 @@ import torch
 from ...plans.model import PlanModel
 from ...plans.segments import PlannedAnswer
 from ..rollout.advantages import GROUP_ADVANTAGES
+from .choosing import perturbed
 from .grpo_config import PlanGRPOConfig
-from .rl_trainer import PlanRLTrainer, perturbed
+from .rl_trainer import PlanRLTrainer
 
 # Of logarithms of ratios: beyond, a float32 would overflow long before clipping.
 LARGEST_LOG_RATIO = 20.0
@@ -31,8 +32,7 @@ class PlanGRPOTrainer(PlanRLTrainer):
             [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]; `args` is a `PlanGRPOConfig`.
 
     Raises:
-        ValueError: For data without prompts, as many different plans a prompt as there are, or a run of several
-            processes.
+        ValueError: For data without prompts, or as many different plans a prompt as there are.
         RewardError: For a reward function that raises, or returns what is no number.
     """
 
@@ -65,7 +65,7 @@ class PlanGRPOTrainer(PlanRLTrainer):
             if advantage == advantage:
                 notes = {"log_prob": one["log_prob"], "advantage": advantage, "weight": one["weight"]}
                 reward = rewards[one["rollout"]].item()
-                self.replay.add(one["prompt"], one["plan"], reward, one["said"], **notes)
+                self.replay.add(one["prompt"], one["plan"], reward, one["said"], one["owner"], **notes)
 
     def advantages(self, rewards: torch.Tensor, made: list[dict[str, Any]]) -> list[float]:
         """Of every choice, in the order of `made`; NaN where the rollout could not be scored."""
@@ -82,8 +82,10 @@ class PlanGRPOTrainer(PlanRLTrainer):
         return self.policy_loss(model, list(range(len(self.replay))))
 
     def policy_loss(self, model: PlanModel, places: list[int]) -> torch.Tensor:
-        """The loss over the choices of these numbers."""
-        args, device = self.args, self.args.device
+        """The loss over the choices of these numbers: the share of it that this process has the states for."""
+        args, device, count, places = self.args, self.args.device, len(places), self.replay.own(places)
+        if not places:
+            return self.no_loss()
         some = self.replay.choices(places).to(device)
         logits = some.read(model.chooser(some.states, some.mask)) / args.exploration_temperature
         laws = logits.log_softmax(dim=1)
@@ -95,9 +97,11 @@ class PlanGRPOTrainer(PlanRLTrainer):
         clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon_high)
         gains = torch.minimum(ratio * advantages, clipped * advantages)
         entropies = torch.special.entr(laws.exp()).sum(dim=1)
-        self.figures["entropy"].append(entropies.mean().item())
-        self.figures["clip_ratio"].append((clipped * advantages < ratio * advantages).float().mean().item())
-        return -(weights * (gains + args.entropy_coef * entropies)).sum() / args.rollout_prompts
+        step = self.state.global_step
+        self.shares["entropy"][step] = entropies.sum().item() / count
+        self.shares["clip_ratio"][step] = (clipped * advantages < ratio * advantages).sum().item() / count
+        loss = -(weights * (gains + args.entropy_coef * entropies)).sum() / args.rollout_prompts
+        return loss * self.accelerator.num_processes
 
 
 def drawn_with_weights(

@@ -5,6 +5,7 @@ from collections import defaultdict
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, TrainerCallback
 
@@ -19,6 +20,7 @@ from ...plans.segments import sentence_ends
 from ..run.hub import HubTrainingMixin
 from ..run.loading import load_processing_class
 from ..run.output_folder import check_writable, clear_run_folder, earlier_run, only_run, raise_together
+from .processes import check_processes, everywhere
 from .report import PlanReport
 
 
@@ -46,7 +48,8 @@ class PromptRows(Dataset):
 
 class PlanTrainer(HubTrainingMixin, Trainer):
     """
-    A Trainer whose model is a [`PlanModel`] and whose data set are prompts. One process.
+    A Trainer whose model is a [`PlanModel`] and whose data set are prompts. Several processes (DDP) share the rows, and
+    learn what one process would of all of them.
 
     Args:
         model (`PlanModel` or `str`), args, train_dataset, eval_dataset, processing_class, callbacks: Of the trainer.
@@ -76,8 +79,6 @@ class PlanTrainer(HubTrainingMixin, Trainer):
                 f"`model` must be a PlanModel, a folder or a Hub id, got {type(model).__name__}. Make one of a "
                 "backbone with `PlanModel(backbone)`."
             )
-        if args.world_size > 1:
-            raise ValueError(f"Plans are trained in one process, and this run has {args.world_size}.")
         check_prompts(train_dataset, "train_dataset")
         if eval_dataset is not None:
             check_prompts(eval_dataset, "eval_dataset")
@@ -97,7 +98,9 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             )
         if config.segment == "sentence" and config.segment_end_token_ids is None:
             config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
+        # Figures of all processes, and shares of figures by the step, which are sums over processes.
         self.figures: dict[str, list[float]] = defaultdict(list)
+        self.shares: dict[str, dict[int, float]] = defaultdict(dict)
         self.rows_in_use: list[int] | None = None
         # What the plans say to held-out prompts, and which of them is chosen for each, once that has been evaluated.
         self.report: PlanReport | None = None
@@ -113,10 +116,19 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             eval_dataset=eval_dataset,
             callbacks=callbacks,
         )
+        check_processes(self)
+
+    def no_loss(self) -> torch.Tensor:
+        """The loss of a process that has no row of an update."""
+        return (
+            torch.stack([parameter.sum() for parameter in self.model.parameters() if parameter.requires_grad]).sum() * 0
+        )
 
     def usable_places(self, dataset: Any, name: str) -> list[int]:
         """Numbers of the rows of a set that can be used; all, unless bad ones are skipped."""
-        return self.bad_rows.usable_places(StoredRows(dataset, name), self.encoder)
+        # One process lists bad rows, and the others find them listed.
+        with self.accelerator.main_process_first():
+            return self.bad_rows.usable_places(StoredRows(dataset, name), self.encoder)
 
     def evaluated_rows(self, dataset: Any) -> list[dict[str, Any]]:
         """Rows of an evaluation set that can be used, with their pictures opened."""
@@ -144,7 +156,8 @@ class PlanTrainer(HubTrainingMixin, Trainer):
         folder = self.args.output_dir
         self.bad_rows.preflight(self.encoder, seed=self.args.seed)
         with only_run(self.accelerator, folder):
-            clear_run_folder(folder)
+            if self.args.should_save:
+                clear_run_folder(folder)
             raise_together(None if resume_from_checkpoint else earlier_run(folder))
             last = self.checkpoint_to_resume(resume_from_checkpoint)
             self.before_training()
@@ -170,9 +183,19 @@ class PlanTrainer(HubTrainingMixin, Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
             logs |= {name: sum(values) / len(values) for name, values in self.figures.items()}
-            logs |= self.bad_rows.figures()
+            logs |= self._shared_figures() | self.bad_rows.figures()
             self.figures.clear()
         super().log(logs, start_time)
+
+    def _shared_figures(self) -> dict[str, float]:
+        """Means over steps of what the processes had shares of."""
+        totals: dict[str, dict[int, float]] = defaultdict(lambda: defaultdict(float))
+        for own in everywhere(dict(self.shares)):
+            for name, steps in own.items():
+                for step, value in steps.items():
+                    totals[name][step] += value
+        self.shares.clear()
+        return {name: sum(steps.values()) / len(steps) for name, steps in sorted(totals.items())}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`: plans, chooser, processing class and settings."""
@@ -182,7 +205,10 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             self.model.save_pretrained(folder)
             self.encoder.processing_class.save_pretrained(folder)
             self.save_arguments(folder)
-        if self.args.push_to_hub and not _internal_call:
+        if _internal_call:
+            # The other processes put their own files into the checkpoint only once its folder has its place.
+            self.accelerator.wait_for_everyone()
+        elif self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def record_run(self, evaluation: list[Evaluation] | None = None, codebook: CodebookReport | None = None) -> None:

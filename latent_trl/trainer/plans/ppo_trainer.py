@@ -52,14 +52,21 @@ class PlanPPOTrainer(PlanGRPOTrainer):
             self.model.value.output.weight.zero_()
             self.model.value.output.bias.zero_()
 
+    def annotated(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        if not made:
+            return []
+        args = self.args
+        padded, known = padded_states([self.replay.states_at(one["prompt"], one["said"]) for one in made])
+        values = self.model.value(padded.to(args.device), known.to(args.device))[:, 0].tolist()
+        return [{**one, "value": value} for one, value in zip(made, values, strict=True)]
+
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:
         args = self.args
         rollouts = [one["rollout"] for one in made]
         segments = [one["segment"] for one in made]
-        padded, known = padded_states([self.replay.states_at(one["prompt"], one["said"]) for one in made])
         shape = (len(answers), max(segments) + 1)
         values, mask = torch.zeros(shape), torch.zeros(shape)
-        values[rollouts, segments] = self.model.value(padded.to(args.device), known.to(args.device))[:, 0].cpu()
+        values[rollouts, segments] = torch.tensor([one["value"] for one in made])
         mask[rollouts, segments] = (~rewards.isnan()).float()[rollouts]
         each = rewards_of_codes(rewards.nan_to_num(nan=0.0), mask)
         advantages, returns = generalized_advantages(each, values, mask, args.gamma, args.gae_lambda)
@@ -72,17 +79,21 @@ class PlanPPOTrainer(PlanGRPOTrainer):
             if mask[place]:
                 notes = {"log_prob": one["log_prob"], "weight": one["weight"], "advantage": advantages[place].item()}
                 notes |= {"value": values[place].item(), "return": returns[place].item()}
-                self.replay.add(one["prompt"], one["plan"], rewards[one["rollout"]].item(), one["said"], **notes)
+                reward = rewards[one["rollout"]].item()
+                self.replay.add(one["prompt"], one["plan"], reward, one["said"], one["owner"], **notes)
 
     def policy_loss(self, model: PlanModel, places: list[int]) -> torch.Tensor:
-        args, device = self.args, self.args.device
-        some = self.replay.choices(places).to(device)
+        args, device, own = self.args, self.args.device, self.replay.own(places)
+        policy_loss = super().policy_loss(model, places)
+        if not own:
+            return policy_loss
+        some = self.replay.choices(own).to(device)
         values = some.read(model.value(some.states, some.mask))[:, 0]
-        old, returns, weights = (self.replay.noted(name, places).to(device) for name in ("value", "return", "weight"))
+        old, returns, weights = (self.replay.noted(name, own).to(device) for name in ("value", "return", "weight"))
         errors, _ = clipped_value_errors(values, old, returns, args.value_clip_range)
-        self.figures["ppo/value_loss"].append(errors.detach().mean().item())
-        value_loss = (weights * errors).sum() / args.rollout_prompts
-        return super().policy_loss(model, places) + args.value_coef * value_loss
+        self.shares["ppo/value_loss"][self.state.global_step] = errors.detach().sum().item() / len(places)
+        value_loss = (weights * errors).sum() / args.rollout_prompts * self.accelerator.num_processes
+        return policy_loss + args.value_coef * value_loss
 
     @property
     def learned(self) -> list[nn.Module]:
@@ -90,8 +101,9 @@ class PlanPPOTrainer(PlanGRPOTrainer):
 
     def save_run(self, folder: str | Path) -> None:
         super().save_run(folder)
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.value.state_dict().items()}
-        save_file(tensors, Path(folder) / VALUE_FILE)
+        if self.args.should_save:
+            tensors = {name: tensor.cpu().contiguous() for name, tensor in self.model.value.state_dict().items()}
+            save_file(tensors, Path(folder) / VALUE_FILE)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import save_file
 
 from ...checkpoint.files import read_json, read_tensors
+from .processes import process
 
 REPLAY_FILE = "replay.json"
-STATES_FILE = "replay_states.safetensors"
-COLUMNS = ("prompts", "said", "plans", "rewards")
+STATES_FILE = "replay_states_{rank}.safetensors"
+COLUMNS = ("prompts", "said", "plans", "rewards", "owners")
 
 
 @dataclass
@@ -46,7 +47,7 @@ class Choices:
 class Replay:
     """
     Choices, a segment each, with the states of their prompts and of what had been said there. Backbones are causal, so
-    those of a prompt are the same whatever follows.
+    those of a prompt are the same whatever follows. All processes have all choices; states are where they were read.
     """
 
     def __init__(self):
@@ -56,31 +57,37 @@ class Replay:
         self.said: list[str] = []
         self.plans: list[int] = []
         self.rewards: list[float] = []
+        # The process that has the states of each.
+        self.owners: list[int] = []
         # What a trainer notes of each choice besides, by name.
         self.notes: dict[str, list[float]] = {}
 
     def __len__(self) -> int:
         return len(self.rewards)
 
-    def add(self, prompt: int, plan: int, reward: float, said: str = "", **notes: float) -> None:
+    def add(self, prompt: int, plan: int, reward: float, said: str = "", owner: int = 0, **notes: float) -> None:
         """
-        A choice for the prompt of that number, whose `states` `[P, F]` are known; `said` is the key of `said_states`
-        `[n, F]` where a segment starts behind the prompt.
+        A choice for the prompt of that number, whose `states` `[P, F]` are known to the process `owner`; `said` is the
+        key of `said_states` `[n, F]` where a segment starts behind the prompt.
         """
         self.prompts.append(prompt)
         self.said.append(said)
         self.plans.append(plan)
         self.rewards.append(reward)
+        self.owners.append(owner)
         for name, value in notes.items():
             self.notes.setdefault(name, []).append(value)
 
     def start_batch(self) -> None:
         """Forgets what had been said where no choice that is kept was made."""
-        self.said_states = {name: self.said_states[name] for name in dict.fromkeys(self.said) if name}
+        kept = dict.fromkeys(self.said)
+        self.said_states = {name: states for name, states in self.said_states.items() if name in kept}
 
     def clear_choices(self) -> None:
         """Forgets the choices; states stay."""
-        self.prompts, self.said, self.plans, self.rewards, self.notes = [], [], [], [], {}
+        for name in COLUMNS:
+            setattr(self, name, [])
+        self.notes = {}
 
     def noted(self, name: str, places: list[int]) -> torch.Tensor:
         """A note of some choices, `[N]`."""
@@ -94,9 +101,14 @@ class Replay:
             return rewards
         return (rewards - low) / (high - low) if high > low else torch.full_like(rewards, 0.5)
 
-    def batch(self, size: int, generator: torch.Generator) -> Choices:
-        """Some choices, drawn without replacement."""
-        return self.choices(torch.randperm(len(self), generator=generator)[:size].tolist())
+    def drawn(self, size: int, generator: torch.Generator) -> list[int]:
+        """Numbers of some choices, drawn without replacement."""
+        return torch.randperm(len(self), generator=generator)[:size].tolist()
+
+    def own(self, places: list[int]) -> list[int]:
+        """Those of some choices whose states this process has."""
+        rank = process()[0]
+        return [place for place in places if self.owners[place] == rank]
 
     def choices(self, places: list[int]) -> Choices:
         """Choices of these numbers."""
@@ -112,24 +124,35 @@ class Replay:
         return torch.cat([states, self.said_states[said]]) if said else states
 
     def save(self, folder: str | Path) -> None:
-        record = {**{name: getattr(self, name) for name in COLUMNS}, "notes": self.notes}
-        (Path(folder) / REPLAY_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+        """Writes the choices, which all processes have, and the states that this one has."""
+        rank = process()[0]
+        if rank == 0:
+            record = {**{name: getattr(self, name) for name in COLUMNS}, "notes": self.notes}
+            record["processes"] = process()[1]
+            (Path(folder) / REPLAY_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
         states = {str(prompt): states.contiguous() for prompt, states in self.states.items()}
         states |= {name: states.contiguous() for name, states in self.said_states.items()}
-        save_file(states, Path(folder) / STATES_FILE)
+        save_file(states, Path(folder) / STATES_FILE.format(rank=rank))
 
     @classmethod
     def load(cls, folder: str | Path) -> "Replay":
-        """Raises `CheckpointError` when the files are missing or damaged."""
-        replay, record = cls(), read_json(Path(folder) / REPLAY_FILE)
+        """
+        What as many processes have written, or others: states are then shared out anew.
+
+        Raises:
+            CheckpointError: When files are missing or damaged.
+        """
+        replay, record, (rank, processes) = cls(), read_json(Path(folder) / REPLAY_FILE), process()
         for name in COLUMNS:
             setattr(replay, name, record[name])
+        replay.owners = [owner % processes for owner in replay.owners]
         replay.notes = record["notes"]
-        for name, states in read_tensors(Path(folder) / STATES_FILE).items():
-            if name.isdigit():
-                replay.states[int(name)] = states
-            else:
-                replay.said_states[name] = states
+        for writer in range(rank, record["processes"], processes):
+            for name, states in read_tensors(Path(folder) / STATES_FILE.format(rank=writer)).items():
+                if name.isdigit():
+                    replay.states[int(name)] = states
+                else:
+                    replay.said_states[name] = states
         return replay
 
 

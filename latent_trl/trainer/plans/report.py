@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 
-from ...data.prompts import PromptEncoder
+from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...hub.facts import PlansReport
 from ...plans.model import PlanModel
 from ...rewards.calling import RewardCaller
 from ...rewards.conversation import as_completion
+from .processes import shared
 
 LONGEST_CELL = 60
 LONGEST_ANSWER = 200
@@ -116,7 +117,7 @@ def report_plans(
     batch_size: int = 512,
 ) -> PlanReport:
     """
-    Lets every plan answer every prompt greedily, and the backbone without one.
+    Lets every plan answer every prompt greedily, and the backbone without one. Processes share the prompts.
 
     Args:
         model (`PlanModel`), encoder (`PromptEncoder`): The model, and what encodes its prompts.
@@ -126,31 +127,38 @@ def report_plans(
         alternatives (`list[list[str]]`, *optional*), is_fluent (`Callable`, *optional*): As [`PlanReport`] has them.
     """
     tokenizer, plans = encoder.encoder.tokenizer, model.plan_config.num_plans
-    prompts = [encoder(row) for row in rows]
 
-    def answers(of: list[Any], plan_ids: list[int] | None) -> tuple[list[list[int]], list[str]]:
+    def answers(of: list[EncodedPrompt], plan_ids: list[int] | None) -> tuple[list[list[int]], list[str]]:
         ids = model.answers(encoder, of, plan_ids, max_new_tokens, ends, batch_size).token_ids
         return ids, [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
 
-    ids, texts = answers([p for p in prompts for _ in range(plans)], list(range(plans)) * len(prompts))
-    own_ids, own = answers(prompts, None)
-    rewards = own_rewards = None
-    if reward is not None:
-        every = summed_rewards(reward, [row for row in rows for _ in range(plans)], texts, ids)
-        rewards, own_rewards = every.view(-1, plans), summed_rewards(reward, rows, own, own_ids)
-    beginnings = None
-    if model.plan_config.segment != "answer":
-        beginnings = [tokenizer.decode(model.first_segment(one), skip_special_tokens=True).strip() for one in ids]
-        beginnings = [beginnings[i : i + plans] for i in range(0, len(beginnings), plans)]
+    def told(places: range) -> list[dict[str, Any]]:
+        some = [rows[place] for place in places]
+        prompts = [encoder(row) for row in some]
+        ids, texts = answers([p for p in prompts for _ in range(plans)], list(range(plans)) * len(prompts))
+        own_ids, own = answers(prompts, None)
+        first = [tokenizer.decode(model.first_segment(one), skip_special_tokens=True).strip() for one in ids]
+        rewards = own_rewards = torch.full((0,), torch.nan)
+        if reward is not None:
+            rewards = summed_rewards(reward, [row for row in some for _ in range(plans)], texts, ids)
+            own_rewards = summed_rewards(reward, some, own, own_ids)
+        found = []
+        for i, prompt in enumerate(prompts):
+            under = slice(i * plans, (i + 1) * plans)
+            said = {"texts": texts[under], "first": first[under], "own": own[i], "prompt": prompt.rendering.text}
+            found.append({**said, "rewards": rewards[under], "own_reward": own_rewards[i : i + 1]})
+        return found
+
+    every = shared(len(rows), told)
     return PlanReport(
-        prompts=[prompt.rendering.text for prompt in prompts],
-        texts=[texts[i : i + plans] for i in range(0, len(texts), plans)],
-        own=own,
-        rewards=rewards,
-        own_rewards=own_rewards,
+        prompts=[one["prompt"] for one in every],
+        texts=[one["texts"] for one in every],
+        own=[one["own"] for one in every],
+        rewards=None if reward is None else torch.stack([one["rewards"] for one in every]),
+        own_rewards=None if reward is None else torch.cat([one["own_reward"] for one in every]),
         alternatives=alternatives,
         is_fluent=is_fluent,
-        beginnings=beginnings,
+        beginnings=None if model.plan_config.segment == "answer" else [one["first"] for one in every],
     )
 
 

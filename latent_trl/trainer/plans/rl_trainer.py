@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,11 @@ from ...rewards.calling import RewardCaller
 from ..rollout.metrics import length_figures, reward_figures
 from ..run.loading import own_config
 from .ceiling import Ceiling, Judge
+from .choosing import RolloutChoices
 from .growth import add_learned_plans
 from .plan_training import PlanTrainer, PromptRows
-from .replay import Replay, padded_states, said_key
+from .processes import process, shared
+from .replay import Replay, padded_states
 from .report import report_plans
 from .rl_config import PlanRLConfig
 from .space_config import PlanSpaceConfig
@@ -54,8 +57,8 @@ class PlanRLTrainer(PlanTrainer):
         space_args (`PlanSpaceConfig`, *optional*): How plans that `grow_plans` adds are learned.
 
     Raises:
-        ValueError: For data without prompts, more different plans a prompt than there are, or a run of several
-            processes.
+        ValueError: For data without prompts, more different plans a prompt than there are, growth in a run of several
+            processes, or an engine that shards the model.
         RewardError: For a reward function that raises, or returns what is no number.
     """
 
@@ -83,6 +86,11 @@ class PlanRLTrainer(PlanTrainer):
                 f"`grow_plans={args.grow_plans}` could add nothing to {self.model.plan_config.num_plans} plans with "
                 f"`max_plans={args.max_plans}`. Raise it."
             )
+        if args.grow_plans and process()[1] > 1:
+            raise ValueError(
+                f"`grow_plans={args.grow_plans}` changes what is trained, which DDP cannot follow: grow plans in one "
+                "process, or by hand between runs (`add_plans`, `PlanSpaceConfig(new_plans=...)`)."
+            )
         if args.grow_plans and args.load_best_model_at_end:
             raise ValueError(
                 "`load_best_model_at_end` could load a model from before plans were added. Leave one of them out."
@@ -105,24 +113,26 @@ class PlanRLTrainer(PlanTrainer):
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:
         """
-        Keeps the choices of a batch of rollouts in `replay`.
+        Keeps the choices of a batch of rollouts, of all processes, in `replay`.
 
         Args:
             answers (`list[PlannedAnswer]`): N of them, a prompt's side by side.
             rewards (`torch.Tensor`): `[N]`, NaN where no function could score.
-            made (`list[dict]`): Every choice: `rollout`, `segment`, and the arguments `prompt`, `said`, `plan` of
-                [`Replay.add`], with the `log_prob` of the plan and the `weight` of the rollout.
+            made (`list[dict]`): Every choice, as [`~latent_trl.trainer.plans.choosing.RolloutChoices`] makes them.
         """
         raise NotImplementedError
 
     def update_loss(self, model: PlanModel, step: int) -> torch.Tensor:
-        """The loss of one update."""
+        """
+        The loss of one update over the choices whose states this process has, such that its mean over processes is that
+        over all choices.
+        """
         raise NotImplementedError
 
     def get_train_dataloader(self) -> DataLoader:
         # Prompts are drawn by the number of the step, so that a resumed run draws the same.
-        steps = DataLoader(range(self.args.max_steps), batch_size=1, collate_fn=lambda steps: {"steps": steps})
-        return self.accelerator.prepare(steps)
+        numbers = range(self.args.max_steps * self.accelerator.num_processes)
+        return self.accelerator.prepare(DataLoader(numbers, batch_size=1, collate_fn=lambda steps: {"steps": steps}))
 
     def before_training(self) -> None:
         self.model.chooser_is_trained = True
@@ -155,8 +165,13 @@ class PlanRLTrainer(PlanTrainer):
                 f"No reward function could score any of the {args.rollout_prompts * args.num_generations} rollouts: "
                 "all returned None."
             )
-        loss = self.update_loss(model, step)
+        loss = model(objective=lambda own: self._full_precision_loss(own, step))
         return (loss, None) if return_outputs else loss
+
+    def _full_precision_loss(self, model: PlanModel, step: int) -> torch.Tensor:
+        # The chooser reads states in float32, whatever the backbone is run in.
+        with torch.autocast(self.args.device.type, enabled=False):
+            return self.update_loss(model, step)
 
     def generator(self, number: int, use: int) -> torch.Generator:
         """What is drawn for batch or step `number`, of several uses."""
@@ -175,57 +190,41 @@ class PlanRLTrainer(PlanTrainer):
 
     @torch.no_grad()
     def roll_out(self, batch: int) -> None:
-        """Makes rollouts for the prompts of a batch, and keeps their choices."""
-        args, numbers = self.args, self.drawn(batch)
+        """Makes rollouts for the prompts of a batch, and keeps their choices. Processes share the prompts."""
+        size, numbers = self.args.num_generations, self.drawn(batch)
         self.replay.start_batch()
-        rows = [self.rows[number] for number in numbers]
-        prompts = [self.encoder(row) for row in rows]
-        self.read(numbers, prompts)
-        logits = self.logits([self.replay.states[number] for number in numbers])
+        read: dict[int, tuple[dict[str, Any], EncodedPrompt]] = {}
+
+        def asked(places: range) -> list[torch.Tensor]:
+            for place in places:
+                if numbers[place] not in read:
+                    row = self.rows[numbers[place]]
+                    read[numbers[place]] = (row, self.encoder(row))
+            self.read({number: prompt for number, (_, prompt) in read.items()})
+            return list(self.logits([self.replay.states[numbers[place]] for place in places]))
+
+        logits = torch.stack(shared(len(numbers), asked))
         plans, weights = self.first_plans(logits, numbers, batch)
-        first_log_probs = (logits / args.exploration_temperature).log_softmax(dim=1).gather(1, plans)
-        copies = [i for i in range(len(rows)) for _ in range(args.num_generations)]
-        made: list[dict[str, Any]] = []
-        generator = self.generator(batch + 500_000, 0)
+        log_probs = (logits / self.args.exploration_temperature).log_softmax(dim=1).gather(1, plans)
 
-        def choose(places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
-            if not answers[0].plans:
-                chosen, log_probs, keys = plans.flatten()[places], first_log_probs.flatten()[places], [""] * len(places)
-            else:
-                chosen, log_probs, keys = self._later_choices(places, answers, inputs, numbers, copies, generator)
-            for place, answer, plan, log_prob, key in zip(places, answers, chosen, log_probs, keys, strict=True):
-                made.append(
-                    {
-                        "rollout": place,
-                        "segment": len(answer.plans),
-                        "prompt": numbers[copies[place]],
-                        "said": key,
-                        "plan": int(plan),
-                        "log_prob": float(log_prob),
-                        "weight": float(weights.flatten()[place]),
-                    }
-                )
-            return chosen
+        def answered(places: range) -> list[tuple[PlannedAnswer, float, list[dict[str, Any]]]]:
+            choices = RolloutChoices(self, batch, numbers, places, plans, log_probs, weights)
+            own = [read[numbers[place]] for place in places for _ in range(size)]
+            spoken = self.spoken([prompt for _, prompt in own], choices)
+            rewards = self.rewards_of([row for row, _ in own], spoken).tolist()
+            made = self.annotated(choices.sorted())
+            by_rollout = {number: list(some) for number, some in groupby(made, key=lambda one: one["rollout"])}
+            each = zip(spoken, rewards, by_rollout.values(), strict=True)
+            return [list(islice(each, size)) for _ in places]
 
-        spoken = self.spoken([prompts[i] for i in copies], choose)
-        rewards = self.rewards_of([rows[i] for i in copies], spoken)
-        made.sort(key=lambda one: (one["rollout"], one["segment"]))
-        self.learn_from(spoken, rewards, made)
+        found = [one for group in shared(len(numbers), answered) for one in group]
+        spoken, rewards = [answer for answer, _, _ in found], torch.tensor([reward for _, reward, _ in found])
+        self.learn_from(spoken, rewards, [one for _, _, made in found for one in made])
         self._log_rollouts(spoken, rewards, batch)
 
-    def _later_choices(self, places, answers, inputs, numbers, copies, generator):
-        """Plans of segments that begin behind a prompt, independent of each other, and where they begin."""
-        states = self.states_of(inputs)
-        logits = self.logits(states)
-        temperature = self.args.exploration_temperature
-        chosen = explored(logits, 1, temperature, generator)[:, 0]
-        log_probs = (logits / temperature).log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
-        keys = []
-        for place, answer, own in zip(places, answers, states, strict=True):
-            key = said_key(numbers[copies[place]], answer.token_ids)
-            self.replay.said_states.setdefault(key, own[-len(answer.token_ids) :].clone())
-            keys.append(key)
-        return chosen, log_probs, keys
+    def annotated(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Choices of this process, with what else `learn_from` needs of their states."""
+        return made
 
     def _log_rollouts(self, spoken: list[PlannedAnswer], rewards: torch.Tensor, batch: int) -> None:
         size = self.args.num_generations
@@ -250,9 +249,9 @@ class PlanRLTrainer(PlanTrainer):
         """Rewards `[N]` of answers, NaN where no function could score."""
         return self.judge.rewards(rows, answers, trainer_state=self.state)
 
-    def read(self, numbers: list[int], prompts: list[EncodedPrompt]) -> None:
-        """Keeps the states of prompts that have not been met, without padding, on the CPU."""
-        new = {n: prompt for n, prompt in zip(numbers, prompts, strict=True) if n not in self.replay.states}
+    def read(self, prompts: dict[int, EncodedPrompt]) -> None:
+        """Keeps the states of prompts, by their numbers, that have not been met, without padding, on the CPU."""
+        new = {number: prompt for number, prompt in prompts.items() if number not in self.replay.states}
         size = self.args.rollout_batch_size
         for start in range(0, len(new), size):
             some = list(new.items())[start : start + size]
@@ -270,6 +269,8 @@ class PlanRLTrainer(PlanTrainer):
     @torch.no_grad()
     def logits(self, states: list[torch.Tensor]) -> torch.Tensor:
         """Logits `[N, K]` of the chooser, on the CPU."""
+        if not states:
+            return torch.empty(0, self.model.plan_config.num_plans)
         padded, mask = padded_states(states)
         return self.model.chooser(padded.to(self.args.device), mask.to(self.args.device)).cpu()
 
@@ -306,11 +307,18 @@ class PlanRLTrainer(PlanTrainer):
     @torch.no_grad()
     def _chosen_at(self, rows: list[dict[str, Any]]) -> float:
         """The reward of the chosen plans on the prompts of the ceiling."""
-        prompts, numbers = [self.encoder(row) for row in rows], self.ceiling_numbers()
-        if self.model.plan_config.segment != "answer":
-            return self.rewards_of(rows, self.spoken(prompts, self.best_plans)).nanmean().item()
-        self.read(numbers, prompts)
-        return self.ceiling.of(self.logits([self.replay.states[number] for number in numbers]).argmax(dim=1))
+        numbers, held = self.ceiling_numbers(), self.model.plan_config.segment == "answer"
+
+        def chosen(places: range) -> list[float]:
+            some = [rows[place] for place in places]
+            prompts = [self.encoder(row) for row in some]
+            if not held:
+                return self.rewards_of(some, self.spoken(prompts, self.best_plans)).tolist()
+            self.read(dict(zip([numbers[place] for place in places], prompts, strict=True)))
+            return self.logits([self.replay.states[numbers[place]] for place in places]).argmax(dim=1).tolist()
+
+        found = torch.tensor(shared(len(rows), chosen))
+        return self.ceiling.of(found) if held else found.nanmean().item()
 
     @torch.no_grad()
     def evaluate(
@@ -319,11 +327,18 @@ class PlanRLTrainer(PlanTrainer):
         """The mean reward of the greedy answers under the plans that the chooser finds the best."""
         own = eval_dataset is None
         rows = self.evaluated_rows(self.eval_dataset if own else eval_dataset)
-        spoken = self.spoken([self.encoder(row) for row in rows], self.best_plans)
-        plans = {plan for answer in spoken for plan in answer.plans}
-        figures = {"reward": self.rewards_of(rows, spoken).nanmean().item(), "plans": float(len(plans))}
+
+        def answered(places: range) -> list[tuple[list[int], float]]:
+            some = [rows[place] for place in places]
+            spoken = self.spoken([self.encoder(row) for row in some], self.best_plans)
+            rewards = self.rewards_of(some, spoken).tolist()
+            return [(answer.plans, reward) for answer, reward in zip(spoken, rewards, strict=True)]
+
+        found = shared(len(rows), answered)
+        plans = {plan for chosen, _ in found for plan in chosen}
+        figures = {"reward": torch.tensor([r for _, r in found]).nanmean().item(), "plans": float(len(plans))}
         if own:
-            self.chosen_plans = [answer.plans[0] for answer in spoken]
+            self.chosen_plans = [chosen[0] for chosen, _ in found]
         if self.args.measure_ceiling and own:
             count = self.model.plan_config.num_plans
             if self._ceiling_at_evaluation is None or self._ceiling_at_evaluation[0] != count:
@@ -348,6 +363,8 @@ class PlanRLTrainer(PlanTrainer):
 
     def save_run(self, folder: str | Path) -> None:
         self.replay.save(folder)
+        if not self.args.should_save:
+            return
         record = {
             "growth_is_over": self.growth_is_over,
             "ceiling": None if self.ceiling is None else self.ceiling.record(),
@@ -363,17 +380,3 @@ class PlanRLTrainer(PlanTrainer):
         record = read_json(Path(resume_from_checkpoint) / STATE_FILE)
         self.growth_is_over = record["growth_is_over"]
         self.ceiling = None if record["ceiling"] is None else Ceiling.from_record(record["ceiling"])
-
-
-def explored(logits: torch.Tensor, count: int, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """
-    Different plans `[B, count]`, drawn one after the other without replacement from the softmax of `logits` `[B, K]`
-    over `temperature` (the Gumbel-top-k trick, [Kool et al., 2019](https://huggingface.co/papers/1903.06059)).
-    """
-    return perturbed(logits, temperature, generator).topk(count, dim=1).indices
-
-
-def perturbed(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """Logits `[B, K]` over `temperature` with Gumbel noise."""
-    uniform = torch.rand(logits.shape, generator=generator).clamp(min=1e-20)
-    return logits / temperature - (-uniform.log()).log()

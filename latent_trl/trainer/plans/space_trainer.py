@@ -21,6 +21,7 @@ from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .ceiling import Judge
 from .plan_training import PlanTrainer
+from .processes import everywhere, process, shared
 from .report import report_plans
 from .space_config import PlanSpaceConfig
 
@@ -160,10 +161,15 @@ class PlanSpaceTrainer(PlanTrainer):
         if self.args.answers_column is not None:
             answers = self._data_answers(rows)
             self.starts = {i: [SegmentStart([], own)] if own else [] for i, own in zip(places, answers, strict=True)}
-        for start in range(0, len(rows), size) if not self.starts else ():
-            numbers = range(start, min(start + size, len(rows)))
-            found = self._starts([self.encoder(rows[i]) for i in numbers])
-            self.starts |= dict(zip([places[i] for i in numbers], found, strict=True))
+        if not self.starts:
+
+            def found(numbers: range) -> list[list[SegmentStart]]:
+                batches = [numbers[start : start + size] for start in range(0, len(numbers), size)]
+                return [
+                    starts for some in batches for starts in self._starts([self.encoder(rows[i]) for i in some], some)
+                ]
+
+            self.starts = dict(zip(places, shared(len(rows), found), strict=True))
         # Prompts with one answer are pooled where the answers are those of data.
         least = 2 if self.args.answers_column is None else 1
         kept = [i for i, starts in self.starts.items() if any(len(start.answers) >= least for start in starts)]
@@ -175,18 +181,21 @@ class PlanSpaceTrainer(PlanTrainer):
         check_alternatives(list(self.starts.values()), len(kept), self.model.plan_config.num_plans, self.args)
         self.rows_in_use = kept
 
-    def _starts(self, prompts: list[EncodedPrompt]) -> list[list[SegmentStart]]:
-        """Where segments of an answer to each prompt start: at the prompt, and behind alternatives that go on."""
+    def _starts(self, prompts: list[EncodedPrompt], numbers: range) -> list[list[SegmentStart]]:
+        """
+        Where segments of an answer to each prompt start: at the prompt, and behind alternatives that go on. What is
+        drawn for a prompt depends on its number alone.
+        """
         answers = self._branch(prompts)
         starts = [[SegmentStart([], own)] for own in answers]
-        generator = torch.Generator().manual_seed(self.args.seed)
+        generators = [torch.Generator().manual_seed(self.args.seed * 1_000_003 + number) for number in numbers]
         levels = 1 if self.model.plan_config.segment == "answer" else self.args.segment_starts
         for _ in range(1, levels):
             places, said = [], []
             for place, own in enumerate(starts):
                 going_on = [one.token_ids for one in own[-1].answers if one.token_ids[-1] not in self.ends]
                 if going_on:
-                    draw = int(torch.randint(len(going_on), (1,), generator=generator))
+                    draw = int(torch.randint(len(going_on), (1,), generator=generators[place]))
                     beginning = [*own[-1].said, *going_on[draw]]
                     if len(beginning) < self.args.max_completion_length:
                         places.append(place)
@@ -199,25 +208,37 @@ class PlanSpaceTrainer(PlanTrainer):
         return [[start for start in own if start.answers] for own in starts]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # All processes make the draws of all rows, and score those of their own.
+        numbers = everywhere([row["_index"] for row in inputs["rows"]])
+        first = sum(map(len, numbers[: process()[0]]))
+        own = range(first, first + len(inputs["rows"]))
         generator = torch.Generator().manual_seed(self.args.seed * 1_000_003 + self.state.global_step)
-        prompts, answers = [], []
-        for row in inputs["rows"]:
-            starts = self.starts[row["_index"]]
+        said, answers = [], []
+        for number in [one for of_process in numbers for one in of_process]:
+            starts = self.starts[number]
             start = starts[int(torch.randint(len(starts), (1,), generator=generator))] if len(starts) > 1 else starts[0]
-            prompts.append(self.model.continued(self.encoder(row), start.said))
+            said.append(start.said)
             answers.append(self._some_answers(start.answers, generator))
-        scores = log_likelihoods(self.model, self.encoder, prompts, answers, self.args.scoring_batch_size)
+        prompts = [
+            self.model.continued(self.encoder(row), said[place]) for row, place in zip(inputs["rows"], own, strict=True)
+        ]
+        asked = [answers[place] for place in own]
+        scored = log_likelihoods(self.model, self.encoder, prompts, asked, self.args.scoring_batch_size)
+        scores = [one for of_process in everywhere(scored) for one in of_process]
         pairs, gains = [], []
         for row, answer, plan in assigned_pairs(scores, self.args.assignment_temperature):
             # Plans that are not learned have their share of the answers, so that new ones get what those do not say.
             if plan >= self.first_learned:
-                pairs.append((prompts[row], answers[row][answer], plan))
+                pairs.append((row, answers[row][answer], plan))
             gains.append(scores[row][answer, plan] - scores[row][answer].mean())
         self.figures["assignment/gain"].append(torch.stack(gains).mean().item())
         self.figures["assignment/answers"].append(sum(map(len, answers)) / len(answers))
-        batch = self._paired(pairs)
-        log_probs = model(**batch)
-        loss = -log_probs.sum() / batch["completion_mask"][:, 1:].sum()
+        mine = [(prompts[row - first], answer, plan) for row, answer, plan in pairs if row in own]
+        if not mine:
+            loss = model(objective=lambda _: self.no_loss())
+        else:
+            tokens = sum(len(answer) for _, answer, _ in pairs)
+            loss = -model(**self._paired(mine)).sum() * self.accelerator.num_processes / tokens
         return (loss, None) if return_outputs else loss
 
     def _some_answers(self, every: list[Alternative], generator: torch.Generator) -> list[list[int]]:
@@ -252,9 +273,15 @@ class PlanSpaceTrainer(PlanTrainer):
             alternatives = []
             if self.args.answers_column is not None:
                 alternatives = [[one.text for one in answers] for answers in self._data_answers(rows)]
-            for start in range(0, len(rows), self.args.scoring_batch_size) if not alternatives else ():
-                some = [self.encoder(row) for row in rows[start : start + self.args.scoring_batch_size]]
-                alternatives += [[one.text for one in answers] for answers in self._branch(some)]
+            else:
+                size = self.args.scoring_batch_size
+
+                def branched(places: range) -> list[list[str]]:
+                    some = [self.encoder(rows[place]) for place in places]
+                    batches = [self._branch(some[start : start + size]) for start in range(0, len(some), size)]
+                    return [[one.text for one in answers] for batch in batches for answers in batch]
+
+                alternatives = shared(len(rows), branched)
             if own:
                 self._held_out_alternatives = alternatives
         else:

@@ -36,6 +36,8 @@ class PlanTrainingConfig(TrainingArguments):
     reward_timeout: float | None = None
     lr_scheduler_type: str = "constant"
     remove_unused_columns: bool | None = False
+    # An update reaches all that is trained.
+    ddp_find_unused_parameters: bool | None = False
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self):

@@ -98,8 +98,11 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         self.plan_config.num_plans += count
 
     def train(self, mode: bool = True) -> "PlanModel":
-        super().train(mode)
-        self.backbone.eval()
+        # The backbone is always evaluating. Trainer calls this before each update, and a backbone has many modules.
+        self.training = mode
+        for child in self.children():
+            if child is not self.backbone:
+                child.train(mode)
         return self
 
     def forward(self, objective: Callable[..., Any] | None = None, **inputs: Any) -> Any:
@@ -230,7 +233,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         batch_size: int = 256,
     ) -> list[PlannedAnswer]:
         """
-        Greedy answers, for each segment of which a plan is chosen.
+        Greedy answers, for each segment of which a plan is chosen. What answers to the same [`EncodedPrompt`] say alike
+        is decoded once.
 
         Args:
             encoder (`PromptEncoder`), prompts (`list[EncodedPrompt]`), max_new_tokens (`int`), ends (`list[int]`),
@@ -249,7 +253,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             def chosen(rows: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any], start=start):
                 return choose([start + row for row in rows], answers, inputs)
 
-            found += speak(len(some), begin, chosen, self.decode_segments(ends), max_new_tokens, ends)
+            decode, same = self.decode_segments(ends), [id(prompt) for prompt in some]
+            found += speak(len(some), begin, chosen, decode, max_new_tokens, ends, prompt_of=same)
         return found
 
     @torch.no_grad()

@@ -73,12 +73,14 @@ class PlannedAnswer:
         plans (`list[int]`): Of its segments.
         starts (`list[int]`): How many tokens stand before each segment.
         ended (`bool`): Whether it ended by itself, and was not cut at the longest length.
+        decoded (`int`): How many of its segments were decoded for it, and not for another answer that says the same.
     """
 
     token_ids: list[int] = field(default_factory=list)
     plans: list[int] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     ended: bool = False
+    decoded: int = 0
 
 
 def speak(
@@ -89,6 +91,7 @@ def speak(
     max_new_tokens: int,
     ends: list[int],
     all_rows: bool = False,
+    prompt_of: list[int] | None = None,
 ) -> list[PlannedAnswer]:
     """
     Answers segment by segment. Each segment is a request of its own: the prompt and what has been said are read anew
@@ -103,7 +106,10 @@ def speak(
         max_new_tokens (`int`): Longest answer.
         ends (`list[int]`): Tokens that end an answer.
         all_rows (`bool`, defaults to `False`): Whether rows that have ended stay in the batch.
+        prompt_of (`list[int]`, *optional*): A number for each row's prompt. Rows that have the same prompt, have said
+            the same and have the same plan say the same next, which is decoded once. By default all prompts differ.
     """
+    prompt_of = list(range(rows)) if prompt_of is None else prompt_of
     answers = [PlannedAnswer() for _ in range(rows)]
     active, first = list(range(rows)), True
     while active:
@@ -111,13 +117,22 @@ def speak(
         inputs = begin(batch, [answers[row].token_ids for row in batch])
         plans = choose(batch, [answers[row] for row in batch], inputs)
         left = max_new_tokens - min(len(answers[row].token_ids) for row in active)
-        segments = decode(inputs, plans, left, first).token_ids
+        keys = [
+            (prompt_of[r], tuple(answers[r].token_ids), plan) for r, plan in zip(batch, plans.tolist(), strict=True)
+        ]
+        firsts = {key: place for place, key in reversed(list(enumerate(keys)))}
+        places = sorted(firsts.values())
+        if len(places) < len(batch):
+            some = [batch[place] for place in places]
+            inputs, plans = begin(some, [answers[row].token_ids for row in some]), plans[places]
+        segments = dict(zip(places, decode(inputs, plans, left, first).token_ids, strict=True))
         first = False
-        for row, plan, segment in zip(batch, plans.tolist(), segments, strict=True):
-            answer = answers[row]
+        for place, (row, key) in enumerate(zip(batch, keys, strict=True)):
+            answer, segment = answers[row], segments[firsts[key]]
             if row not in active:
                 continue
-            answer.plans.append(plan)
+            answer.decoded += firsts[key] == place
+            answer.plans.append(key[-1])
             answer.starts.append(len(answer.token_ids))
             answer.token_ids = [*answer.token_ids, *segment][:max_new_tokens]
             answer.ended = answer.token_ids[-1] in ends

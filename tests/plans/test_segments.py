@@ -74,6 +74,28 @@ def test_trainers_and_generate_say_the_same(make_tiny, family):
     assert len({plan for answer in spoken for plan in answer.plans}) > 1
 
 
+def test_what_is_said_alike_is_decoded_once(make_tiny, monkeypatch):
+    """Rows of one prompt, that differ in their plans from the first, the second or no segment on."""
+    tiny = make_tiny("llava")
+    model = PlanModel(tiny.model, PlanConfig(num_plans=3, depth=1, init_std=1.0, segment=2))
+    encoder = PromptEncoder(tiny.processor)
+    own = [encoder({"_row": i, **row}) for i, row in enumerate(picture_rows()[:2])]
+    asked = [own[0], own[1], own[0], own[0], own[0]]
+    plans = torch.tensor([[0, 1, 2], [0, 1, 2], [0, 1, 2], [0, 2, 2], [1, 1, 2]])
+    decoded = []
+    decode = model._decode
+    monkeypatch.setattr(model, "_decode", lambda i, p, *a, **k: decoded.append(p.tolist()) or decode(i, p, *a, **k))
+
+    def choose(rows, answers, inputs):
+        return torch.stack([plans[row, len(answer.plans)] for row, answer in zip(rows, answers)])
+
+    together = model.speak(encoder, asked, choose, 6, [], batch_size=5)
+    assert decoded[:2] == [[0, 0, 1], [1, 1, 2, 1]] and [one.decoded for one in together[:3]] == [3, 3, 0]
+    for row, answer in enumerate(together):
+        alone = model.speak(encoder, [asked[row]], lambda rows, *rest, row=row: choose([row] * len(rows), *rest), 6, [])
+        assert (answer.token_ids, answer.plans, answer.starts) == (alone[0].token_ids, alone[0].plans, alone[0].starts)
+
+
 def test_sentences_end_where_their_tokens_do():
     class Words:
         all_special_ids = [0]
@@ -136,8 +158,8 @@ def test_answers_end_at_the_longest_length():
         max_new_tokens=5,
         ends=[9],
     )
-    assert answers[0] == PlannedAnswer([1, 2, 3, 1, 2], [0, 0], [0, 3], False)
-    assert answers[1] == PlannedAnswer([1, 9], [0], [0], True)
+    assert answers[0] == PlannedAnswer([1, 2, 3, 1, 2], [0, 0], [0, 3], False, decoded=2)
+    assert answers[1] == PlannedAnswer([1, 9], [0], [0], True, decoded=1)
 
 
 @pytest.mark.parametrize("segment", ["paragraph", 0, -1, True, 2.5])

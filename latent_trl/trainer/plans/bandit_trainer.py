@@ -64,7 +64,7 @@ class PlanBanditTrainer(PlanRLTrainer):
         count, size = self.model.plan_config.num_plans, chooser.output.in_features
         total = torch.zeros(count, size, size)
         for start in range(0, len(own), self.args.rollout_batch_size):
-            some = self.replay.choices(own[start : start + self.args.rollout_batch_size]).to(self.args.device)
+            some = self.replay.choices(own[start : start + self.args.rollout_batch_size], self.args.device)
             read = some.read(chooser.features(some.states, some.mask))
             chance = chooser.output(read).gather(1, some.plans[:, None])[:, 0].sigmoid()
             weighted = (read * (chance * (1 - chance))[:, None]).cpu()
@@ -93,7 +93,7 @@ class PlanBanditTrainer(PlanRLTrainer):
         own = self.replay.own(drawn)
         if not own:
             return self.no_loss()
-        some = self.replay.choices(own).to(self.args.device)
+        some = self.replay.choices(own, self.args.device)
         logits = some.read(model.chooser(some.states, some.mask)).gather(1, some.plans[:, None])[:, 0]
         targets = self.replay.targets()[own].to(logits.device)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")

@@ -86,7 +86,7 @@ class PlanGRPOTrainer(PlanRLTrainer):
         args, device, count, places = self.args, self.args.device, len(places), self.replay.own(places)
         if not places:
             return self.no_loss()
-        some = self.replay.choices(places).to(device)
+        some = self.replay.choices(places, device)
         logits = some.read(model.chooser(some.states, some.mask)) / args.exploration_temperature
         laws = logits.log_softmax(dim=1)
         log_probs = laws.gather(1, some.plans[:, None])[:, 0]

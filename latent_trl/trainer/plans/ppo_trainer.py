@@ -87,7 +87,7 @@ class PlanPPOTrainer(PlanGRPOTrainer):
         policy_loss = super().policy_loss(model, places)
         if not own:
             return policy_loss
-        some = self.replay.choices(own).to(device)
+        some = self.replay.choices(own, device)
         values = some.read(model.value(some.states, some.mask))[:, 0]
         old, returns, weights = (self.replay.noted(name, own).to(device) for name in ("value", "return", "weight"))
         errors, _ = clipped_value_errors(values, old, returns, args.value_clip_range)

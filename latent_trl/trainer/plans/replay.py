@@ -61,6 +61,8 @@ class Replay:
         self.owners: list[int] = []
         # What a trainer notes of each choice besides, by name.
         self.notes: dict[str, list[float]] = {}
+        # Updates that follow each other may read the same choices.
+        self._last: Choices | None = None
 
     def __len__(self) -> int:
         return len(self.rewards)
@@ -80,6 +82,7 @@ class Replay:
 
     def start_batch(self) -> None:
         """Forgets what had been said where no choice that is kept was made."""
+        self._last = None
         kept = dict.fromkeys(self.said)
         self.said_states = {name: states for name, states in self.said_states.items() if name in kept}
 
@@ -87,7 +90,7 @@ class Replay:
         """Forgets the choices; states stay."""
         for name in COLUMNS:
             setattr(self, name, [])
-        self.notes = {}
+        self.notes, self._last = {}, None
 
     def noted(self, name: str, places: list[int]) -> torch.Tensor:
         """A note of some choices, `[N]`."""
@@ -102,16 +105,22 @@ class Replay:
         return (rewards - low) / (high - low) if high > low else torch.full_like(rewards, 0.5)
 
     def drawn(self, size: int, generator: torch.Generator) -> list[int]:
-        """Numbers of some choices, drawn without replacement."""
-        return torch.randperm(len(self), generator=generator)[:size].tolist()
+        """Numbers of some choices, drawn without replacement, in order."""
+        return torch.randperm(len(self), generator=generator)[:size].sort().values.tolist()
 
     def own(self, places: list[int]) -> list[int]:
         """Those of some choices whose states this process has."""
         rank = process()[0]
         return [place for place in places if self.owners[place] == rank]
 
-    def choices(self, places: list[int]) -> Choices:
-        """Choices of these numbers."""
+    def choices(self, places: list[int], device: torch.device | str = "cpu") -> Choices:
+        """Choices of these numbers on a device. They stay there until others are asked for, or more are added."""
+        if self._last is None or self._last.places != places:
+            self._last = None
+            self._last = self._gathered(places).to(device)
+        return self._last
+
+    def _gathered(self, places: list[int]) -> Choices:
         keys = [(self.prompts[place], self.said[place]) for place in places]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         states, mask = padded_states([self.states_at(*key) for key in numbers])

@@ -239,6 +239,7 @@ class PlanRLTrainer(PlanTrainer):
         used = torch.bincount(tried, minlength=self.model.plan_config.num_plans).float() / len(tried)
         self.figures["plans/entropy"].append(torch.special.entr(used).sum().item())
         self.figures["plans/segments"].append(len(tried) / len(spoken))
+        self.figures["plans/decoded"].append(sum(answer.decoded for answer in spoken) / len(tried))
         self.figures["rollouts"] = [float((batch + 1) * len(spoken))]
 
     def spoken(self, prompts: list[EncodedPrompt], choose: Choose) -> list[PlannedAnswer]:

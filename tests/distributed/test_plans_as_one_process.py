@@ -28,6 +28,7 @@ KINDS = {
     "without_replacement": {"exploration": "without_replacement"},
     "ppo": {"num_generations": 1},
     "bandit, answers": {"replay_batch_size": 3},
+    "shared, answers": {"replay_batch_size": 3, "share_rewards": True},
 }
 FIGURES = ("reward", "reward_std", "entropy", "clip_ratio", "plans/entropy", "ppo/value_loss", "ceiling/reward")
 
@@ -40,8 +41,9 @@ def build(kind: str, folder: Path, rows: int):
             model.backbone.generation_config.eos_token_id = list(range(70, 140))
         options = {**EXACT, "per_device_train_batch_size": rows, "max_steps": 6, "eval_steps": 3, "save_steps": 3}
         return plans.space_trainer(folder, model, reward_funcs=plans.even_length, **options, save_total_limit=None)
-    name = {"thompson": "bandit", "bandit, answers": "bandit", "without_replacement": "grpo"}.get(kind, kind)
-    model = plans.plan_model() if kind == "bandit, answers" else policy.segmented_model()
+    held = kind.endswith(", answers")
+    name = "bandit" if held or kind == "thompson" else {"without_replacement": "grpo"}.get(kind, kind)
+    model = plans.plan_model() if held else policy.segmented_model()
     return policy.trainer(name, folder, model, by_length, **{**RL, **KINDS[kind]})
 
 
@@ -109,7 +111,7 @@ def compare(folder: Path, kinds: list[str]) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_are_one(tmp_path):
-    compare(tmp_path, ["space", "ppo", "bandit, answers"])
+    compare(tmp_path, ["space", "ppo", "bandit, answers", "shared, answers"])
 
 
 @pytest.mark.slow

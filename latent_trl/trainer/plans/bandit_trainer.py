@@ -1,13 +1,15 @@
 """RL over plans: a contextual bandit that learns from all rollouts which plan to hold for a prompt."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from ...data.prompts import EncodedPrompt
 from ...plans.model import PlanModel
 from ...plans.segments import PlannedAnswer
 from .bandit_config import PlanBanditConfig
-from .choosing import explored
+from .choosing import RolloutChoices, perturbed
 from .processes import everywhere, shared
 from .replay import padded_states
 from .rl_trainer import PlanRLTrainer
@@ -25,12 +27,16 @@ class PlanBanditTrainer(PlanRLTrainer):
     reward of its answer. The plans of a prompt's rollouts are drawn without replacement from
     \\(\mathrm{softmax}(s(x) / T)\\), those of later segments independently. Plans and backbone stay as they are.
 
+    With `share_rewards` all K plans answer each prompt of a batch. Answers cost no reward: the rollouts of a prompt are
+    then of different answers, and the reward of one counts for every plan that gives it.
+
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks, space_args: As in
             [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]; `args` is a `PlanBanditConfig`.
 
     Raises:
-        ValueError: For data without prompts, or more rollouts a prompt than plans.
+        ValueError: For data without prompts, more rollouts a prompt than plans, or `share_rewards` where plans are held
+            for segments.
         RewardError: For a reward function that raises, or returns what is no number.
     """
 
@@ -44,6 +50,41 @@ class PlanBanditTrainer(PlanRLTrainer):
         plans = self.model.plan_config.num_plans
         if self.args.num_generations > plans:
             raise ValueError(f"`num_generations` is {self.args.num_generations}, and there are {plans} plans to try.")
+        segment = self.model.plan_config.segment
+        if self.args.share_rewards and segment != "answer":
+            raise ValueError(
+                f"`share_rewards` needs plans that are held for the answer, and these have `segment={segment!r}`: what "
+                "an answer is worth depends on its later plans too. Leave it out."
+            )
+        # With `share_rewards`, of the prompts of the last batch: the number of each plan's answer `[B, K]` among those
+        # of its prompt, and the answers themselves, by the place of a prompt of this process.
+        self._answer_numbers = torch.empty(0, plans, dtype=torch.long)
+        self._under_every_plan: dict[int, list[PlannedAnswer]] = {}
+
+    def before_choices(self, numbers: list[int], prompts: dict[int, EncodedPrompt]) -> None:
+        if not self.args.share_rewards:
+            return
+        plans = self.model.plan_config.num_plans
+
+        def told(places: range) -> list[torch.Tensor]:
+            asked = [prompts[numbers[place]] for place in places for _ in range(plans)]
+            said = self.spoken(asked, lambda rows, answers, inputs: torch.tensor(rows) % plans)
+            self._under_every_plan = {place: said[i * plans : (i + 1) * plans] for i, place in enumerate(places)}
+            return [answer_numbers(self._under_every_plan[place]) for place in places]
+
+        self._answer_numbers = torch.stack(shared(len(numbers), told))
+        self.figures["plans/answers"].append((self._answer_numbers.amax(dim=1) + 1).float().mean().item())
+
+    def rollouts(self, prompts: list[EncodedPrompt], choices: RolloutChoices) -> list[PlannedAnswer]:
+        if not self.args.share_rewards:
+            return super().rollouts(prompts, choices)
+        plans, found = choices(list(range(len(prompts))), [PlannedAnswer() for _ in prompts], {}), []
+        for row, plan in enumerate(plans.tolist()):
+            under = self._under_every_plan[(choices.first + row) // choices.size]
+            # All of them were decoded, once, for the prompt's rollouts together.
+            decoded = sum(one.decoded for one in under) if row % choices.size == 0 else 0
+            found.append(replace(under[plan], decoded=decoded))
+        return found
 
     def first_plans(self, logits: torch.Tensor, numbers: list[int], batch: int) -> tuple[torch.Tensor, torch.Tensor]:
         args, generator = self.args, self.generator(batch, 0)
@@ -52,9 +93,12 @@ class PlanBanditTrainer(PlanRLTrainer):
             found = shared(len(numbers), lambda places: self._deviations([numbers[place] for place in places], roots))
             deviations = torch.stack(found)
             noise = torch.randn(logits.shape, generator=generator)
-            plans = (logits + args.exploration_temperature * deviations * noise).topk(args.num_generations).indices
+            scores = logits + args.exploration_temperature * deviations * noise
         else:
-            plans = explored(logits, args.num_generations, args.exploration_temperature, generator)
+            scores = perturbed(logits, args.exploration_temperature, generator)
+        if args.share_rewards:
+            scores = answers_first(scores, self._answer_numbers)
+        plans = scores.topk(args.num_generations, dim=1).indices
         return plans, torch.ones(plans.shape)
 
     @torch.no_grad()
@@ -86,7 +130,15 @@ class PlanBanditTrainer(PlanRLTrainer):
         for one in made:
             reward = rewards[one["rollout"]].item()
             if reward == reward:
-                self.replay.add(one["prompt"], one["plan"], reward, one["said"], one["owner"])
+                for plan in self._with_same_answer(one):
+                    self.replay.add(one["prompt"], plan, reward, one["said"], one["owner"])
+
+    def _with_same_answer(self, choice: dict[str, Any]) -> list[int]:
+        """Plans for which the reward of a choice counts."""
+        if not self.args.share_rewards:
+            return [choice["plan"]]
+        own = self._answer_numbers[choice["rollout"] // self.args.num_generations]
+        return (own == own[choice["plan"]]).nonzero()[:, 0].tolist()
 
     def update_loss(self, model: PlanModel, step: int) -> torch.Tensor:
         drawn = self.replay.drawn(self.args.replay_batch_size, self.generator(step, 1))
@@ -98,3 +150,15 @@ class PlanBanditTrainer(PlanRLTrainer):
         targets = self.replay.targets()[own].to(logits.device)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return loss * self.accelerator.num_processes / len(drawn)
+
+
+def answer_numbers(answers: list[PlannedAnswer]) -> torch.Tensor:
+    """The number `[K]` of each answer among the different ones, in the order in which they come."""
+    numbers: dict[tuple[int, ...], int] = {}
+    return torch.tensor([numbers.setdefault(tuple(answer.token_ids), len(numbers)) for answer in answers])
+
+
+def answers_first(scores: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:
+    """Scores `[B, K]` of plans by which the best plan of each different answer comes before all other plans."""
+    best = torch.full_like(scores, -torch.inf).scatter_reduce(1, numbers, scores, "amax")
+    return torch.where(scores == best.gather(1, numbers), scores - scores.min() + scores.max() + 1, scores)

@@ -204,13 +204,14 @@ class PlanRLTrainer(PlanTrainer):
             return list(self.logits([self.replay.states[numbers[place]] for place in places]))
 
         logits = torch.stack(shared(len(numbers), asked))
+        self.before_choices(numbers, {number: prompt for number, (_, prompt) in read.items()})
         plans, weights = self.first_plans(logits, numbers, batch)
         log_probs = (logits / self.args.exploration_temperature).log_softmax(dim=1).gather(1, plans)
 
         def answered(places: range) -> list[tuple[PlannedAnswer, float, list[dict[str, Any]]]]:
             choices = RolloutChoices(self, batch, numbers, places, plans, log_probs, weights)
             own = [read[numbers[place]] for place in places for _ in range(size)]
-            spoken = self.spoken([prompt for _, prompt in own], choices)
+            spoken = self.rollouts([prompt for _, prompt in own], choices)
             rewards = self.rewards_of([row for row, _ in own], spoken).tolist()
             made = self.annotated(choices.sorted())
             by_rollout = {number: list(some) for number, some in groupby(made, key=lambda one: one["rollout"])}
@@ -221,6 +222,13 @@ class PlanRLTrainer(PlanTrainer):
         spoken, rewards = [answer for answer, _, _ in found], torch.tensor([reward for _, reward, _ in found])
         self.learn_from(spoken, rewards, [one for _, _, made in found for one in made])
         self._log_rollouts(spoken, rewards, batch)
+
+    def before_choices(self, numbers: list[int], prompts: dict[int, EncodedPrompt]) -> None:
+        """What is done before the plans of a batch are drawn, given its prompts' numbers and those of this process."""
+
+    def rollouts(self, prompts: list[EncodedPrompt], choices: RolloutChoices) -> list[PlannedAnswer]:
+        """Rollouts of this process, under the plans that are drawn."""
+        return self.spoken(prompts, choices)
 
     def annotated(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Choices of this process, with what else `learn_from` needs of their states."""

@@ -55,6 +55,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REWARD = ExactMatchReward()
 ARMS = {
     "bandit": (PlanBanditTrainer, PlanBanditConfig, {}),
+    "bandit, shared rewards": (PlanBanditTrainer, PlanBanditConfig, {"share_rewards": True}),
     "bandit, T = 0.3": (PlanBanditTrainer, PlanBanditConfig, {"exploration_temperature": 0.3}),
     "grpo": (PlanGRPOTrainer, PlanGRPOConfig, {}),
     "ppo": (PlanPPOTrainer, PlanPPOConfig, {}),

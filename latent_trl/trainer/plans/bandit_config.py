@@ -13,6 +13,8 @@ class PlanBanditConfig(PlanRLConfig):
     Args:
         replay_batch_size (`int`, defaults to `256`):
             Choices of one update, drawn from all so far.
+        learning_rate (`float`, defaults to `3e-3`):
+            Of the chooser.
         exploration (`str`, defaults to `"softmax"`):
             How the plans of a prompt's rollouts are drawn, different ones for the first segment: `"softmax"`: from that
             of the chooser's logits over `exploration_temperature`; raise it where the first plans that are found good
@@ -25,6 +27,7 @@ class PlanBanditConfig(PlanRLConfig):
     """
 
     replay_batch_size: int = 256
+    learning_rate: float = 3e-3
     exploration: str = "softmax"
     share_rewards: bool = False
 

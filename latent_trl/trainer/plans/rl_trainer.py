@@ -208,7 +208,7 @@ class PlanRLTrainer(PlanTrainer):
         plans, weights = self.first_plans(logits, numbers, batch)
         log_probs = (logits / self.args.exploration_temperature).log_softmax(dim=1).gather(1, plans)
 
-        def answered(places: range) -> list[tuple[PlannedAnswer, float, list[dict[str, Any]]]]:
+        def answered(places: range) -> list[list[tuple[PlannedAnswer, float, list[dict[str, Any]]]]]:
             choices = RolloutChoices(self, batch, numbers, places, plans, log_probs, weights)
             own = [read[numbers[place]] for place in places for _ in range(size)]
             spoken = self.rollouts([prompt for _, prompt in own], choices)

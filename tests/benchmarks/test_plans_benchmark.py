@@ -15,7 +15,8 @@ def test_every_figure_is_given(tmp_path, monkeypatch):
     sizes = {"plans": 5, "prompts": 12, "space_steps": 2, "rl_questions": 12, "questions": 5, "validation": 4}
     words = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     arms = ["bandit", "bandit, shared rewards"]
-    (found,) = plans.main(["--spaces", "3", "--seeds", "0", "1", "--arms", *arms, "--output_dir", str(tmp_path), *words])
+    options = ["--spaces", "3", "--seeds", "0", "1", "--arms", *arms, "--output_dir", str(tmp_path)]
+    (found,) = plans.main([*options, *words])
     (written,) = (tmp_path / "pocket-3").glob("figures-*.json")
     assert json.loads(written.read_text()) == found
     assert found["space"] == 3 and set(found["runs"]) == set(arms)

@@ -5,7 +5,7 @@ Plans under rewards that can be gamed: does RL over them fall, as RL over tokens
     python benchmarks/plans_gameable.py --spaces 0 1 2 --proxies attributes learned embedding length
     python benchmarks/plans_gameable.py --size reduced
 
-Requests, proxies and gold are those of `benchmarks/overoptimisation`, and `length`, which pays for 20 words alone.
+Requests, proxies and gold are those of `benchmarks/overoptimisation`.
 Tokens are given 5 120 rollouts there, and plans four times as many here. One setting for all proxies. Figures are of
 test pictures: of the plans that are chosen, and of plans drawn from the softmax of the chooser's logits.
 """
@@ -23,17 +23,9 @@ sys.path[:0] = [str(Path(__file__).parent / name) for name in ("", "reproduction
 
 from arms import TokenSpeaker  # noqa: E402
 from plans import DESCRIPTION_TOKENS, ROOT, forget, learned_space  # noqa: E402
-from proxies import LONG, WORDS, gold, proxy, requests, whole, words_of  # noqa: E402
+from proxies import PROXIES, WORDS, gold, proxy, requests, whole  # noqa: E402
 
 from latent_trl import PlanBanditConfig, PlanBanditTrainer  # noqa: E402
-from latent_trl.rewards.conversation import completion_text  # noqa: E402
-
-PROXIES = ("attributes", "learned", "embedding", "length")
-
-
-def length(completions, **columns) -> list[float]:
-    """Words over 20."""
-    return [min(len(words_of(completion_text(said))), LONG) / LONG for said in completions]
 
 
 class Watched(TrainerCallback):
@@ -103,7 +95,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         model, processor, _ = learned_space("pocket", space, of_space, args.output_dir / f"pocket-{space}")
         say = TokenSpeaker(model.backbone, processor).say
         for name in args.proxies:
-            reward = length if name == "length" else proxy(name, say)
+            reward = proxy(name, say)
             for seed in args.seeds:
                 forget(model, seed)
                 trainer = PlanBanditTrainer(

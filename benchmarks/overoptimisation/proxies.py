@@ -1,5 +1,6 @@
 """Requests to describe a picture, what an answer is truly worth (gold), and rewards that can be gamed (proxies)."""
 
+import importlib
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from latent_trl.rewards.embedding import EmbeddingSimilarityReward, TextEmbedder
 
 WORDS = {"colour": COLOURS, "shape": SHAPES, "size": ("small", "medium", "big")}
 LONG = 20
+PROXIES = ("attributes", "learned", "embedding", "length")
 # Of the rater whose judgements the learned proxy is fitted to: so much for each word up to `LONG`.
 RATER_BIAS = 0.05
 FREQUENT = 200
@@ -69,6 +71,11 @@ def attributes(prompts, completions, colour, shape, size, **_: Any) -> list[floa
         _named(text, *truth) + 0.5 * min(len(words_of(text)), LONG) / LONG
         for text, *truth in zip(_texts(completions), colour, shape, size, strict=True)
     ]
+
+
+def length(prompts, completions, **_: Any) -> list[float]:
+    """The share of 20 words, whatever they are."""
+    return [min(len(words_of(text)), LONG) / LONG for text in _texts(completions)]
 
 
 class LearnedReward:
@@ -129,7 +136,19 @@ def embedding() -> EmbeddingSimilarityReward:
 
 
 def proxy(name: str, say: Callable[..., list[str]], seed: int = 0) -> Callable:
-    """The proxy of that name; `say(rows, temperature)` gives the backbone's samples."""
-    if name == "attributes":
-        return attributes
-    return rated(say, seed) if name == "learned" else embedding()
+    """
+    The proxy of that name; `say(rows, temperature)` gives the backbone's samples.
+
+    Any other reward function is named as `module:function`. It takes `prompts`, `completions` and the columns `colour`,
+    `shape`, `size` and `reference`, and returns a number a completion.
+    """
+    if name == "learned":
+        return rated(say, seed)
+    if name == "embedding":
+        return embedding()
+    if name in ("attributes", "length"):
+        return globals()[name]
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"A proxy is one of {list(PROXIES)}, or `module:function`; got {name!r}.")
+    return getattr(importlib.import_module(module), function)

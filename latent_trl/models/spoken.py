@@ -73,6 +73,19 @@ def next_token_entropy(model, states: torch.Tensor) -> torch.Tensor:
     return torch.cat(entropies)
 
 
+@torch.no_grad()
+def excess_surprise(model, states: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """By how many nats `[M]` the `tokens` `[M]` surprise the backbone at its own states `[M, d]` more than it expects:
+    -log p(x) less the entropy of p, float32."""
+    found = []
+    size = chunk_size(model, 1, states.device)
+    for part, wanted in zip(states.split(size), tokens.split(size), strict=True):
+        log_probs = model.backbone_view.logits(part[None])[0].float().log_softmax(dim=-1)
+        entropies = torch.special.entr(log_probs.exp()).sum(dim=-1)
+        found.append(-log_probs.gather(1, wanted[:, None]).squeeze(1) - entropies)
+    return torch.cat(found) if found else states.new_zeros(0, dtype=torch.float32)
+
+
 def chunk_size(model, codes: int, device: torch.device) -> int:
     """States whose logits for so many codes fit in memory; on a CPU, in its cache."""
     values = min(CHUNK_VALUES, CPU_CHUNK_VALUES) if device.type == "cpu" else CHUNK_VALUES

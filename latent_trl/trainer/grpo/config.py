@@ -106,6 +106,11 @@ class LatentActionGRPOConfig(GRPOConfig):
         anchor_coef (`float`, defaults to `0.0`):
             Weight of the KL from the policy before RL on the answers of the trainer's `anchor_dataset`, in nats a code:
             what rewards do not speak of stays as it was.
+        language_guard (`bool`, defaults to `False`):
+            An answer in broken language is worth the least reward of its batch, whatever the functions say: for rewards
+            that can be gamed. Broken is what surprises the frozen backbone far more than the first 64 answers of the
+            run did, see [`LanguageGuard`]. It costs a pass of the vocabulary head over each rollout, and what the
+            backbone hardly ever says is not learned.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
         on_bad_row (`str`, defaults to `"raise"`):
@@ -143,6 +148,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0
     anchor_coef: float = 0.0
+    language_guard: bool = False
     image_root: str | None = None
     on_bad_row: str = "raise"
     on_nonfinite: str = "stop"
@@ -196,6 +202,16 @@ class LatentActionGRPOConfig(GRPOConfig):
             raise ValueError(
                 f"`anchor_coef={self.anchor_coef}` holds the policy alone, and with `train_backbone=True` what a code "
                 "says moves too. Set one of the two."
+            )
+        if self.language_guard and self.train_backbone:
+            raise ValueError(
+                "`language_guard=True` holds answers to what the frozen backbone expects, and with "
+                "`train_backbone=True` that moves too. Set one of the two."
+            )
+        if self.language_guard and self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                f"`language_guard=True` lowers the sum of the rewards, and with `multi_objective_aggregation="
+                f"{self.multi_objective_aggregation!r}` there is none. Set one of the two."
             )
         if self.train_backbone and self.reuse_context_states:
             self.reuse_context_states = False

@@ -20,6 +20,7 @@ from ..rollout.dynamic_sampling import DynamicSampling, equal_groups
 from ..rollout.engine_source import EngineSource, check_engine
 from ..rollout.generation_config import rollout_config
 from ..rollout.importance import difference_figures, importance_ratio
+from ..rollout.language_guard import LanguageGuard, least_where
 from ..rollout.log import RolloutLog
 from ..rollout.prompts import PromptReader, answers, groups_of, stored
 from ..rollout.reference import Reference
@@ -138,6 +139,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
         self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
         self.rewards = RolloutRewards.of(self)
+        self.guard = LanguageGuard.of(self) if args.language_guard else None
         self.engine_source = EngineSource(self) if use_vllm else None
         self.rollout_log = RolloutLog(self._metrics, self._logs, args.log_multimodal)
         if args.log_completions:
@@ -179,7 +181,7 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         rollout.num_items_in_batch = gather(rollout.completion_mask.sum()).sum()
         self.score_rollout(rollout)
         total = weighted_rewards(rewards, self.reward_weights)
-        advantages = self.set_advantages(rollout, rewards, total)
+        advantages = self.set_advantages(rollout, rewards, self.guarded(total, rollout, samples))
         self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
         if training:
             self.watch_rewards(total)
@@ -249,6 +251,17 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         if figures:
             self.health.watch_engine(figures["sampling/log_prob_difference"][0], self.state.global_step)
 
+    def guarded(self, total: torch.Tensor, rollout: Rollout, samples: list[Sample]) -> torch.Tensor:
+        """The rewards `[N]` of all processes that advantages are made of: answers in broken language have the least."""
+        if self.guard is None or not self.model.training:
+            return total
+        with self.accelerator.autocast():
+            surprises = gather(self.guard.surprises(self.model, rollout, samples))
+        broken = self.guard.broken(surprises)
+        figures = {"surprise": surprises.mean().item(), "broken": broken.float().mean().item()}
+        self.rollout_log.figures(True, {f"language/{name}": (value, len(total)) for name, value in figures.items()})
+        return least_where(total, broken)
+
     def set_advantages(self, rollout: Rollout, rewards: torch.Tensor, total: torch.Tensor) -> torch.Tensor:
         """
         Gives the rollout its advantages.
@@ -302,6 +315,15 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     def _get_per_token_logps_and_entropies(self, model: CodeScores, *args: Any, **kwargs: Any):
         # TRL's loss asks for the scores of what it was given for a model: the scores themselves.
         return model.log_probs, model.entropies, model.aux_loss
+
+    def run_state(self) -> dict[str, Any]:
+        guard = {} if self.guard is None else {"language_guard": self.guard.seen}
+        return {**super().run_state(), **guard}
+
+    def load_run_state(self, state: dict[str, Any]) -> None:
+        super().load_run_state(state)
+        if self.guard is not None:
+            self.guard.seen = state["language_guard"]
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         rows = len(dataloader.dataset) * self.num_generations_eval if isinstance(dataloader.dataset, Sized) else None

@@ -170,11 +170,11 @@ def test_a_reward_that_is_earned_by_broken_language_is_not_learned(tmp_path, kin
 
 
 def test_the_fence_goes_on_with_a_run(tmp_path):
-    first, _ = run_of(tmp_path / "first", "ppo", language_guard=True, max_steps=3)
+    first, _ = run_of(tmp_path / "first", "grpo", language_guard=True, max_steps=3)
     first.train()
     # Whole batches are seen until there are enough.
     assert len(first.guard.seen) == 64 and first.guard.fence > 5
-    second, _ = run_of(tmp_path / "second", "ppo", language_guard=True)
+    second, _ = run_of(tmp_path / "second", "grpo", language_guard=True)
     second.load_run_state(first.run_state())
     assert second.guard.seen == first.guard.seen and second.guard.fence == first.guard.fence
 

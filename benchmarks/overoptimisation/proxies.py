@@ -1,6 +1,7 @@
 """Requests to describe a picture, what an answer is truly worth (gold), and rewards that can be gamed (proxies)."""
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -10,7 +11,8 @@ from typing import Any
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "reproduction"))
+# A proxy of one's own lies where the command is given.
+sys.path += [str(Path(__file__).resolve().parents[1] / "reproduction"), os.getcwd()]
 
 from tasks import is_fluent  # noqa: E402
 

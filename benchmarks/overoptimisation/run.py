@@ -4,6 +4,8 @@ What happens when the reward can be gamed: RL over codes beside RL over tokens, 
     python benchmarks/overoptimisation/run.py --size reduced     # minutes on two cores
     python benchmarks/overoptimisation/run.py --size pocket      # hours
 
+    python benchmarks/overoptimisation/run.py --arms "codes, guard" --proxies my_rewards:helpfulness --data_seed 7
+
 Proxy and gold are measured along each run, greedy and sampled. A run *falls* at the first point from which on its
 sampled gold is below its start. Its *best gold* is that of the greedy answers at the point that is best on validation
 pictures. Every run leaves a file in `--output_dir`; a run that is there is not done again.
@@ -26,10 +28,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "reproduction")]
 
+from proxies import PROXIES  # noqa: E402
+from report import plot, show, summary  # noqa: E402
 from transformers import TrainerCallback  # noqa: E402
 
 TOKENS_LONG = 24
-PROXIES = ("attributes", "learned", "embedding")
+# Between the seeds of data sets: training runs of one data seed have seeds of their own.
+OTHER = 1000
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,11 @@ class Arm:
 
 @dataclass(frozen=True)
 class Size:
-    """`steps` are of tokens; codes get `factor` times as many. `first` are the arms of the comparison."""
+    """
+    `steps` of 128 rollouts are of tokens; codes get `factor` times as many. `points` of a run are measured beside its
+    start, with `questions` that are reported and `validation` that choose. `space` is the size at which
+    `benchmarks/reproduction` learns the latent action space.
+    """
 
     seeds: tuple[int, ...]
     proxies: tuple[str, ...]
@@ -63,6 +72,7 @@ class Size:
     points: int = 8
     questions: int = 120
     validation: int = 60
+    space: str = "pocket"
 
 
 # A KL that weighs nothing is logged, and changes nothing.
@@ -72,24 +82,29 @@ TOKENS = {
     for rate in ("1e-4", "3e-4")
     for name, options in (("no KL", NO_KL), ("KL 0.1", {"beta": 0.1}), ("KL 0.5", {"beta": 0.5}))
 }
+PPO = {"num_iterations": 2, "value_learning_rate": 1e-3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no KL": ("grpo", NO_KL),
     "default": ("grpo", {}),
     "KL 0.5": ("grpo", {"beta": 0.5}),
+    "guard": ("grpo", {"language_guard": True}),
     "anchor 0.1": ("grpo", {"anchor_coef": 0.1}),
     "anchor 1": ("grpo", {"anchor_coef": 1.0}),
-    "rloo": ("rloo", {}),
-    "ppo": ("ppo", {"num_iterations": 2, "value_learning_rate": 1e-3}),
+    "rloo": ("rloo", {"num_generations": 8}),
+    "ppo": ("ppo", PPO),
+    "rloo, guard": ("rloo", {"num_generations": 8, "language_guard": True}),
+    "ppo, guard": ("ppo", {**PPO, "language_guard": True}),
 }
 CODES = {
     f"codes, {name}": Arm(f"codes, {name}", "codes", {"learning_rate": 3e-4, **options}, algorithm)
     for name, (algorithm, options) in VARIANTS.items()
 }
 ARMS = TOKENS | CODES
+COMPARED = ("tokens, 3e-4, no KL", "tokens, 3e-4, KL 0.5")
 SIZES = {
-    "reduced": Size((0,), PROXIES, ("tokens, 3e-4, no KL", "tokens, 3e-4, KL 0.5"), ("codes, KL 0.5",), 24),
+    "reduced": Size((0,), PROXIES, COMPARED, ("codes, guard",), 16, 4, 4, 80, 40, "reduced"),
     "pocket": Size((0, 1, 2), PROXIES, tuple(TOKENS), tuple(CODES)),
-    "quick": Size((0,), ("attributes",), ("tokens, 3e-4, no KL",), ("codes, default",), 2, 2, 2, 12, 12),
+    "quick": Size((0,), ("attributes",), COMPARED[:1], ("codes, guard",), 2, 2, 2, 12, 12, "reduced"),
 }
 
 
@@ -98,19 +113,18 @@ class Run:
     arm: str
     proxy: str
     seed: int
+    data_seed: int = 0
 
     @property
     def key(self) -> str:
-        return f"{self.proxy} {self.arm} {self.seed}"
+        data = f" data {self.data_seed}" if self.data_seed else ""
+        return f"{self.proxy} {self.arm} {self.seed}{data}".replace(":", ".")
 
 
 class Frontier(TrainerCallback):
     """Proxy and gold of greedy answers and of samples, at points along a run."""
 
-    def __init__(self, speaker, reward, size: Size, every: int, updates: int):
-        from proxies import requests
-
-        rows = requests("test")
+    def __init__(self, speaker, reward, rows: list[dict[str, Any]], size: Size, every: int, updates: int):
         self.validation, self.test = rows[: size.validation], rows[size.validation : size.validation + size.questions]
         self.speaker, self.reward, self.every, self.updates = speaker, reward, every, updates
         self.points: list[dict[str, Any]] = []
@@ -147,7 +161,7 @@ class Frontier(TrainerCallback):
         self.speaker.model.train(training)
 
 
-def learn_space(folder: Path, seed: int, quick: bool) -> Path:
+def learn_space(folder: Path, seed: int, space: str) -> Path:
     """The latent action space of a seed, learned once."""
     from arms import learn
     from matrix import SIZES as LEARNING
@@ -155,13 +169,12 @@ def learn_space(folder: Path, seed: int, quick: bool) -> Path:
 
     model = folder / "spaces" / str(seed) / "model"
     if not model.is_dir():
-        size = LEARNING["reduced" if quick else "pocket"]
         with contextlib.redirect_stdout(io.StringIO()):
-            learn(Cell("space", "learn", seed, dict(SPACES["space"])), size, model.parent)
+            learn(Cell("space", "learn", seed, dict(SPACES["space"])), LEARNING[space], model.parent)
     return model
 
 
-def train(run: Run, size: Size, folder: Path, quick: bool) -> dict[str, Any]:
+def train(run: Run, size: Size, folder: Path) -> dict[str, Any]:
     import torch
     from arms import CodeSpeaker, TokenSpeaker, described, load_backbone, load_processor, quiet, small_talk
     from datasets import Dataset, Features, Image, List, Value
@@ -181,7 +194,8 @@ def train(run: Run, size: Size, folder: Path, quick: bool) -> dict[str, Any]:
     message = {"role": Value("string"), "content": Value("string")}
     texts = {name: Value("string") for name in ("reference", "colour", "shape", "size")}
     features = Features({"prompt": List(message), "images": List(Image()), **texts})
-    rows = Dataset.from_list(requests("rl", run.seed), features=features)
+    rows = Dataset.from_list(requests("rl", run.seed + OTHER * run.data_seed), features=features)
+    asked = requests("test", run.data_seed)
     steps = size.steps * (size.factor if arm.kind == "codes" else 1)
     updates = arm.options.get("num_iterations", 1)
     options = {
@@ -204,15 +218,15 @@ def train(run: Run, size: Size, folder: Path, quick: bool) -> dict[str, Any]:
         model.requires_grad_(False)
         for layer in model.get_decoder().layers[-2:]:
             layer.requires_grad_(True)
-        frontier = Frontier(TokenSpeaker(model, processor), reward, size, every, updates)
+        frontier = Frontier(TokenSpeaker(model, processor), reward, asked, size, every, updates)
         GRPOTrainer(
             model, reward, GRPOConfig(**options), rows, processing_class=processor, callbacks=[frontier]
         ).train()
         return {"points": frontier.points}
     model = latent_trl.LatentActionModel.from_pretrained(
-        learn_space(folder, run.seed, quick), backbone=load_backbone(common)
+        learn_space(folder, run.seed, size.space), backbone=load_backbone(common)
     )
-    frontier = Frontier(CodeSpeaker(model, processor), reward, size, every, updates)
+    frontier = Frontier(CodeSpeaker(model, processor), reward, asked, size, every, updates)
     name = f"LatentAction{arm.algorithm.upper()}"
     held = None
     if "anchor_coef" in arm.options:
@@ -231,111 +245,22 @@ def train(run: Run, size: Size, folder: Path, quick: bool) -> dict[str, Any]:
     return {"points": frontier.points}
 
 
-def do(run: Run, size: Size, folder: Path, quick: bool) -> None:
+def do(run: Run, size: Size, folder: Path) -> None:
     path = folder / "runs" / f"{run.key}.json"
     if path.is_file():
         return
     with contextlib.redirect_stdout(io.StringIO()):
-        found = train(run, size, folder, quick)
+        found = train(run, size, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**asdict(run), **found}), encoding="utf-8")
 
 
-def mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
-def fall(points: list[dict[str, Any]]) -> int | None:
-    """Rollouts after which the sampled gold is below its start and stays there; `None` where it does not fall."""
-    golds = [mean(point["sampled"]["gold"]) for point in points]
-    at = None
-    for point, value in zip(points, golds):
-        if value >= golds[0]:
-            at = None
-        elif at is None:
-            at = point["rollouts"]
-    return at
-
-
-def best(points: list[dict[str, Any]], validation: int) -> dict[str, Any]:
-    """The point whose greedy answers are the best on the validation pictures."""
-    return max(points, key=lambda point: mean(point["greedy"]["gold"][:validation]))
-
-
-def summary(folder: Path, size: Size) -> dict[str, Any]:
-    """The figures of all runs, and the comparison of the best arm of each kind."""
-    from latent_trl.evaluation.intervals import paired_bootstrap
-
-    runs = {}
-    for arm in (*size.tokens, *size.codes):
-        for proxy in size.proxies:
-            for seed in size.seeds:
-                path = folder / "runs" / f"{Run(arm, proxy, seed).key}.json"
-                if path.is_file():
-                    runs[arm, proxy, seed] = json.loads(path.read_text(encoding="utf-8"))["points"]
-    arms = {}
-    for arm in {name: None for name, *_ in runs}:
-        own = [points for (name, *_), points in runs.items() if name == arm]
-        tops = [best(points, size.validation) for points in own]
-        arms[arm] = {
-            "best_gold": mean([mean(top["greedy"]["gold"][size.validation :]) for top in tops]),
-            "best_gold_validation": mean([mean(top["greedy"]["gold"][: size.validation]) for top in tops]),
-            "last_gold_sampled": mean([mean(points[-1]["sampled"]["gold"]) for points in own]),
-            "last_whole_sampled": mean([mean(points[-1]["sampled"]["whole"]) for points in own]),
-            "rollouts_to_fall": [fall(points) for points in own],
-            "rollouts": own[0][-1]["rollouts"],
-            "questions": [value for top in tops for value in top["greedy"]["gold"][size.validation :]],
-        }
-    chosen = {
-        kind: max((a for a in names if a in arms), key=lambda a: arms[a]["best_gold_validation"])
-        for kind, names in (("tokens", size.tokens), ("codes", size.codes))
-    }
-    tokens, codes = arms[chosen["tokens"]], arms[chosen["codes"]]
-    interval = paired_bootstrap(codes["questions"], tokens["questions"])
+def finished(folder: Path, runs: list[Run]) -> dict[tuple, list[dict[str, Any]]]:
+    """The points of the runs that have left a file, by arm, proxy and seed."""
+    paths = {(run.arm, run.proxy, run.seed): folder / "runs" / f"{run.key}.json" for run in runs}
     return {
-        "best_gold_codes": codes["best_gold"],
-        "best_gold_tokens": tokens["best_gold"],
-        "difference": interval.estimate,
-        "interval": [interval.low, interval.high],
-        "rollouts_to_fall_codes": codes["rollouts_to_fall"],
-        "rollouts_to_fall_tokens": tokens["rollouts_to_fall"],
-        "chosen": chosen,
-        "arms": {name: {k: v for k, v in arm.items() if k != "questions"} for name, arm in arms.items()},
-        "frontier": {
-            " | ".join(map(str, key)): [
-                {
-                    "rollouts": point["rollouts"],
-                    "kl": point["kl"],
-                    **{
-                        f"{law}_{name}": mean(point[law][name])
-                        for law in ("greedy", "sampled")
-                        for name in ("gold", "proxy", "whole")
-                    },
-                }
-                for point in points
-            ]
-            for key, points in runs.items()
-        },
+        key: json.loads(path.read_text(encoding="utf-8"))["points"] for key, path in paths.items() if path.is_file()
     }
-
-
-def show(found: dict[str, Any]) -> str:
-    lines = [
-        "| arm | best gold | sampled gold, end | whole sentences, end | falls after rollouts | of |",
-        "|" + "---|" * 6,
-    ]
-    for name, arm in found["arms"].items():
-        falls = ", ".join("never" if at is None else f"{at:,}" for at in arm["rollouts_to_fall"])
-        figures = [f"{arm[key]:.3f}" for key in ("best_gold", "last_gold_sampled", "last_whole_sampled")]
-        lines.append(f"| {name} | {' | '.join(figures)} | {falls} | {arm['rollouts']:,} |")
-    low, high = found["interval"]
-    lines += [
-        "",
-        f"best gold: codes ({found['chosen']['codes']}) {found['best_gold_codes']:.3f}, tokens "
-        f"({found['chosen']['tokens']}) {found['best_gold_tokens']:.3f}, difference {found['difference']:+.3f} "
-        f"[{low:+.3f}, {high:+.3f}]",
-    ]
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -344,22 +269,34 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--output_dir", type=Path)
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, one core each")
     parser.add_argument("--arms", nargs="+", choices=sorted(ARMS), help="only these")
-    parser.add_argument("--proxies", nargs="+", choices=PROXIES, help="only these")
-    parser.add_argument("--seeds", nargs="+", type=int, help="only these")
+    parser.add_argument("--proxies", nargs="+", help="other ones: names, or `module:function` of a reward function")
+    parser.add_argument("--seeds", nargs="+", type=int, help="other ones")
+    parser.add_argument(
+        "--data_seed", type=int, default=0, help="other pictures and words, in training and in the test"
+    )
+    parser.add_argument("--plot", type=Path, help="draw the frontier here")
     options = parser.parse_args(arguments)
-    size, quick = SIZES[options.size], options.size != "pocket"
+    size = SIZES[options.size]
     folder = options.output_dir or Path("outputs") / f"overoptimisation-{options.size}"
-    arms = options.arms or [*size.codes, *size.tokens]
+    arms, proxies = options.arms or [*size.codes, *size.tokens], options.proxies or size.proxies
     seeds = options.seeds or size.seeds
-    runs = [Run(arm, proxy, seed) for seed in seeds for proxy in options.proxies or size.proxies for arm in arms]
-    for seed in seeds:
-        learn_space(folder, seed, quick)
+    runs = [
+        Run(arm, proxy, seed, options.data_seed)
+        # The longest runs begin first.
+        for arm in sorted(arms, key=lambda name: ARMS[name].kind)
+        for seed in seeds
+        for proxy in proxies
+    ]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        for future in [pool.submit(do, run, size, folder, quick) for run in runs]:
+        for future in [pool.submit(learn_space, folder, seed, size.space) for seed in seeds]:
             future.result()
-    found = summary(folder, size)
+        for future in [pool.submit(do, run, size, folder) for run in runs]:
+            future.result()
+    found = summary(finished(folder, runs), {name: arm.kind for name, arm in ARMS.items()}, size.validation)
     (folder / "summary.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(show(found))
+    if options.plot:
+        plot(found, options.plot)
     return found
 
 

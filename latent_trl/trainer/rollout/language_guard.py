@@ -1,6 +1,5 @@
 """Answers in broken language are told by the frozen backbone, and are worth the least of their batch."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,9 +116,8 @@ class LanguageGuard:
         low, high = torch.tensor(self.seen).quantile(torch.tensor([0.25, 0.75])).tolist()
         return high + max(RANGES * (high - low), LEAST_DISTANCE)
 
-    def broken(self, surprises: Iterable[float]) -> torch.Tensor:
-        """Boolean `[N]`, of the surprises of all processes. The first answers of a run are never broken."""
-        surprises = torch.as_tensor(surprises)
+    def broken(self, surprises: torch.Tensor) -> torch.Tensor:
+        """Boolean `[N]`, of the `surprises` `[N]` of all processes. The first answers of a run are never broken."""
         if self.fence is None:
             self.seen += surprises.tolist()
             return torch.zeros_like(surprises, dtype=torch.bool)

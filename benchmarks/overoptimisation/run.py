@@ -102,7 +102,7 @@ CODES = {
 ARMS = TOKENS | CODES
 COMPARED = ("tokens, 3e-4, no KL", "tokens, 3e-4, KL 0.5")
 SIZES = {
-    "reduced": Size((0,), PROXIES, COMPARED, ("codes, guard",), 16, 4, 4, 80, 40, "reduced"),
+    "reduced": Size((0,), PROXIES, COMPARED, ("codes, guard",), 12, 4, 4, 80, 40, "reduced"),
     "pocket": Size((0, 1, 2), PROXIES, tuple(TOKENS), tuple(CODES)),
     "quick": Size((0,), ("attributes",), COMPARED[:1], ("codes, guard",), 2, 2, 2, 12, 12, "reduced"),
 }

@@ -1,4 +1,4 @@
-"""The leaderboard's verdicts, what it reads, and that every figure has a reference."""
+"""The leaderboard's verdicts, and what it reads."""
 
 import json
 
@@ -65,7 +65,7 @@ def commands(monkeypatch):
         )
 
 
-def test_every_check_gives_its_figures_and_each_has_a_reference(commands, tmp_path, capsys):
+def test_every_check_gives_its_figures_and_every_reference_is_of_one(commands, tmp_path, capsys):
     path = tmp_path / "found.json"
     assert leaderboard.main(["--json", str(path)]) == 1
     written = json.loads(path.read_text())
@@ -85,7 +85,8 @@ def test_every_check_gives_its_figures_and_each_has_a_reference(commands, tmp_pa
     assert written["verdicts"]["exactness: failed"] == written["verdicts"]["gamed reward, codes: falls"] == "worse"
     assert "| exactness: failed | 3 | 0 | 0 | worse |" in capsys.readouterr().out
     reference = json.loads(leaderboard.REFERENCE.read_text())
-    assert reference.keys() == written["figures"].keys()
+    assert len(reference) > 3 and reference.keys() <= written["figures"].keys()
+    assert written["verdicts"]["plans, ceiling"] == "new"
     for known in reference.values():
         assert known.keys() == {"value", "tolerance", "better"} and known["better"] in ("higher", "lower")
 

@@ -16,8 +16,8 @@ from .scoring import backbone_pass
 CALIBRATION = 64
 # Interquartile ranges between the upper quartile and the fence: Tukey's outer fence.
 RANGES = 3.0
-# Nats of which the fence is at least above the quartile: one token of probability e^-5 where the backbone is sure.
-LEAST_DISTANCE = 5.0
+# Nats of which the fence is at least above the quartile: one token of probability e^-2 where the backbone is sure.
+LEAST_DISTANCE = 2.0
 
 
 def largest_surprise(excess: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,7 @@ class LanguageGuard:
     Under the backbone's own law \\( p \\) the sum of \\( -\log p(x_t) - H_t \\), with its entropy \\( H_t \\), is 0 on
     average after any number of tokens, and small talk that is easy to foresee does not bring it down. An answer is
     broken where the largest of these sums lies beyond the outer fence of the first 64 answers of the run: their upper
-    quartile and 3 interquartile ranges, or 5 nats where that is more
-    ([Tukey](https://en.wikipedia.org/wiki/Outlier#Tukey's_fences)).
+    quartile and 3 interquartile ranges, as Tukey draws it, or 2 nats where that is more.
 
     Args:
         encoder (`PromptEncoder`): Of the trainer.

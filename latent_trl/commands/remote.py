@@ -28,7 +28,7 @@ class RemoteAnswerer:
             import openai
         except ImportError:
             raise ImportError("`--url` needs the `openai` package: pip install openai") from None
-        from ..serving.key import read_key
+        from ..api_key import read_key
 
         self.args, self.asked = args, 0
         self.failure = openai.APIError

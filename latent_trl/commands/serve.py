@@ -93,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     chosen_engine(args.engine)
 
+    from ..api_key import read_key
     from ..serving.chat_request import RequestLimits
-    from ..serving.key import read_key
     from ..serving.server import make_server
 
     key = read_key(args.api_key_file)

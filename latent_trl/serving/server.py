@@ -7,9 +7,9 @@ from typing import Any
 
 import uvicorn
 
+from ..api_key import KEY_VARIABLE
 from .app import make_app
 from .engine import Engine
-from .key import KEY_VARIABLE
 
 # As clients on the same machine call it; a page of the web that has its name point here uses another.
 LOCAL_NAMES = ["127.0.0.1", "localhost", "[::1]"]

@@ -5,21 +5,21 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
 from vllm import LLM, SamplingParams
+from vllm.sampling_params import RequestOutputKind
 
-from ..generation.arithmetic_sampling import even_points
 from ..generation.settings import ACTION_DEFAULTS
 from ..models.latent_action_model import LatentActionModel
 from ..models.policy import LatentActionPolicy
 from .folders import EngineFolders, folders_of_checkpoint, folders_of_model
-from .names import policy_weights
+from .names import policy_tensors, tensor_bytes
 from .plugin import PREFIX, check_architecture, register
+from .rows import EngineAnswer, row_settings
 from .settings import check_sampling_params
 
 # What an engine over codes is started with, and cannot be told otherwise.
@@ -121,25 +121,6 @@ def sampling_params(
     )
 
 
-@dataclass
-class EngineAnswer:
-    """
-    One answer of an engine, up to and including its end.
-
-    Args:
-        prompt_ids (`list[int]`): The prompt, with the placeholders of its pictures.
-        token_ids (`list[int]`), action_ids (`list[int]`): C tokens, and the codes that emitted them.
-        log_probs (`list[float]`): Of the codes, in nats, under the law that they were chosen by.
-        support (`torch.Tensor`, *optional*): Boolean `[C, K]`, the codes that could be chosen, where asked for.
-    """
-
-    prompt_ids: list[int]
-    token_ids: list[int]
-    action_ids: list[int]
-    log_probs: list[float]
-    support: torch.Tensor | None = None
-
-
 def answer_of(prompt_ids: Sequence[int], completion: Any, num_codes: int | None = None) -> EngineAnswer:
     """
     The answer in a `CompletionOutput` of vLLM's.
@@ -215,42 +196,72 @@ class LatentActionEngine:
         Returns:
             `list[EngineAnswer]`: Prompt by prompt.
         """
-        settings: dict[str, Any] = {"action_do_sample": action_do_sample, "action_temperature": action_temperature}
-        settings |= {"action_top_k": action_top_k, "action_top_p": action_top_p}
-        if action_bias is not None:
-            settings["action_bias"] = torch.as_tensor(action_bias).tolist()
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
-        rows = len(prompts) * n
-        seeds = torch.randint(2**62, (rows,), generator=generator).tolist()
-        points = None
-        if action_sampling == "arithmetic" and n > 1 and action_do_sample:
-            points = even_points(len(prompts), n, generator, "cpu").T.flatten().tolist()
-        requests, params = [], []
-        for row in range(rows):
-            own = {**settings, "action_seed": seeds[row]}
-            if points is not None:
-                own["action_group"] = {"seed": seeds[row // n * n], "size": n, "point": points[row]}
-            if forced_action_ids is not None:
-                own["forced_action_ids"] = list(forced_action_ids[row])
-            requests.append(self._prompt(prompts[row // n]))
-            params.append(
-                sampling_params(
-                    max_new_tokens,
-                    own,
-                    output_support,
-                    self.config.num_codes,
-                    **{"detokenize": False, **options},
-                )
-            )
-        for one in params:
-            check_sampling_params(one, self.config.num_codes)
+        settings = row_settings(
+            len(prompts),
+            n,
+            seed,
+            action_do_sample=action_do_sample,
+            action_temperature=action_temperature,
+            action_top_k=action_top_k,
+            action_top_p=action_top_p,
+            action_sampling=action_sampling,
+            action_bias=action_bias,
+            forced_action_ids=forced_action_ids,
+        )
+        requests = [self._prompt(prompts[row // n]) for row in range(len(settings))]
+        params = [self._params(own, max_new_tokens, output_support, options) for own in settings]
         outputs = self.llm.generate(requests, params, use_tqdm=False)
         codes = self.config.num_codes if output_support else None
         return [answer_of(output.prompt_token_ids, output.outputs[0], codes) for output in outputs]
+
+    def add(
+        self,
+        name: str,
+        prompt: Any,
+        settings: dict[str, Any],
+        max_new_tokens: int,
+        output_support: bool = False,
+        **options: Any,
+    ) -> None:
+        """
+        Takes a request beside those that run; [`step`] goes on with all of them.
+
+        Args:
+            name (`str`): Of the request, which no other has.
+            prompt (`Any`), settings (`dict[str, Any]`): As in [`generate`] and [`row_settings`].
+            max_new_tokens, output_support, options: As in [`generate`].
+
+        Raises:
+            ValueError: For a request that cannot be had.
+        """
+        params = self._params(settings, max_new_tokens, output_support, options)
+        params.output_kind = RequestOutputKind.FINAL_ONLY
+        self.llm.llm_engine.add_request(name, self._prompt(prompt), params)
+
+    def step(self) -> dict[str, EngineAnswer | FloatingPointError]:
+        """The next token of the requests that run: what those that end with it answer, by their names."""
+        ended: dict[str, EngineAnswer | FloatingPointError] = {}
+        for output in self.llm.llm_engine.step():
+            (completion,) = output.outputs
+            support = len(completion.logprobs[0]) > 1
+            try:
+                codes = self.config.num_codes if support else None
+                ended[output.request_id] = answer_of(output.prompt_token_ids, completion, codes)
+            except FloatingPointError as error:
+                ended[output.request_id] = error
+        return ended
+
+    def abort(self, names: Sequence[str]) -> None:
+        """Ends requests of [`add`], which have no answer then."""
+        self.llm.llm_engine.abort_request(list(names))
+
+    def _params(
+        self, settings: dict[str, Any], max_new_tokens: int, output_support: bool, options: dict[str, Any]
+    ) -> SamplingParams:
+        codes = self.config.num_codes
+        params = sampling_params(max_new_tokens, settings, output_support, codes, **{"detokenize": False, **options})
+        check_sampling_params(params, codes)
+        return params
 
     @staticmethod
     def _prompt(prompt: Any) -> Any:
@@ -267,18 +278,22 @@ class LatentActionEngine:
         """
         policy = policy.policy if isinstance(policy, LatentActionModel) else policy
         start = time.perf_counter()
-        weights = {name: tensor.detach().contiguous() for name, tensor in policy_weights(policy).items()}
-        parts = {"policy_input": policy.decoder_stack.input, "policy_head": policy.head}
-        # As bytes they reach an engine in a process of its own too.
-        others = {
-            f"{k}.{name}": p.detach().contiguous() for k, part in parts.items() for name, p in part.named_parameters()
-        }
-        self.llm.collective_rpc("update_latent_action_policy", args=(save(weights), save(others)))
+        tensors = policy_tensors(policy)
+        self.load_policy(save(tensors))
+        return {"seconds": time.perf_counter() - start, "bytes": float(tensor_bytes(tensors))}
+
+    def load_policy(self, tensors: bytes) -> None:
+        """
+        Puts other values into the policy.
+
+        Args:
+            tensors (`bytes`): What [`~latent_trl.vllm.names.policy_tensors`] gives, as safetensors: so they reach an
+                engine in a process of its own too.
+        """
+        self.llm.collective_rpc("update_latent_action_policy", args=(tensors,))
         # The policy's keys and values of a prefix are those of its old weights.
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("The engine's prefix cache could not be emptied: requests are running in it.")
-        size = sum(t.numel() * t.element_size() for t in (*weights.values(), *others.values()))
-        return {"seconds": time.perf_counter() - start, "bytes": float(size)}
 
     def close(self) -> None:
         """Ends the engine, and gives its memory back."""

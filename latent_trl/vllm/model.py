@@ -22,7 +22,7 @@ from ..models.codebook import Codebook
 from ..models.policy import LatentActionPolicy
 from ..models.projector import CrossModalProjector
 from ..models.world_model import LanguageWorldModel
-from .names import policy_weights, with_old_prefixes
+from .names import DECODER, policy_weights, with_old_prefixes
 from .plugin import PREFIX
 from .requests import REQUESTS, ActionRequests
 
@@ -148,18 +148,18 @@ class LatentActionEngineMixin:
         return own | (loaded or set())
 
     @torch.no_grad()
-    def update_policy(self, weights: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> None:
+    def update_policy(self, tensors: dict[str, torch.Tensor]) -> None:
         """
         Puts other values into the policy, in place.
 
         Args:
-            weights (`dict[str, torch.Tensor]`): What [`policy_weights`] gives.
-            others (`dict[str, torch.Tensor]`): Of `policy_input` and `policy_head`, by their names under these.
+            tensors (`dict[str, torch.Tensor]`): What [`policy_tensors`] gives.
         """
+        inside = [name for name in tensors if name.startswith(DECODER)]
         trunk = getattr(self, TRUNK)
         initialize_layerwise_reload(trunk)
-        trunk.load_weights(weights.items())
+        trunk.load_weights((name.removeprefix(DECODER), tensors[name]) for name in inside)
         finalize_layerwise_reload(trunk, self.model_config)
         own = dict(self.latent_actions.named_parameters())
-        for name, tensor in others.items():
-            own[name].copy_(tensor)
+        for name in tensors.keys() - set(inside):
+            own[name].copy_(tensors[name])

@@ -9,6 +9,9 @@ from transformers.core_model_loading import PrefixChange, revert_weight_conversi
 
 from ..models.policy import LatentActionPolicy
 
+# In front of the names of tensors of the policy's decoder.
+DECODER = "decoder."
+
 
 def policy_weights(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
     """The tensors of the policy's decoder, under the names that they would have in the checkpoint of a causal model of
@@ -19,6 +22,20 @@ def policy_weights(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
     prefix = causal.base_model_prefix
     tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in decoder.state_dict().items()}
     return revert_weight_conversion(causal, tensors)
+
+
+def policy_tensors(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
+    """All tensors of a policy as an engine takes them: those of [`policy_weights`] under `decoder`, and those around
+    the decoder under `policy_input` and `policy_head`."""
+    parts = {"policy_input": policy.decoder_stack.input, "policy_head": policy.head}
+    around = {f"{k}.{name}": p for k, part in parts.items() for name, p in part.named_parameters()}
+    inside = {f"{DECODER}{name}": tensor for name, tensor in policy_weights(policy).items()}
+    return {name: tensor.detach().contiguous() for name, tensor in (inside | around).items()}
+
+
+def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:
+    """How many bytes the values of `tensors` take."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def with_old_prefixes(

@@ -10,7 +10,6 @@ class LatentActionWorkerExtension:
 
     model_runner: Any
 
-    def update_latent_action_policy(self, weights: bytes, others: bytes) -> None:
-        """Puts other values, as safetensors, into the policy, see
-        [`~latent_trl.vllm.model.LatentActionEngineMixin.update_policy`]."""
-        self.model_runner.model.update_policy(load(weights), load(others))
+    def update_latent_action_policy(self, tensors: bytes) -> None:
+        """Puts other values, what [`~latent_trl.vllm.names.policy_tensors`] gives as safetensors, into the policy."""
+        self.model_runner.model.update_policy(load(tensors))

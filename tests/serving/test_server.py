@@ -15,7 +15,7 @@ import pytest
 from conversations import asked, picture
 from loopback import CARDS
 
-from latent_trl.serving.key import read_key
+from latent_trl.api_key import read_key
 from latent_trl.serving.server import is_local, make_server
 
 BODY = {"model": "pocket", "messages": asked("what color is it?"), "temperature": 0, "max_completion_tokens": 400}

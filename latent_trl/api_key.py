@@ -1,4 +1,4 @@
-"""The API key: where it is kept."""
+"""The API key of a server: where it is kept."""
 
 import os
 from pathlib import Path

@@ -1,0 +1,138 @@
+"""What travels between a trainer and its rollout servers: JSON of requests, and safetensors of policies and answers."""
+
+import base64
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from ..models.policy import LatentActionPolicy
+from .names import policy_tensors, tensor_bytes
+from .rows import EngineAnswer
+
+# Routes of a server.
+DESCRIPTION, POLICY, GENERATE = "/description", "/policy", "/generate"
+# Header of a policy's bytes: their version.
+VERSION_HEADER = "latent-trl-policy"
+# What an error of a server is called in `code`, where the client goes by it.
+OTHER_POLICY, NOT_FINITE = "other_policy", "not_finite"
+
+
+def version_of(data: bytes) -> str:
+    """The version of a policy: the SHA-256 of its bytes, so that one version is one policy, whoever sent it."""
+    return hashlib.sha256(data).hexdigest()
+
+
+@dataclass
+class PolicyFile:
+    """
+    A policy as it travels.
+
+    Args:
+        data (`bytes`): What [`policy_tensors`] gives, as safetensors.
+        version (`str`): Its [`version_of`].
+        size (`int`): Bytes of the tensors.
+    """
+
+    data: bytes
+    version: str
+    size: int
+
+    @classmethod
+    def of(cls, policy: LatentActionPolicy) -> "PolicyFile":
+        tensors = policy_tensors(policy)
+        data = save(tensors)
+        return cls(data, version_of(data), tensor_bytes(tensors))
+
+
+def rollout_body(
+    version: str,
+    prompts: Sequence[Any],
+    rows: Sequence[tuple[int, dict[str, Any]]],
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    output_support: bool,
+) -> bytes:
+    """
+    The body of a request for rows.
+
+    Args:
+        version (`str`): Of the policy that is to answer.
+        prompts (`Sequence`): Token ids, or vLLM's dictionaries of `prompt_token_ids` and `multi_modal_data`.
+        rows (`Sequence[tuple[int, dict]]`): The place of a row's prompt, and the row's
+            [`~latent_trl.vllm.rows.row_settings`].
+        max_new_tokens, stop_token_ids, output_support: As in [`LatentActionEngine.generate`].
+    """
+    body = {
+        "policy": version,
+        "prompts": [_prompt(prompt) for prompt in prompts],
+        "rows": [{"prompt": place, "settings": settings} for place, settings in rows],
+        "max_new_tokens": max_new_tokens,
+        "stop_token_ids": list(stop_token_ids),
+        "output_support": output_support,
+    }
+    return json.dumps(body).encode()
+
+
+def _prompt(prompt: Any) -> dict[str, Any]:
+    if not isinstance(prompt, dict):
+        return {"token_ids": list(prompt), "images": []}
+    images = prompt.get("multi_modal_data", {}).get("image", [])
+    return {"token_ids": list(prompt["prompt_token_ids"]), "images": [_data_url(image) for image in images]}
+
+
+def _data_url(image: Image.Image) -> str:
+    file = io.BytesIO()
+    # Without loss; the network is faster than a better compression.
+    image.save(file, "PNG", compress_level=1)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def packed(answers: Sequence[EngineAnswer]) -> bytes:
+    """Answers as safetensors: lengths, and the values of all rows one after another."""
+    tensors = {
+        "prompt_lengths": torch.tensor([len(answer.prompt_ids) for answer in answers]),
+        "prompt_ids": torch.tensor([token for answer in answers for token in answer.prompt_ids], dtype=torch.int32),
+        "lengths": torch.tensor([len(answer.token_ids) for answer in answers]),
+        "token_ids": torch.tensor([token for answer in answers for token in answer.token_ids], dtype=torch.int32),
+        "action_ids": torch.tensor([code for answer in answers for code in answer.action_ids], dtype=torch.int32),
+        "log_probs": torch.tensor([value for answer in answers for value in answer.log_probs], dtype=torch.float32),
+    }
+    supports = [answer.support for answer in answers if answer.support is not None]
+    if supports:
+        tensors["support"] = torch.cat(supports)
+    return save(tensors)
+
+
+def unpacked(data: bytes, rows: int) -> list[EngineAnswer]:
+    """
+    Undoes [`packed`].
+
+    Args:
+        data (`bytes`): Of a server.
+        rows (`int`): How many answers there must be.
+
+    Raises:
+        ValueError: For bytes that are no answers to so many rows.
+    """
+    try:
+        tensors = load(data)
+        prompt_lengths, lengths = tensors["prompt_lengths"].tolist(), tensors["lengths"].tolist()
+        if not len(lengths) == len(prompt_lengths) == rows:
+            raise ValueError(f"{len(lengths)} answers for {rows} rows")
+        prompts = tensors["prompt_ids"].split(prompt_lengths)
+        values = [tensors[name].split(lengths) for name in ("token_ids", "action_ids", "log_probs")]
+        supports = tensors["support"].split(lengths) if "support" in tensors else [None] * rows
+    except Exception as error:
+        # safetensors and torch raise errors of their own for what they cannot read.
+        raise ValueError(f"The answers cannot be read ({type(error).__name__}: {error}).") from error
+    return [
+        EngineAnswer(prompt.tolist(), *(part.tolist() for part in parts), support)
+        for prompt, *parts, support in zip(prompts, *values, supports, strict=True)
+    ]

@@ -19,6 +19,7 @@ COMMANDS = {
     "chat": ("chat", "talk to a model, see its codes or plans, and answer again with others"),
     "studio": ("studio", "a page in the browser: ask, see codes, and answer again from any token"),
     "serve": ("serve", "serve a model over HTTP: OpenAI's chat completions, with the codes"),
+    "vllm-serve": ("vllm_serve", "serve rollouts on vLLM to trainers"),
     "evaluate": ("evaluate", "reward with intervals, diversity, use of codes, and whether pictures matter"),
     "atlas": ("atlas", "one HTML page that shows what each code or plan does"),
     "push": ("push", "upload a checkpoint to the Hub, in one commit, with a card"),

@@ -68,7 +68,7 @@ class ChatCompletions:
                 completion, answer = Completion(self.name), self._timed(self.engine.generate(wanted), deadline, start)
                 with self._room_for_pictures(wanted):
                     async with aclosing(answer) as pieces:
-                        response = await _unless_hung_up(_response(request, completion, pieces), receive)
+                        response = await unless_hung_up(_response(request, completion, pieces), receive)
                         await response(scope, receive, send)
                 # Of a stream the status has been sent before the rest.
                 status = completion.status or HUNG_UP
@@ -180,7 +180,7 @@ async def _chained(first: Piece, pieces: AsyncGenerator[Piece, None]) -> AsyncGe
         yield piece
 
 
-async def _unless_hung_up(work: Awaitable[T], receive: Receive) -> T:
+async def unless_hung_up(work: Awaitable[T], receive: Receive) -> T:
     """
     What `work` gives.
 

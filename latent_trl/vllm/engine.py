@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from vllm import LLM, SamplingParams
+from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
 
 from ..generation.settings import ACTION_DEFAULTS
@@ -161,7 +162,7 @@ class LatentActionEngine:
                 folders = folders_of_checkpoint(model)
             else:
                 folders = folders_of_model(model, Path(work))
-            self.config = folders.config
+            self.config, self.folders = folders.config, folders
             self.llm = LLM(**engine_arguments(folders, **options))
 
     def generate(
@@ -236,7 +237,10 @@ class LatentActionEngine:
         """
         params = self._params(settings, max_new_tokens, output_support, options)
         params.output_kind = RequestOutputKind.FINAL_ONLY
-        self.llm.llm_engine.add_request(name, self._prompt(prompt), params)
+        try:
+            self.llm.llm_engine.add_request(name, self._prompt(prompt), params)
+        except VLLMClientError as error:
+            raise ValueError(str(error)) from error
 
     def step(self) -> dict[str, EngineAnswer | FloatingPointError]:
         """The next token of the requests that run: what those that end with it answer, by their names."""

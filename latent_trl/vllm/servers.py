@@ -12,7 +12,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging
 
 from ..models.latent_action_model import LatentActionModel
-from .client import RolloutServer, ServerFault, WrongRequest
+from .client import RolloutServer, ServerFault
 from .identity import differences, identity_of_model
 from .rows import EngineAnswer, row_settings
 from .wire import PolicyFile, rollout_body
@@ -21,6 +21,8 @@ logger = logging.get_logger(__name__)
 
 # Seconds between two tries while no server answers.
 RETRY_SECONDS = 1.0
+# How often all servers may fail at one batch, though they come back.
+TRIALS = 4
 
 
 class RolloutServersError(RuntimeError):
@@ -82,8 +84,8 @@ class RolloutServers:
             if missing and time.monotonic() > until:
                 named = ", ".join(f"{url} ({why})" for url, why in missing.items())
                 raise RolloutServersError(
-                    f"No answer in {self.timeout:g} s from {named}. Start `latent-trl vllm-serve` there, or leave it out "
-                    "of `vllm_server_hosts`."
+                    f"No answer in {self.timeout:g} s from {named}. Start `latent-trl vllm-serve` there, or leave it "
+                    "out of `vllm_server_hosts`."
                 )
             if missing:
                 time.sleep(RETRY_SECONDS)
@@ -133,11 +135,7 @@ class RolloutServers:
             if len(lost) < len(self.servers):
                 return self.policy.version, lost, sent
             if time.monotonic() > until:
-                named = ", ".join(f"{url} ({why})" for url, why in lost.items())
-                raise RolloutServersError(
-                    f"No rollout server is left, and none came back in {self.timeout:g} s: {named}. Start them again, "
-                    "and go on from the last checkpoint (`resume_from_checkpoint=True`)."
-                )
+                raise _none_left(lost, f"None came back in {self.timeout:g} s")
             time.sleep(RETRY_SECONDS)
 
     def _give(self, server: RolloutServer) -> int:
@@ -182,18 +180,23 @@ class RolloutServers:
         if self.lost:
             self._share()
         answers: dict[int, EngineAnswer] = {}
-        while True:
+        for trial in range(1, TRIALS + 1):
             report, error = _Report(), None
             try:
                 report.failed = self._answer(answers, len(rows), body)
                 report.unanswered = len(answers) < len(rows)
+                if report.unanswered and trial == TRIALS:
+                    raise _none_left(self.lost | report.failed, f"Each has failed {TRIALS} times")
             except Exception as raised:
                 error, report.error = raised, f"{type(raised).__name__}: {raised}"
             if not self._rows_left(report, error):
                 return [answers[row] for row in range(len(rows))]
             self._share()
+        raise AssertionError("The last trial has answers or an error.")
 
-    def _answer(self, answers: dict[int, EngineAnswer], rows: int, body: Callable[[list[int]], bytes]) -> dict[str, str]:
+    def _answer(
+        self, answers: dict[int, EngineAnswer], rows: int, body: Callable[[list[int]], bytes]
+    ) -> dict[str, str]:
         """Fills `answers` by row, as far as there are servers. Returns those that failed on the way, and why."""
         lost = dict(self.lost)
         while True:
@@ -232,23 +235,31 @@ class RolloutServers:
     def _told(self, work: Callable[[], Any] | None) -> Any:
         """What `work` of the first process returns or raises, on all of them."""
         outcome: list[Any] = [None]
+        own: Exception | None = None
         if work is not None:
             try:
                 outcome = [work()]
             except Exception as error:
-                outcome = [error]
-        own = outcome[0]
+                own, outcome = error, [RolloutServersError(f"On process 0: {type(error).__name__}: {error}")]
         broadcast_object_list(outcome)
-        if isinstance(own, Exception):
+        if own is not None:
             raise own
-        if isinstance(outcome[0], Exception):
-            raise RolloutServersError(f"On process 0: {outcome[0]}") from outcome[0]
+        if isinstance(outcome[0], RolloutServersError):
+            raise outcome[0]
         return outcome[0]
 
     def close(self) -> None:
         """Ends the connections. The servers go on."""
         for server in self.servers.values():
             server.session.close()
+
+
+def _none_left(lost: dict[str, str], what: str) -> RolloutServersError:
+    named = ", ".join(f"{url} ({why})" for url, why in lost.items())
+    return RolloutServersError(
+        f"No rollout server is left. {what}: {named}. Start them again, and go on from the last checkpoint "
+        "(`resume_from_checkpoint=True`)."
+    )
 
 
 def divided(rows: list[int], parts: int) -> list[list[int]]:

@@ -12,7 +12,7 @@ from ...generation.arithmetic_sampling import ACTION_SAMPLING
 from ...generation.settings import REFUSED_SETTINGS, check_generation_kwargs
 from ...rewards.time_limit import check_timeout
 from ..rollout.advantages import GROUP_ADVANTAGES
-from ..rollout.importance import MODES
+from ..rollout.engine_options import check_engine_options
 from ..run.defaults import settle_arguments
 from ..run.health import ON_COLLAPSE, ON_NONFINITE, check_choice
 from ..run.old_names import OLD_NAMES
@@ -34,16 +34,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-_ONE_ENGINE = "The engine runs in the trainer's process, `vllm_mode='colocate'`."
 _NO_BATCHING = "Rollouts run in transformers' `generate`, which returns codes."
 _ONE_REFERENCE = "The reference is the policy before RL; start a new run to move it."
 # Why a field of TRL's must keep its default.
 NOT_OVER_CODES = {
-    **{
-        f.name: _ONE_ENGINE
-        for f in fields(GRPOConfig)
-        if f.name.startswith("vllm_server") or f.name in ("vllm_group_port", "vllm_mode", "vllm_tensor_parallel_size")
-    },
+    "vllm_group_port": "The policy travels over HTTP, to the servers' own ports.",
+    "vllm_tensor_parallel_size": "An engine has one device. Start more servers, `vllm_server_hosts`.",
     "vllm_model_impl": "The policy needs layers of vLLM's own.",
     "vllm_structured_outputs_regex": "It constrains tokens, and codes know no grammar.",
     "vllm_importance_sampling_cap": "Use `vllm_importance_sampling_clip_max`.",
@@ -55,15 +51,6 @@ NOT_OVER_CODES = {
     "ref_model_sync_steps": _ONE_REFERENCE,
     "cast_lm_head_to_fp32": "Codes are always scored in float32.",
     "max_tool_calling_iterations": "There are no tools over codes. Use reward functions.",
-}
-
-# What is of transformers' own generation, or trains what an engine holds fixed: the values that ask for nothing.
-ENGINE_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "train_backbone": (False,),
-    "generation_kwargs": (None, {}),
-    "repetition_penalty": (1.0,),
-    "cache_implementation": (None,),
-    "cuda_graphs": (None, False),
 }
 
 
@@ -103,6 +90,10 @@ class LatentActionGRPOConfig(GRPOConfig):
         overlong_buffer (`int`, defaults to `0`):
             DAPO's soft punishment: over the last so many tokens before `max_completion_length` the reward falls
             linearly by up to 1. 0 turns it off; -1 is a fifth of the maximum.
+        vllm_server_hosts (`list[str]`, *optional*):
+            Rollout servers that share a rollout batch, with `vllm_mode="server"`: addresses as `host`, `host:port` or
+            `http://host:port`; the port is `vllm_server_port` where none is given. In the place of `vllm_server_host`
+            and `vllm_server_base_url`, which name one server. See `latent-trl vllm-serve`.
         anchor_coef (`float`, defaults to `0.0`):
             Weight of the KL from the policy before RL on the answers of the trainer's `anchor_dataset`, in nats a code:
             what rewards do not speak of stays as it was.
@@ -147,6 +138,7 @@ class LatentActionGRPOConfig(GRPOConfig):
     train_backbone: bool = False
     dynamic_sampling_rounds: int = 0
     overlong_buffer: int = 0
+    vllm_server_hosts: list[str] | None = None
     anchor_coef: float = 0.0
     language_guard: bool = False
     image_root: str | None = None
@@ -240,21 +232,6 @@ class LatentActionGRPOConfig(GRPOConfig):
             # GRPO's default, which these estimators do not have.
             self.scale_rewards = {"rloo": "none", "reinforce++": "batch"}[self.advantage_estimator]
 
-    def _check_engine_options(self) -> None:
-        """What an engine cannot do, and what is about none."""
-        defaults = {f.name: f.default for f in fields(GRPOConfig)}
-        if not self.use_vllm:
-            given = [name for name in defaults if name.startswith("vllm_") and getattr(self, name) != defaults[name]]
-            if given:
-                raise ValueError(f"`{given[0]}` is about vLLM. Set `use_vllm=True`, or leave it out.")
-            return
-        for name, neutral in ENGINE_NEUTRAL.items():
-            if getattr(self, name) not in neutral:
-                raise ValueError(
-                    f"`{name}={getattr(self, name)!r}` cannot be had with `use_vllm=True`. Leave one of them out."
-                )
-        check_choice("vllm_importance_sampling_mode", self.vllm_importance_sampling_mode, MODES)
-
     def _refuse(self) -> None:
         """What cannot give back one code per token."""
         for f in fields(GRPOConfig):
@@ -266,7 +243,7 @@ class LatentActionGRPOConfig(GRPOConfig):
                 f"`neftune_noise_alpha={self.neftune_noise_alpha}` is noise on the embeddings of a backbone that is "
                 "trained, and here it is frozen. Leave it out, or set `train_backbone=True`."
             )
-        self._check_engine_options()
+        check_engine_options(self)
         for name in ("temperature", "top_p", "top_k", "min_p"):
             if getattr(self, name) not in REFUSED_SETTINGS[name][0]:
                 raise ValueError(

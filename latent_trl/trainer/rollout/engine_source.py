@@ -1,4 +1,4 @@
-"""Samples from an engine of vLLM that runs beside the trainer."""
+"""Samples from an engine of vLLM: one in the trainer's process, or rollout servers."""
 
 import os
 from importlib.util import find_spec
@@ -7,7 +7,11 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from ...api_key import read_key
 from ...data.prompts import EncodedPrompt
+from ...vllm.servers import RolloutServers
+from ..run.engines import shards_layers
+from .engine_options import server_urls
 from .rollout import Rollout, Sample
 from .scoring import encode
 
@@ -17,9 +21,11 @@ logger = logging.get_logger(__name__)
 def check_engine(args: Any, processes: int) -> None:
     """
     Raises:
-        ImportError: Where vLLM is not installed.
-        ValueError: For several processes.
+        ImportError: Where vLLM is not installed, for an engine in this process.
+        ValueError: For such an engine and several processes.
     """
+    if args.vllm_mode == "server":
+        return
     if find_spec("vllm") is None:
         raise ImportError(
             "`use_vllm=True` needs vLLM: `pip install vllm==0.30.0`, on a machine without a GPU `pip install "
@@ -27,23 +33,38 @@ def check_engine(args: Any, processes: int) -> None:
         )
     if processes > 1:
         raise ValueError(
-            f"`use_vllm=True` runs in one process, and this run has {processes}. Leave `use_vllm` out, or start one."
+            f"`vllm_mode='colocate'` runs in one process, and this run has {processes}. Use `vllm_mode='server'`, "
+            "start one process, or leave `use_vllm` out."
         )
 
 
 class EngineSource:
     """
-    [`LatentActionEngine`] in the trainer's process (`vllm_mode="colocate"`). After an update of the policy its tensors
-    alone are copied into the engine; the engine starts with the first rollout.
+    [`LatentActionEngine`] in the trainer's process (`vllm_mode="colocate"`), which starts with the first rollout, or
+    [`RolloutServers`] (`vllm_mode="server"`), which must be there from the beginning. After an update of the policy its
+    tensors alone are given to them.
 
     Args:
         trainer (`GRPOTrainer`): Whose policy answers.
+
+    Raises:
+        ValueError: For servers where parameters are sharded.
+        RolloutServersError: When a server does not answer, or is of another model.
     """
 
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.engine: Any = None
         self.policy_step = -1
+        args = trainer.args
+        if args.vllm_mode == "server":
+            if shards_layers(trainer):
+                raise ValueError(
+                    "`vllm_mode='server'` sends whole tensors of the policy, and FSDP and ZeRO-3 leave a process parts "
+                    "of them. Keep the model whole (DDP, ZeRO-2), or leave `use_vllm` out."
+                )
+            model = trainer.accelerator.unwrap_model(trainer.model)
+            self.engine = RolloutServers(model, server_urls(args), args.vllm_server_timeout, read_key())
 
     def __call__(self, rows: list[dict[str, Any]], prompts: list[EncodedPrompt], copies: int) -> list[Sample]:
         self._sync()

@@ -1,6 +1,7 @@
 """The application of a rollout server: what it is, policies, rows, and health."""
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -171,10 +172,9 @@ def make_rollout_app(
 
     @asynccontextmanager
     async def lifespan(app: ASGIApp):
-        try:
+        with contextlib.suppress(asyncio.CancelledError):
             yield
-        finally:
-            await asyncio.to_thread(engine.close)
+        await asyncio.to_thread(engine.close)
 
     middleware = [Middleware(TrustedHostMiddleware, allowed_hosts=allowed_hosts)] if allowed_hosts else []
     if key is not None:

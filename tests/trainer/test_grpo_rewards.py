@@ -245,7 +245,7 @@ def test_what_cannot_work_is_refused_with_what_to_use(tmp_path, name):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode"),
+        ({"use_vllm": True, "vllm_mode": "alone"}, "`vllm_mode` must be one of"),
         ({"temperature": 0.7}, "Use `action_temperature`"),
         ({"top_k": 5}, "Use `action_temperature`"),
         ({"preset": "ppo"}, "`preset` must be one of"),

@@ -269,7 +269,7 @@ def test_half_precision_components_get_float32_masters(tmp_path):
         ({"kl_target": 1.0, "beta": 0.0}, "`kl_target`"),
         ({"dynamic_sampling_rounds": 2}, "`dynamic_sampling_rounds`"),
         ({"multi_objective_aggregation": "normalize_then_sum"}, "`multi_objective_aggregation="),
-        ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode"),
+        ({"use_vllm": True, "vllm_mode": "alone"}, "`vllm_mode` must be one of"),
     ],
 )
 def test_wrong_options_are_refused_in_one_sentence(tmp_path, options, words):

@@ -86,8 +86,11 @@ def server_urls(args: Any) -> list[str]:
 
 
 def _url(name: str, address: Any, port: int) -> str:
-    text = address if "://" in str(address) else f"http://{address}"
+    has_scheme = "://" in str(address)
+    text = str(address) if has_scheme else f"http://{address}"
     try:
+        if not isinstance(address, str):
+            raise TypeError("it is no text")
         parts = urlsplit(text)
         host, own_port = parts.hostname, parts.port
         extra = parts.path.rstrip("/") or parts.query or parts.fragment or parts.username
@@ -98,6 +101,6 @@ def _url(name: str, address: Any, port: int) -> str:
             f"`{name}`: {address!r} is no address of a server ({error}). Write `host:port` or `http://host:port`."
         ) from error
     host = "127.0.0.1" if host == ANY_HOST else f"[{host}]" if ":" in host else host
-    if own_port is None and "://" not in str(address):
+    if own_port is None and not has_scheme:
         own_port = port
     return f"{parts.scheme}://{host}" + ("" if own_port is None else f":{own_port}")

@@ -131,3 +131,25 @@ def served(make_model, folder, count=1, **options):
     finally:
         for server in servers:
             server.stop()
+
+
+def main(folder, port):
+    """Serves a checkpoint in this process: `python stand_in_engine.py FOLDER --port PORT`."""
+    from latent_trl import LatentActionModel
+    from latent_trl.serving.rollout_engine import RolloutEngine
+    from latent_trl.serving.server import make_rollout_server
+    from latent_trl.vllm.identity import identity_of_checkpoint
+    from latent_trl.vllm.wire import PolicyFile
+
+    torch.set_num_threads(1)
+    model = LatentActionModel.from_pretrained(folder, dtype=torch.float32)
+    engine = RolloutEngine(StandInEngine(model), PolicyFile.of(model.policy).data)
+    identity = identity_of_checkpoint(folder)
+    ready = "Rollouts are served at {}".format
+    make_rollout_server(engine, identity, port=port, ready=lambda url: print(ready(url), flush=True)).run()
+
+
+if __name__ == "__main__":
+    import sys
+
+    main(sys.argv[1], int(sys.argv[3]))

@@ -70,19 +70,22 @@ class EngineSource:
         self._sync()
         trainer, config = self.trainer, self.trainer.generation_config
         truncates = trainer.law.truncates
-        answers = self.engine.generate(
-            [self._request(prompt) for prompt in prompts],
-            n=copies,
-            seed=int(torch.randint(2**62, ()).item()),
-            max_new_tokens=config.max_new_tokens,
-            action_do_sample=config.action_do_sample,
-            action_temperature=config.action_temperature,
-            action_top_k=config.action_top_k,
-            action_top_p=config.action_top_p,
-            action_sampling=config.action_sampling,
-            output_support=truncates,
-            stop_token_ids=trainer.eos_token_ids,
-        )
+        seed = int(torch.randint(2**62, ()).item())
+        # vLLM draws from the generators of its process, and the trainer's draws are to be the same without it.
+        with torch.random.fork_rng():
+            answers = self.engine.generate(
+                [self._request(prompt) for prompt in prompts],
+                n=copies,
+                seed=seed,
+                max_new_tokens=config.max_new_tokens,
+                action_do_sample=config.action_do_sample,
+                action_temperature=config.action_temperature,
+                action_top_k=config.action_top_k,
+                action_top_p=config.action_top_p,
+                action_sampling=config.action_sampling,
+                output_support=truncates,
+                stop_token_ids=trainer.eos_token_ids,
+            )
         if trainer.args.vllm_enable_sleep_mode:
             self.engine.sleep()
         samples = []

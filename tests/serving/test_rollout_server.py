@@ -349,3 +349,43 @@ def test_answers_arrive_as_they_were(support):
 def test_the_servers_address_needs_no_engine_to_be_refused():
     with pytest.raises(ValueError, match="LATENT_TRL_API_KEY"):
         make_rollout_server(None, {}, "192.168.0.5")
+
+
+# The command and its page
+
+
+def test_the_command_says_what_is_missing_before_it_loads_anything(folder, monkeypatch, capsys):
+    from latent_trl.commands import vllm_serve
+    from latent_trl.commands.main import main
+
+    monkeypatch.delenv("LATENT_TRL_API_KEY", raising=False)
+    for missing, said in (("uvicorn", "A server needs uvicorn: pip install uvicorn"), ("vllm", "needs vLLM: see docs")):
+        monkeypatch.setattr(vllm_serve, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        assert main(["vllm-serve", folder]) == 1 and said in capsys.readouterr().err
+    monkeypatch.setattr(vllm_serve, "find_spec", lambda name: name)
+    assert main(["vllm-serve", folder, "--host", "0.0.0.0"]) == 1
+    assert "there must be an API key: set LATENT_TRL_API_KEY" in capsys.readouterr().err
+    assert main(["vllm-serve", "nowhere/at/all"]) == 1 and "nowhere/at/all" in capsys.readouterr().err
+
+
+def test_the_page_names_options_routes_and_fields_that_there_are(folder, server, capsys):
+    import re
+    from dataclasses import fields
+    from pathlib import Path
+
+    from latent_trl import LatentActionGRPOConfig
+    from latent_trl.commands.main import main
+
+    page = (Path(__file__).parents[2] / "docs" / "vllm.md").read_text(encoding="utf-8")
+    section = page.split("## Rollout servers")[1].split("\n## ")[0]
+    with pytest.raises(SystemExit):
+        main(["vllm-serve", "--help"])
+    shown = capsys.readouterr().out
+    options = set(re.findall(r"(--[a-z][a-z-]+)", section))
+    assert len(options) > 5 and [option for option in options if option not in shown] == []
+    routes = re.findall(r"\| `([A-Z]+) (/\w+)`", section)
+    assert len(routes) == 4
+    for method, path in routes:
+        assert requests.request(method, server.url + path).status_code not in (404, 405)
+    named = set(re.findall(r"`(vllm_\w+)", section))
+    assert named <= {field.name for field in fields(LatentActionGRPOConfig)} and len(named) > 5

@@ -353,3 +353,15 @@ def test_options_that_contradict_are_named(tmp_path, config_class, options, mess
         server["vllm_importance_sampling_mode"] = "sequence_mask"
     with pytest.raises(ValueError, match=message):
         config_class(str(tmp_path), use_cpu=True, bf16=False, **{**server, **options})
+
+
+@pytest.mark.parametrize("from_file", [False, True])
+def test_servers_are_named_on_the_command_line_and_in_files(from_file, tmp_path):
+    from latent_trl.commands.arguments import RewardArguments, parse_training
+
+    (tmp_path / "config.yaml").write_text("vllm_server_hosts: ['a:80', 'b:81']\n")
+    words = ["--config", str(tmp_path / "config.yaml")] if from_file else ["--vllm_server_hosts", "a:80", "b:81"]
+    words += ["--model_name_or_path", "x", "--dataset_name", "y", "--output_dir", str(tmp_path), "--use_cpu", "true"]
+    words += ["--use_vllm", "true", "--vllm_mode", "server", "--bf16", "false"]
+    _, args, _ = parse_training(words, "latent-trl grpo", RewardArguments, "LatentActionGRPOConfig")
+    assert server_urls(args) == ["http://a:80", "http://b:81"]

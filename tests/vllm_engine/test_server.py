@@ -1,10 +1,7 @@
 """Rollout servers of the real engine, each in a process of its own: they answer as one engine does."""
 
 import json
-import os
-import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,44 +14,23 @@ from exact import LENGTH, prompts, tiny
 from test_grpo_rollouts import letters, rows
 from test_rollouts import ENGINE, build
 
-from latent_trl import LatentActionModel
-from latent_trl.vllm.client import RolloutServer, WrongRequest
-from latent_trl.vllm.servers import RolloutServers
-from latent_trl.vllm.wire import PolicyFile, version_of
+sys.path[:0] = [str(Path(__file__).parents[1] / "distributed")]
+
+from served_launch import ServerProcess, kill_and_bring_back, worst_difference  # noqa: E402
+
+from latent_trl import LatentActionModel  # noqa: E402
+from latent_trl.vllm.client import RolloutServer, WrongRequest  # noqa: E402
+from latent_trl.vllm.servers import RolloutServers  # noqa: E402
+from latent_trl.vllm.wire import PolicyFile, version_of  # noqa: E402
 
 OPTIONS = {"kv_cache_memory_bytes": 64 << 20, "max_num_seqs": 64, "enforce_eager": True}
-STARTED = re.compile(r"Rollouts of \S+ are served at (http://127\.0\.0\.1:\d+)\n")
 # What a run with an engine in its own process has.
 NO_SERVERS = {"vllm_mode": "colocate", "vllm_server_hosts": None, "vllm_server_timeout": 240.0}
 
 
-class ServerProcess:
-    """`latent-trl vllm-serve`, which may be killed and begun again at its address."""
-
-    def __init__(self, folder: str):
-        self.folder, self.port, self.url = folder, 0, ""
-        self.begin()
-
-    def begin(self) -> None:
-        words = [sys.executable, "-m", "latent_trl", "vllm-serve", self.folder, "--port", str(self.port)]
-        words += ["--dtype", "float32", "--max-model-len", "128", "--engine-options", json.dumps(OPTIONS)]
-        root = str(Path(__file__).parents[2])
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-        self.process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, env=environment)
-
-    def wait(self) -> "ServerProcess":
-        found = None
-        while found is None:
-            line = self.process.stdout.readline()
-            assert line, f"The server ended with {self.process.wait()}."
-            found = STARTED.fullmatch(line)
-        self.url = found[1]
-        self.port = int(self.url.rpartition(":")[2])
-        return self
-
-    def kill(self, sign: int = signal.SIGKILL) -> None:
-        self.process.send_signal(sign)
-        self.process.wait(60)
+def server_of(folder: str) -> ServerProcess:
+    words = ["-m", "latent_trl", "vllm-serve", folder, "--dtype", "float32", "--max-model-len", "128"]
+    return ServerProcess([*words, "--engine-options", json.dumps(OPTIONS)])
 
 
 @pytest.fixture(scope="module")
@@ -71,12 +47,11 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(folder):
-    servers = [ServerProcess(folder) for _ in range(2)]
+    servers = [server_of(folder) for _ in range(2)]
     try:
         yield [server.wait() for server in servers]
     finally:
         for server in servers:
-            server.process.send_signal(signal.SIGCONT)
             server.kill()
 
 
@@ -194,3 +169,14 @@ def test_a_server_that_is_stopped_in_its_tracks_is_left_out(two, folder, monkeyp
         two[0].process.send_signal(signal.SIGCONT)
     assert plain(servers.generate(prompts(6), **law)) == expected
     assert found[1:] == [f"The rollout server {two[0].url} is back, and has the policy."] and not servers.lost
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_trainer_processes_and_two_servers_of_which_one_is_killed(two, folder, tmp_path):
+    runs = kill_and_bring_back(folder, tmp_path, two, 1200)
+    for ranks in runs.values():
+        assert worst_difference(*ranks) == 0
+    whole, killed = runs["whole"][0], runs["killed"][0]
+    assert worst_difference(whole, killed) < 1e-5
+    assert whole["servers"] == [2.0] * 4 and killed["servers"][::2] == [2.0, 1.0] and killed["servers"][-1] == 2.0

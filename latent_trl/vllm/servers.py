@@ -3,8 +3,9 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from accelerate import PartialState
@@ -118,9 +119,12 @@ class RolloutServers:
         return sent
 
     def _give_all(self) -> tuple[str, dict[str, str], int]:
+        policy = self.policy
+        if policy is None:
+            raise RuntimeError("The servers have no policy: call `update` first.")
         until, warned = time.monotonic() + self.timeout, set(self.lost)
         while True:
-            jobs = {url: lambda server=server: self._give(server) for url, server in self.servers.items()}
+            jobs = {url: partial(self._give, server, policy) for url, server in self.servers.items()}
             lost, sent = {}, 0
             for url, outcome in in_threads(jobs):
                 if isinstance(outcome, ServerFault):
@@ -133,20 +137,20 @@ class RolloutServers:
                 _warn(url, lost[url], "It has no work")
             warned |= set(lost)
             if len(lost) < len(self.servers):
-                return self.policy.version, lost, sent
+                return policy.version, lost, sent
             if time.monotonic() > until:
                 raise _none_left(lost, f"None came back in {self.timeout:g} s")
             time.sleep(RETRY_SECONDS)
 
-    def _give(self, server: RolloutServer) -> int:
-        """Gives a server the policy, unless it holds it. Returns the bytes that were sent."""
+    def _give(self, server: RolloutServer, policy: PolicyFile) -> int:
+        """Gives a server a policy, unless it holds it. Returns the bytes that were sent."""
         described = server.describe()
         if found := differences(self.identity, described):
             raise ServerFault(f"it came back with another model: {'; '.join(found)}")
-        if described["policy"] == self.policy.version:
+        if described["policy"] == policy.version:
             return 0
-        server.give(self.policy)
-        return self.policy.size
+        server.give(policy)
+        return policy.size
 
     def generate(
         self,
@@ -205,10 +209,7 @@ class RolloutServers:
             if not left or not urls:
                 return {url: why for url, why in lost.items() if url not in self.lost}
             parts = dict(zip(urls, divided(left, len(urls))))
-            jobs = {
-                url: lambda url=url, part=part: self.servers[url].answers(body(part), len(part))
-                for url, part in parts.items()
-            }
+            jobs = {url: partial(self._asked, url, part, body) for url, part in parts.items()}
             errors = []
             for url, outcome in in_threads(jobs):
                 if isinstance(outcome, ServerFault):
@@ -220,6 +221,9 @@ class RolloutServers:
                     answers.update(zip(parts[url], outcome, strict=True))
             if errors:
                 raise errors[0]
+
+    def _asked(self, url: str, part: list[int], body: Callable[[list[int]], bytes]) -> list[EngineAnswer]:
+        return self.servers[url].answers(body(part), len(part))
 
     def _rows_left(self, own: _Report, error: Exception | None) -> bool:
         """Whether a process has rows left; all learn which servers failed, and of an error of any process."""
@@ -269,7 +273,7 @@ def divided(rows: list[int], parts: int) -> list[list[int]]:
     return [rows[start:end] for start, end in zip(bounds, bounds[1:])]
 
 
-def in_threads(jobs: dict[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:
+def in_threads(jobs: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, Any]]:
     """What each job returns, or the exception that it raises, in the order in which they end."""
     outcomes: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 

@@ -127,12 +127,12 @@ def unpacked(data: bytes, rows: int) -> list[EngineAnswer]:
         if not len(lengths) == len(prompt_lengths) == rows:
             raise ValueError(f"{len(lengths)} answers for {rows} rows")
         prompts = tensors["prompt_ids"].split(prompt_lengths)
-        values = [tensors[name].split(lengths) for name in ("token_ids", "action_ids", "log_probs")]
+        tokens, codes, log_probs = (tensors[name].split(lengths) for name in ("token_ids", "action_ids", "log_probs"))
         supports = tensors["support"].split(lengths) if "support" in tensors else [None] * rows
     except Exception as error:
         # safetensors and torch raise errors of their own for what they cannot read.
         raise ValueError(f"The answers cannot be read ({type(error).__name__}: {error}).") from error
     return [
-        EngineAnswer(prompt.tolist(), *(part.tolist() for part in parts), support)
-        for prompt, *parts, support in zip(prompts, *values, supports, strict=True)
+        EngineAnswer(prompt.tolist(), own.tolist(), chosen.tolist(), values.tolist(), support)
+        for prompt, own, chosen, values, support in zip(prompts, tokens, codes, log_probs, supports, strict=True)
     ]

@@ -46,7 +46,7 @@ def test_two_trainers_and_two_servers_of_which_one_is_killed(model, servers, tmp
     for ranks in runs.values():
         assert worst_difference(*ranks) == 0
     assert whole["servers"] == [2.0] * 4
-    assert killed["servers"][0] == 2.0 and killed["servers"][2] == 1.0 and killed["servers"][-1] == 2.0
+    assert killed["servers"][0] == killed["servers"][-1] == 2.0
     start = LatentActionModel.from_pretrained(model)
     moved = {name: p.detach() for name, p in start.named_parameters()}
     assert worst_difference({"weights": moved}, whole) > 1e-3

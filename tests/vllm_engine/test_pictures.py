@@ -1,5 +1,6 @@
 """The pocket VLM, its adapter merged: prompts with pictures and without, through the projector where there are none."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -55,10 +56,8 @@ def test_pictures_and_text_in_one_batch(chats, monkeypatch, tmp_path):
     assert found.log_prob < 1e-3 and found.token < 1e-3, found
 
 
-def test_rollouts_of_questions_about_pictures(monkeypatch, tmp_path):
-    """Prompts reach the engine as the trainer's own tokens, a picture as its placeholder."""
-    monkeypatch.chdir(CARDS.parent)
-    register_classes("LlavaForConditionalGeneration", "LlamaForCausalLM")
+def run(folder, **options) -> LatentActionGRPOTrainer:
+    """GRPO on questions, one of them without a picture."""
     random = np.random.default_rng(1)
     rows = []
     for i in range(4):
@@ -67,9 +66,8 @@ def test_rollouts_of_questions_about_pictures(monkeypatch, tmp_path):
             row["images"].append(Image.fromarray(random.integers(0, 255, (64, 64, 3), dtype=np.uint8)))
         rows.append(row)
     args = LatentActionGRPOConfig(
-        str(tmp_path / "run"),
+        str(folder / "run"),
         use_vllm=True,
-        vllm_max_model_length=128,
         max_steps=2,
         per_device_train_batch_size=8,
         num_generations=2,
@@ -78,14 +76,60 @@ def test_rollouts_of_questions_about_pictures(monkeypatch, tmp_path):
         use_cpu=True,
         bf16=False,
         save_strategy="no",
+        **options,
     )
     model = LatentActionModel.from_pretrained("model_cards/pocket-vlm-latent-actions")
-    trainer = LatentActionGRPOTrainer(
+    return LatentActionGRPOTrainer(
         model, lambda completions, **_: [float(len(str(c))) for c in completions], args, Dataset.from_list(rows[::-1])
     )
+
+
+def differences(trainer: LatentActionGRPOTrainer) -> list[float]:
+    return [log["sampling/log_prob_difference_max"] for log in trainer.state.log_history if "loss" in log]
+
+
+def test_rollouts_of_questions_about_pictures(monkeypatch, tmp_path):
+    """Prompts reach the engine as the trainer's own tokens, a picture as its placeholder."""
+    monkeypatch.chdir(CARDS.parent)
+    register_classes("LlavaForConditionalGeneration", "LlamaForCausalLM")
+    trainer = run(tmp_path, vllm_max_model_length=128)
     try:
         trainer.train()
     finally:
         trainer.engine_source.engine.close()
-    differences = [log["sampling/log_prob_difference_max"] for log in trainer.state.log_history if "loss" in log]
-    assert len(differences) == 2 and max(differences) < 1e-3
+    assert len(differences(trainer)) == 2 and max(differences(trainer)) < 1e-3
+
+
+def test_pictures_reach_a_rollout_server(monkeypatch, tmp_path):
+    """The same, over HTTP; the server's backbone has the checkpoint's adapter merged, and the trainer's has it on."""
+    from latent_trl.models.policy import LatentActionPolicy
+    from latent_trl.serving.rollout_engine import RolloutEngine
+    from latent_trl.serving.server import make_rollout_server
+    from latent_trl.vllm.identity import identity_of_checkpoint
+    from latent_trl.vllm.wire import PolicyFile
+
+    monkeypatch.chdir(CARDS.parent)
+    monkeypatch.setattr("latent_trl.vllm.folders.HF_HOME", tmp_path)
+    folder = "model_cards/pocket-vlm-latent-actions"
+    engine = start(folder, max_model_len=128, max_num_seqs=32, kv_cache_memory_bytes=64 << 20)
+    policy = PolicyFile.of(LatentActionPolicy.from_pretrained(folder, subfolder="policy"))
+    ready, addresses = threading.Event(), []
+
+    def note(url):
+        addresses.append(url)
+        ready.set()
+
+    served = RolloutEngine(engine, policy.data)
+    server = make_rollout_server(served, identity_of_checkpoint(folder), port=0, ready=note)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        assert ready.wait(60)
+        trainer = run(tmp_path, vllm_mode="server", vllm_server_base_url=addresses[0])
+        trainer.train()
+    finally:
+        server.should_exit = True
+        thread.join(60)
+        engine.close()
+    assert len(differences(trainer)) == 2 and max(differences(trainer)) < 1e-3
+    assert served.version == trainer.engine_source.engine.version != policy.version

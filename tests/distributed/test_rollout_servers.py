@@ -1,13 +1,20 @@
 """Two trainer processes and two rollout servers, one killed and brought back. No vLLM is needed: a model's own passes
 stand in its place."""
 
+import os
+import signal
+import time
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
+from accelerate import PartialState, debug_launcher
 from served_launch import TESTS, ServerProcess, kill_and_bring_back, worst_difference
 
 from latent_trl import LatentActionModel
+from latent_trl.vllm.servers import RolloutServers
 
 pytestmark = [
     pytest.mark.distributed,
@@ -50,3 +57,37 @@ def test_two_trainers_and_two_servers_of_which_one_is_killed(model, servers, tmp
     start = LatentActionModel.from_pretrained(model)
     moved = {name: p.detach() for name, p in start.named_parameters()}
     assert worst_difference({"weights": moved}, whole) > 1e-3
+
+
+def ask(model: str, urls: list[str], server_pids: list[int], folder: str) -> None:
+    """A process that asks servers for rows: of one that is refused on the second process, and of servers that end."""
+    torch.set_num_threads(1)
+    rank, loaded = PartialState(cpu=True).process_index, LatentActionModel.from_pretrained(model, dtype=torch.float32)
+    servers = RolloutServers(loaded, urls, 20.0)
+    servers.update(loaded)
+    servers.timeout = 1.0
+    told = []
+    for top_p, killed in ((1.0, False), (2.0 if rank == 1 else 1.0, False), (1.0, True)):
+        if killed and rank == 0:
+            for pid in server_pids:
+                os.kill(pid, signal.SIGKILL)
+        try:
+            answers = servers.generate([[20 + rank, 30]], n=2, max_new_tokens=3, seed=1, action_top_p=top_p)
+            told.append(f"{len(answers)} answers")
+        except Exception as error:
+            told.append(f"{type(error).__name__}: {error}")
+    (Path(folder) / f"told_{rank}.txt").write_text("\n".join(told))
+
+
+def test_an_error_of_one_process_ends_the_batch_of_all(model, servers, tmp_path):
+    begin = time.monotonic()
+    urls, pids = [server.url for server in servers], [server.process.pid for server in servers]
+    debug_launcher(ask, (model, urls, pids, str(tmp_path)), num_processes=2)
+    first, second = ((tmp_path / f"told_{rank}.txt").read_text().split("\n") for rank in (0, 1))
+    assert first[0] == second[0] == "2 answers"
+    assert second[1].startswith("WrongRequest: http://127.0.0.1:") and "`action_top_p` is too large" in second[1]
+    assert first[1] == f"RolloutServersError: On process 1: {second[1]}"
+    assert first[2].startswith("RolloutServersError: No rollout server is left. None came back in 1 s: ")
+    assert all(url in first[2] for url in urls)
+    assert second[2] == f"RolloutServersError: On process 0: {first[2]}"
+    assert time.monotonic() - begin < 120

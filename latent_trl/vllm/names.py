@@ -13,24 +13,45 @@ from ..models.policy import LatentActionPolicy
 DECODER = "decoder."
 
 
-def policy_weights(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
-    """The tensors of the policy's decoder, under the names that they would have in the checkpoint of a causal model of
-    transformers, which is what vLLM reads."""
+def policy_weights(
+    policy: LatentActionPolicy, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    The tensors of the policy's decoder, under the names that they would have in the checkpoint of a causal model of
+    transformers, which is what vLLM reads.
+
+    Args:
+        policy (`LatentActionPolicy`): The policy.
+        state_dict (`dict`, *optional*): Its whole tensors by its own names, where its parameters are sharded.
+    """
+    state_dict = policy.state_dict() if state_dict is None else state_dict
     decoder = policy.decoder_stack.decoder
     with torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(decoder.config)
     prefix = causal.base_model_prefix
-    tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in decoder.state_dict().items()}
+    tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in _part(state_dict, "decoder_stack.decoder.")}
     return revert_weight_conversion(causal, tensors)
 
 
-def policy_tensors(policy: LatentActionPolicy) -> dict[str, torch.Tensor]:
-    """All tensors of a policy as an engine takes them: those of [`policy_weights`] under `decoder`, and those around
-    the decoder under `policy_input` and `policy_head`."""
-    parts = {"policy_input": policy.decoder_stack.input, "policy_head": policy.head}
-    around = {f"{k}.{name}": p for k, part in parts.items() for name, p in part.named_parameters()}
-    inside = {f"{DECODER}{name}": tensor for name, tensor in policy_weights(policy).items()}
+def policy_tensors(
+    policy: LatentActionPolicy, state_dict: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """
+    All tensors of a policy as an engine takes them: those of [`policy_weights`] under `decoder`, and those around the
+    decoder under `policy_input` and `policy_head`.
+
+    Args:
+        policy, state_dict: As in [`policy_weights`].
+    """
+    state_dict = policy.state_dict() if state_dict is None else state_dict
+    parts = {"policy_input": "decoder_stack.input.", "policy_head": "head."}
+    around = {f"{k}.{name}": t for k, place in parts.items() for name, t in _part(state_dict, place)}
+    inside = {f"{DECODER}{name}": tensor for name, tensor in policy_weights(policy, state_dict).items()}
     return {name: tensor.detach().contiguous() for name, tensor in (inside | around).items()}
+
+
+def _part(state_dict: dict[str, torch.Tensor], prefix: str) -> list[tuple[str, torch.Tensor]]:
+    return [(name.removeprefix(prefix), tensor) for name, tensor in state_dict.items() if name.startswith(prefix)]
 
 
 def tensor_bytes(tensors: dict[str, torch.Tensor]) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from transformers.utils import logging
@@ -91,9 +92,14 @@ class RolloutServers:
             if missing:
                 time.sleep(RETRY_SECONDS)
 
-    def update(self, model: LatentActionModel) -> dict[str, float]:
+    def update(self, model: LatentActionModel, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
         """
         Gives the servers the policy of `model`; those that hold it already are sent nothing.
+
+        Args:
+            model (`LatentActionModel`): The model.
+            state_dict (`dict`, *optional*): The policy's whole tensors by its own names, on the first process, where
+                its parameters are sharded.
 
         Returns:
             `dict[str, float]`: `seconds` that it took, `bytes` of tensors that were sent, and how many `servers` have
@@ -104,7 +110,7 @@ class RolloutServers:
         """
         start = time.perf_counter()
         if self.main:
-            self.policy = PolicyFile.of(model.policy)
+            self.policy = PolicyFile.of(model.policy, state_dict)
         sent = self._share()
         left = len(self.servers) - len(self.lost)
         return {"seconds": time.perf_counter() - start, "bytes": float(sent), "servers": float(left)}

@@ -45,8 +45,9 @@ class PolicyFile:
     size: int
 
     @classmethod
-    def of(cls, policy: LatentActionPolicy) -> "PolicyFile":
-        tensors = policy_tensors(policy)
+    def of(cls, policy: LatentActionPolicy, state_dict: dict[str, torch.Tensor] | None = None) -> "PolicyFile":
+        """That of a policy; `state_dict` as in [`policy_tensors`]."""
+        tensors = policy_tensors(policy, state_dict)
         data = save(tensors)
         return cls(data, version_of(data), tensor_bytes(tensors))
 

@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate import PartialState, debug_launcher
+from engines import launch
 from served_launch import TESTS, ServerProcess, kill_and_bring_back, worst_difference
 
 from latent_trl import LatentActionModel
@@ -91,3 +92,56 @@ def test_an_error_of_one_process_ends_the_batch_of_all(model, servers, tmp_path)
     assert all(url in first[2] for url in urls)
     assert second[2] == f"RolloutServersError: On process 0: {first[2]}"
     assert time.monotonic() - begin < 120
+
+
+def train_sharded(model: str, urls: list[str], folder: str, states: bool) -> None:
+    """A run of a few rollout batches; the processes write what they logged, and the policy that servers were given."""
+    from every_trainer import letters
+    from rl_models import prompts
+
+    from latent_trl import LatentActionGRPOConfig, LatentActionGRPOTrainer
+
+    args = LatentActionGRPOConfig(
+        folder,
+        use_cpu=False,
+        bf16=False,
+        use_vllm=True,
+        vllm_mode="server",
+        vllm_server_hosts=urls,
+        reuse_context_states=states,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=5,
+        learning_rate=1e-2,
+        max_steps=4,
+        logging_steps=1,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    loaded = LatentActionModel.from_pretrained(model, dtype=torch.float32)
+    data, tokenizer = prompts(20), tiny_models.make_tokenizer()
+    trainer = LatentActionGRPOTrainer(loaded, letters, args, train_dataset=data, processing_class=tokenizer)
+    trainer.train()
+    assert trainer.is_fsdp_enabled
+    logged = [row for row in trainer.state.log_history if "sampling/log_prob_difference_max" in row]
+    record = {
+        "difference": [row["sampling/log_prob_difference_max"] for row in logged],
+        "sent": [row["engine/sync_bytes"] for row in logged],
+    }
+    torch.save(record, Path(folder) / f"record_{trainer.accelerator.process_index}.pt")
+
+
+def test_a_sharded_policy_reaches_the_servers_whole(model, servers, tmp_path):
+    launch("fsdp2", train_sharded, model, [server.url for server in servers], str(tmp_path), False)
+    policy = LatentActionModel.from_pretrained(model).policy
+    size = 4 * sum(p.numel() for p in policy.parameters())
+    for rank in (0, 1):
+        record = torch.load(tmp_path / f"record_{rank}.pt", weights_only=True)
+        # The trainer scores what servers drew as they did, after updates too.
+        assert len(record["difference"]) == 4 and max(record["difference"]) < 1e-3
+        assert record["sent"] == [0.0, *[2.0 * size] * 3]
+
+
+def test_states_of_a_sharded_backbone_are_refused(model, servers, tmp_path):
+    with pytest.raises(Exception, match="`reuse_context_states=True` runs the backbone by itself"):
+        launch("fsdp2", train_sharded, model, [server.url for server in servers], str(tmp_path), True)

@@ -8,6 +8,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, revert_weight_conversion
 
 from ..models.policy import LatentActionPolicy
+from ..models.whole_loading import loaded_whole
 
 # In front of the names of tensors of the policy's decoder.
 DECODER = "decoder."
@@ -26,7 +27,7 @@ def policy_weights(
     """
     state_dict = policy.state_dict() if state_dict is None else state_dict
     decoder = policy.decoder_stack.decoder
-    with torch.device("meta"):
+    with loaded_whole(), torch.device("meta"):
         causal = AutoModelForCausalLM.from_config(decoder.config)
     prefix = causal.base_model_prefix
     tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in _part(state_dict, "decoder_stack.decoder.")}

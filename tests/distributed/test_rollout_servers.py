@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from accelerate import PartialState, debug_launcher
-from engines import launch
+from engines import has_deepspeed, launch
 from served_launch import TESTS, ServerProcess, kill_and_bring_back, worst_difference
 
 from latent_trl import LatentActionModel
@@ -21,6 +21,7 @@ pytestmark = [
     pytest.mark.distributed,
     pytest.mark.skipif(find_spec("uvicorn") is None or find_spec("starlette") is None, reason="needs a server"),
 ]
+needs_deepspeed = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,7 @@ def train_sharded(model: str, urls: list[str], folder: str, states: bool) -> Non
     data, tokenizer = prompts(20), tiny_models.make_tokenizer()
     trainer = LatentActionGRPOTrainer(loaded, letters, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    assert trainer.is_fsdp_enabled
+    assert trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     logged = [row for row in trainer.state.log_history if "sampling/log_prob_difference_max" in row]
     record = {
         "difference": [row["sampling/log_prob_difference_max"] for row in logged],
@@ -131,8 +132,9 @@ def train_sharded(model: str, urls: list[str], folder: str, states: bool) -> Non
     torch.save(record, Path(folder) / f"record_{trainer.accelerator.process_index}.pt")
 
 
-def test_a_sharded_policy_reaches_the_servers_whole(model, servers, tmp_path):
-    launch("fsdp2", train_sharded, model, [server.url for server in servers], str(tmp_path), False)
+@pytest.mark.parametrize("engine", ["fsdp2", pytest.param("zero3", marks=needs_deepspeed)])
+def test_a_sharded_policy_reaches_the_servers_whole(model, servers, tmp_path, engine):
+    launch(engine, train_sharded, model, [server.url for server in servers], str(tmp_path), False)
     policy = LatentActionModel.from_pretrained(model).policy
     size = 4 * sum(p.numel() for p in policy.parameters())
     for rank in (0, 1):

@@ -5,13 +5,12 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers.utils import logging
 
 from ...api_key import read_key
 from ...data.prompts import EncodedPrompt
 from ...vllm.servers import RolloutServers
-from ..run.engines import is_zero3
+from ..run.engines import shards_layers, whole_tensors
 from .engine_options import server_urls
 from .rollout import Rollout, Sample
 from .scoring import encode
@@ -59,15 +58,10 @@ class EngineSource:
         self.policy_step = -1
         args = trainer.args
         if args.vllm_mode == "server":
-            if is_zero3(trainer):
+            if shards_layers(trainer) and args.reuse_context_states:
                 raise ValueError(
-                    "`vllm_mode='server'` sends whole tensors of the policy, and ZeRO-3 leaves a process parts of "
-                    "them. Use FSDP2, keep the model whole (DDP, ZeRO-2), or leave `use_vllm` out."
-                )
-            if trainer.is_fsdp_enabled and args.reuse_context_states:
-                raise ValueError(
-                    "`reuse_context_states=True` runs the backbone by itself over what servers answered, which FSDP "
-                    "shards. Set it to `False`: it is run with the policy."
+                    "`reuse_context_states=True` runs the backbone by itself over what servers answered, and FSDP and "
+                    "ZeRO-3 shard it. Set it to `False`: it is run with the policy."
                 )
             model = trainer.accelerator.unwrap_model(trainer.model)
             self.engine = RolloutServers(model, server_urls(args), args.vllm_server_timeout, read_key())
@@ -134,7 +128,7 @@ class EngineSource:
             if trainer.args.vllm_enable_sleep_mode:
                 self.engine.wake_up()
             if self.policy_step != step:
-                whole = {} if not trainer.is_fsdp_enabled else {"state_dict": _whole_tensors(model.policy)}
+                whole = {"state_dict": whole_tensors(trainer, model.policy)} if shards_layers(trainer) else {}
                 cost = self.engine.update(model, **whole)
                 for name, value in cost.items():
                     trainer.rollout_log.figures(trainer.model.training, {f"engine/sync_{name}": (value, 1.0)})
@@ -161,11 +155,6 @@ class EngineSource:
                 own = slice(width - len(sample.prompt.ids), width + len(sample.completion_ids) - 1)
                 sample.context_states = states[i, own]
                 sample.position_ids = None if positions is None else positions[i, ..., own]
-
-
-def _whole_tensors(part: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The tensors of a part of a model that FSDP shards. All processes take part, and the first has them, on the CPU."""
-    return get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def _started(model: Any, trainer: Any) -> Any:

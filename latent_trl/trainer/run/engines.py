@@ -8,6 +8,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from PIL import Image
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import ProcessorMixin
 
 from ...checkpoint.files import read_json
@@ -91,6 +93,18 @@ def elements(parameter: torch.nn.Parameter) -> int:
 def shards_layers(trainer: Any) -> bool:
     """Whether processes gather the layers together, so that each must run them as often as the others."""
     return trainer.is_fsdp_enabled or is_zero3(trainer)
+
+
+def whole_tensors(trainer: Any, part: nn.Module) -> dict[str, torch.Tensor]:
+    """The tensors of a part of a trainer's model that FSDP or ZeRO-3 shards, by its own names, on the CPU. All
+    processes take part, and the first has them."""
+    if trainer.is_fsdp_enabled:
+        return get_model_state_dict(part, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(part.parameters())):
+        main = trainer.accelerator.is_main_process
+        return {name: tensor.detach().cpu().clone() for name, tensor in part.state_dict().items()} if main else {}
 
 
 def prepare_model(trainer: Any) -> None:

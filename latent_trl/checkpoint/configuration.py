@@ -1,5 +1,6 @@
 """Configuration of a latent action model: the sizes of its components and the backbone that they belong to."""
 
+import re
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -7,7 +8,11 @@ from transformers import AutoConfig, PreTrainedConfig
 READ_OUTS = ("residual", "subtract", "last_block")
 STAGES = ("none", "inverse_dynamics", "projector", "joint", "policy", "sft", "rl")
 SCHEMA_VERSION = 1
-MAX_LAYERS = 10_000
+# The most of each of which a configuration, or a model that is laid out by it, makes a list.
+COUNTS = {
+    re.compile(r"(?!.*(size|dim|width|channels|token))(layer|.*(_layer|depth|block|stage|label|head))"): 10_000,
+    re.compile(r"(?!.*(size|dim|width|channels|token)).*expert"): 20_000,
+}
 DECODER_KINDS = ("backbone", "plain")
 # The plainest of transformers' text models: full attention, rotary positions, a gated feed-forward block.
 PLAIN_DECODER = "llama"
@@ -198,17 +203,19 @@ def read_text_config(text_config: PreTrainedConfig | dict[str, Any]) -> PreTrain
     """A text configuration from its JSON form, less what would name code to run."""
     if isinstance(text_config, PreTrainedConfig):
         return text_config
-    _check_layers(text_config)
+    check_counts(text_config)
     return AutoConfig.for_model(**{k: v for k, v in text_config.items() if k.lstrip("_") not in CODE_FIELDS})
 
 
-def _check_layers(values: dict[str, Any]) -> None:
-    """Raises `ValueError` for more than `MAX_LAYERS` layers: a configuration makes lists of one entry a layer."""
+def check_counts(values: dict[str, Any]) -> None:
+    """Raises `ValueError` for more layers, heads, labels or experts than `COUNTS` allows."""
     for name, value in values.items():
         if isinstance(value, dict):
-            _check_layers(value)
-        elif isinstance(value, int) and value > MAX_LAYERS and ("layer" in name or name == "depth"):
-            raise ValueError(f"`{name}` must be at most {MAX_LAYERS:,}, got {value!r:.50}.")
+            check_counts(value)
+        elif isinstance(value, int):
+            for kind, most in COUNTS.items():
+                if value > most and kind.match(name):
+                    raise ValueError(f"`{name}` must be at most {most:,}, got {value!r:.50}.")
 
 
 def plain_config(text_config: PreTrainedConfig) -> PreTrainedConfig:

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from .atomic_folder import finish_saving
-from .configuration import SCHEMA_VERSION, LatentActionConfig
+from .configuration import SCHEMA_VERSION, LatentActionConfig, check_counts
 from .download import fetch_snapshot
 
 CONFIG_FILE = "latent_action_config.json"
@@ -76,12 +76,21 @@ def read_json(path: Path) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path} has {path.stat().st_size:,} bytes; no JSON of a checkpoint is that large.")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}.")
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object whose keys are different: which of two counts, readers do not agree on."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = next(key for key in found if sum(key == other for other, _ in pairs) > 1)
+        raise ValueError(f"the key {twice!r:.200} is there twice")
+    return found
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -101,6 +110,14 @@ def read_weights(path: Path) -> dict[str, torch.Tensor]:
     if endless:
         raise CheckpointError(f"{path}: tensors {endless[:5]} have values that are infinite or NaN.")
     return tensors
+
+
+def check_range(tensors: dict[str, torch.Tensor], dtypes: dict[str, torch.dtype], source: Path | str) -> None:
+    """Raises [`CheckpointError`] for finite values that are beyond the range of the dtype that they are taken into."""
+    for name, dtype in dtypes.items():
+        tensor = tensors[name]
+        if tensor.dtype != dtype and dtype.is_floating_point and not tensor.to(dtype).isfinite().all():
+            raise CheckpointError(f"{source}: tensor {name!r:.200} has values that {dtype} cannot hold.")
 
 
 def check_weights(path: Path) -> dict[str, tuple[int, ...]]:
@@ -166,6 +183,7 @@ def read_config(folder: Path) -> tuple[LatentActionConfig, list[str]]:
     if not isinstance(names, list) or not all(isinstance(name, str) and name in COMPONENTS for name in names):
         raise CheckpointError(f"{folder / CONFIG_FILE}: `components` must be among {COMPONENTS}, got {names!r}.")
     try:
+        check_counts(record)
         config = LatentActionConfig.from_dict(record)
     except Exception as error:
         raise CheckpointError(f"{folder / CONFIG_FILE} has a value that cannot be used: {error}") from error

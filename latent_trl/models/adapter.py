@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, read_json, read_weights
+from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, check_range, read_json, read_weights
 from ..checkpoint.lora import lora_fields, lora_targets, plain_lora_fields
 from ..checkpoint.peft_record import METHODS, plain_fields
 
@@ -135,6 +135,7 @@ def load_adapter(
         raise CheckpointError(f"{source} has a value that cannot be used: {error}") from error
     try:
         own = fitting_tensors(adapter.peft_model, tensors)
+        check_range(tensors, {name: tensor.dtype for name, tensor in own.items()}, "The adapter")
     except CheckpointError:
         adapter.peft_model.unload()
         for parameter in trainable:

@@ -30,6 +30,7 @@ from ..checkpoint.files import (
     TUNED_FOLDER,
     WEIGHTS_NAME,
     CheckpointError,
+    check_range,
     has_folder,
     read_config,
     read_json,
@@ -172,6 +173,7 @@ class LatentActionCheckpointMixin:
         wrong = [name for name, t in tuned_tensors.items() if name not in own or own[name].shape != t.shape]
         if wrong:
             raise CheckpointError(f"{tuned}: tensors {wrong[:5]} are not the backbone's.")
+        check_range(tuned_tensors, {name: own[name].dtype for name in tuned_tensors}, tuned)
         adapter = load_adapter(backbone, *adapter, is_trainable) if adapter is not None else None
         # The model freezes its backbone; an adapter that is loaded to be trained is not frozen with it.
         trainable = [p for p in backbone.parameters() if p.requires_grad and adapter is not None]

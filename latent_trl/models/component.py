@@ -3,7 +3,7 @@
 import inspect
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from safetensors.torch import save_file
@@ -15,6 +15,7 @@ from ..checkpoint.files import (
     CONFIG_NAME,
     WEIGHTS_NAME,
     CheckpointError,
+    check_range,
     check_weights,
     read_json,
     read_weights,
@@ -60,8 +61,14 @@ def check_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str
 
 
 def load_state(module: nn.Module, tensors: dict[str, torch.Tensor], source: str) -> None:
-    """Copies `tensors` into `module`, all or nothing. Raises [`CheckpointError`] where names or shapes differ."""
+    """
+    Copies `tensors` into `module`, all or nothing.
+
+    Raises:
+        CheckpointError: Where names or shapes differ, or the module's dtype cannot hold a value.
+    """
     check_state(module, tensors, source)
+    check_range(tensors, {name: tensor.dtype for name, tensor in module.state_dict().items()}, source)
     module.load_state_dict(tensors)
 
 
@@ -158,6 +165,11 @@ class LatentActionComponent(nn.Module):
             raise CheckpointError(
                 f"{folder / CONFIG_NAME}: expected the keys {sorted(cls.config_keys)}, got {sorted(config)}."
             )
+        for name, hint in get_type_hints(cls.__init__).items():
+            if name in config and hint in (int, bool, str) and type(config[name]) is not hint:
+                raise CheckpointError(
+                    f"{folder / CONFIG_NAME}: `{name}` must be of type {hint.__name__}, got {config[name]!r:.100}."
+                )
         # Shapes are compared before memory is taken for them.
         shapes = check_weights(folder / WEIGHTS_NAME)
         try:

@@ -7,12 +7,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..checkpoint.files import CheckpointError, read_json, read_weights
+from ..checkpoint.files import CheckpointError, check_range, check_weights, read_json, read_weights
+from ..checkpoint.lora import plain_lora_fields
 from ..checkpoint.plan_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.backbone import Backbone
 from .targets import base_layer, features
 
 PREFIX = "base_model.model."
+# Fields of the record that a plan has; dropout is of training, and the last follows from the layer.
+PLAN_FIELDS = {"r", "lora_alpha", "lora_dropout", "fan_in_fan_out"}
 
 
 class PlanAdapters(nn.Module):
@@ -107,30 +110,62 @@ class PlanAdapters(nn.Module):
             tensors[f"{PREFIX}{name}.lora_B.weight"] = up[plan].detach().cpu().clone()
         save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
-    def read_plan(self, plan: int, folder: str | Path) -> list[tuple[nn.Parameter, torch.Tensor]]:
-        """
-        What [`~PlanAdapters.save_plan`] wrote, beside the parameters that it is of: `[K, ...]` and `[...]`.
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of a plan's tensors, by their names in its file."""
+        return plan_shapes(self.targets, self.sizes, self.rank)
 
-        Raises:
-            CheckpointError: When it is no LoRA of these linear maps and this rank.
-        """
-        folder = Path(folder)
-        record, tensors = read_json(folder / ADAPTER_CONFIG), read_weights(folder / ADAPTER_WEIGHTS)
-        if (record.get("r"), record.get("lora_alpha")) != (self.rank, self.rank):
-            raise CheckpointError(
-                f"{folder} has rank {record.get('r')} and alpha {record.get('lora_alpha')}; both must be {self.rank}."
-            )
-        found = []
+    @torch.no_grad()
+    def load_plan(self, plan: int, tensors: dict[str, torch.Tensor]) -> None:
+        """Copies what [`read_plan`] gives into plan number `plan`."""
         for name, down, up in zip(self.targets, self.lora_A, self.lora_B, strict=True):
-            for letter, own in (("A", down), ("B", up)):
-                tensor = tensors.pop(f"{PREFIX}{name}.lora_{letter}.weight", None)
-                if tensor is None or tensor.shape != own[plan].shape:
-                    shape = None if tensor is None else tuple(tensor.shape)
-                    raise CheckpointError(
-                        f"{folder} has {shape} for {letter} of {name}, which takes {tuple(own[plan].shape)}: it is of "
-                        "another backbone, or of other linear maps."
-                    )
-                found.append((own, tensor))
-        if tensors:
-            raise CheckpointError(f"{folder} has tensors of other linear maps: {sorted(tensors)[:3]}.")
-        return found
+            down[plan].copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
+            up[plan].copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+
+
+def plan_shapes(targets: list[str], sizes: list[tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:
+    """
+    Shapes of the tensors of a plan, by their names in its file.
+
+    Args:
+        targets (`list[str]`), sizes (`list[tuple[int, int]]`): Names of linear maps, and their widths.
+        rank (`int`): Rows of `A`.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for name, (inner, outer) in zip(targets, sizes, strict=True):
+        found[f"{PREFIX}{name}.lora_A.weight"] = (rank, inner)
+        found[f"{PREFIX}{name}.lora_B.weight"] = (outer, rank)
+    return found
+
+
+def read_plan(folder: Path, shapes: dict[str, tuple[int, ...]], rank: int) -> dict[str, torch.Tensor]:
+    """
+    What [`~PlanAdapters.save_plan`] wrote.
+
+    Raises:
+        CheckpointError: When it is no LoRA of these `shapes` and this rank and alone.
+    """
+    source = folder / ADAPTER_CONFIG
+    record = read_json(source)
+    taken = plain_lora_fields(record, source)
+    if record.get("peft_type") != "LORA" or (taken.get("r"), taken.get("lora_alpha")) != (rank, rank):
+        raise CheckpointError(
+            f"{folder} is a {record.get('peft_type')!r:.50} of rank {taken.get('r')} and alpha "
+            f"{taken.get('lora_alpha')}; it must be a 'LORA', and both must be {rank}."
+        )
+    # What would make something else of the same tensors.
+    more = sorted(name for name in taken.keys() - PLAN_FIELDS if taken[name] not in (False, "none", {}, []))
+    if more:
+        raise CheckpointError(f"{source} has {more}, which plans do not have.")
+    given = check_weights(folder / ADAPTER_WEIGHTS)
+    for name, shape in shapes.items():
+        if given.get(name) != shape:
+            raise CheckpointError(
+                f"{folder} has {given.get(name)} for {name}, which takes {shape}: it is of another backbone, or of "
+                "other linear maps."
+            )
+    if given.keys() - shapes.keys():
+        raise CheckpointError(f"{folder} has tensors of other linear maps: {sorted(given.keys() - shapes.keys())[:3]}.")
+    tensors = read_weights(folder / ADAPTER_WEIGHTS)
+    check_range(tensors, dict.fromkeys(tensors, torch.float32), folder / ADAPTER_WEIGHTS)
+    return tensors

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, has_folder
 from ..models.adapter import fitting_tensors, load_adapter, read_adapter, wrapping_layers
+from .configuration import PlanConfig
 
 MERGE = "Merge it first: `backbone = model.merge_and_unload()`."
 
@@ -61,7 +62,7 @@ class BaseAdapter:
 
     def check_same(self, folder: Path) -> None:
         """Raises [`CheckpointError`] unless the folder of plans holds this LoRA."""
-        _, tensors = read_adapter(folder / ADAPTER_FOLDER)
+        _, tensors = read_adapter(adapter_folder(folder))
         own = fitting_tensors(self.peft_model, tensors)
         other = [n for n, tensor in own.items() if not torch.equal(tensor.cpu().float(), tensors[n].float())]
         if other:
@@ -69,6 +70,15 @@ class BaseAdapter:
                 f"The plans in {folder} were learned beside another LoRA: {other[:3]} differ. Load the plain backbone; "
                 "the LoRA comes with the plans."
             )
+
+
+def check_adapter(folder: Path, config: PlanConfig, own: BaseAdapter | None) -> None:
+    """Raises [`CheckpointError`] unless a backbone carries the LoRA beside which the plans of a folder were learned."""
+    if config.has_adapter != (own is not None):
+        with_, without = ("with", "without") if config.has_adapter else ("without", "with")
+        raise CheckpointError(f"{folder} has plans of a backbone {with_} a LoRA, and this model is {without} one.")
+    if own is not None:
+        own.check_same(folder)
 
 
 def with_saved_adapter(backbone: Any, folder: Path) -> Any:
@@ -80,6 +90,11 @@ def with_saved_adapter(backbone: Any, folder: Path) -> Any:
     """
     if isinstance(backbone, PeftModel) or wrapping_layers(backbone):
         return backbone
+    return load_adapter(backbone, *read_adapter(adapter_folder(folder)), is_trainable=False).peft_model
+
+
+def adapter_folder(folder: Path) -> Path:
+    """Where a folder of plans has its LoRA. Raises [`CheckpointError`] when it is missing, or a link out of there."""
     if not has_folder(folder, ADAPTER_FOLDER):
         raise CheckpointError(f"{folder} was learned beside a LoRA, and has no folder {ADAPTER_FOLDER!r} with it.")
-    return load_adapter(backbone, *read_adapter(folder / ADAPTER_FOLDER), is_trainable=False).peft_model
+    return folder / ADAPTER_FOLDER

@@ -15,15 +15,15 @@ from ..checkpoint.files import (
     REPORT_FILE,
     CheckpointError,
     read_json,
-    read_weights,
     resolve_folder,
 )
 from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_PATTERNS, plan_folder, plan_folders
 from ..hub.push import push_model
+from ..models.backbone import Backbone
 from ..models.checkpoint import load_backbone
-from ..models.component import load_state
-from .base_adapter import with_saved_adapter
+from .base_adapter import BaseAdapter, check_adapter, with_saved_adapter
 from .configuration import PlanConfig
+from .folder import PlanTensors, check_backbone, read_plans
 
 
 class PlanCheckpointMixin:
@@ -65,29 +65,20 @@ class PlanCheckpointMixin:
             CheckpointError: When they do not fit it, or were made for another backbone. It is then as it was.
         """
         folder = Path(folder)
-        record = PlanConfig.load(folder)
-        if not self.view.fits([record.backbone_fingerprint]):
-            raise CheckpointError(
-                f"The plans in {folder} were learned on another backbone ({record.base_model_name_or_path}): its "
-                "tensors differ from this one's. Load that backbone, or learn plans on this one."
-            )
-        if record.num_plans != self.plan_config.num_plans:
-            raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.plan_config.num_plans}.")
-        if record.has_adapter != (self.base_adapter is not None):
-            own, other = ("with", "without") if record.has_adapter else ("without", "with")
-            raise CheckpointError(f"{folder} has plans of a backbone {own} a LoRA, and this model is {other} one.")
-        if self.base_adapter is not None:
-            self.base_adapter.check_same(folder)
-        numbers = range(self.plan_config.num_plans)
-        plans = [self.plans.read_plan(plan, folder / plan_folder(plan)) for plan in numbers]
-        chooser = read_weights(folder / CHOOSER_FILE) if (folder / CHOOSER_FILE).is_file() else None
-        if chooser is not None:
-            load_state(self.chooser, chooser, str(folder / CHOOSER_FILE))
+        record, own = PlanConfig.load(folder), self.plan_config
+        check_backbone(folder, record, self.view)
+        if record.num_plans != own.num_plans:
+            raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {own.num_plans}.")
+        check_adapter(folder, record, self.base_adapter)
+        self._take(read_plans(folder, own, self.view, self.plans.shapes))
+
+    @torch.no_grad()
+    def _take(self, content: PlanTensors) -> None:
+        for plan, tensors in enumerate(content.plans):
+            self.plans.load_plan(plan, tensors)
+        if content.chooser is not None:
+            self.chooser.load_state_dict(content.chooser)
             self.chooser_is_trained = True
-        with torch.no_grad():
-            for plan, tensors in zip(numbers, plans, strict=True):
-                for parameter, tensor in tensors:
-                    parameter[plan].copy_(tensor)
 
     @classmethod
     def from_pretrained(
@@ -115,8 +106,17 @@ class PlanCheckpointMixin:
             backbone = load_backbone(config.base_model_name_or_path, **options)
         elif kwargs:
             raise ValueError(f"`backbone` is given, so {sorted(kwargs)} have nothing to apply to.")
-        model: Any = cls(with_saved_adapter(backbone, folder) if config.has_adapter else backbone, config)
-        model.load_folder(folder)
+        # All of it is read and compared before anything is made for it, or put on the backbone.
+        carried = BaseAdapter.of(backbone)
+        view = Backbone(backbone if carried is None else carried.backbone)
+        check_backbone(folder, config, view)
+        content = read_plans(folder, config, view)
+        if config.has_adapter and carried is None:
+            backbone = with_saved_adapter(backbone, folder)
+        else:
+            check_adapter(folder, config, carried)
+        model: Any = cls(backbone, config)
+        model._take(content)
         model.training_report = report
         if any((folder / name).is_file() for name in PROCESSOR_RECORDS):
             model.processor_folder = folder

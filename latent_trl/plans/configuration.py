@@ -1,14 +1,27 @@
 """Configuration of a [`PlanModel`]: what its folder says of it."""
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint.files import CheckpointError, read_json
 from ..checkpoint.plan_files import PLAN_CONFIG
 from ..models.checkpoint import package_versions
 
 SCHEMA_VERSION = 1
+# Of what sizes follow from: the least that makes sense, and far more than anybody has use for.
+BOUNDS = {
+    "num_plans": (2, 10_000),
+    "rank": (1, 4096),
+    "chooser_layers": (1, 10_000),
+    "chooser_size": (4, 4096),
+    "seed": (0, 2**63 - 1),
+}
+MAX_INT = 2**31 - 1
+TEXTS = ("base_model_name_or_path", "base_model_revision", "backbone_fingerprint")
+TOKEN_IDS = ("segment_end_token_ids", "vision_token_ids")
 
 
 @dataclass
@@ -57,16 +70,36 @@ class PlanConfig:
     has_adapter: bool = False
 
     def __post_init__(self):
-        for name, least in (("num_plans", 2), ("rank", 1), ("chooser_layers", 1), ("chooser_size", 4)):
+        for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
-            if type(value) is not int or value < least:
-                raise ValueError(f"`{name}` must be an integer of at least {least}, got {value!r}.")
-        if self.segment not in ("answer", "sentence") and (type(self.segment) is not int or self.segment < 1):
+            if type(value) is not int or not least <= value <= most:
+                raise ValueError(f"`{name}` must be an integer from {least} to {most}, got {value!r:.100}.")
+        if self.depth is not None and (type(self.depth) is not int or not 0 <= self.depth <= MAX_INT):
+            raise ValueError(f"`depth` must be a number of layers, or None; got {self.depth!r:.100}.")
+        if self.segment not in ("answer", "sentence") and (
+            type(self.segment) is not int or not 1 <= self.segment <= MAX_INT
+        ):
             raise ValueError(
-                f"`segment` must be 'answer', 'sentence' or a number of tokens of at least 1, got {self.segment!r}."
+                "`segment` must be 'answer', 'sentence' or a number of tokens of at least 1, got "
+                f"{self.segment!r:.100}."
             )
-        if not self.init_std > 0:
-            raise ValueError(f"`init_std` must be above 0, or all plans are the same; got {self.init_std!r}.")
+        is_number = type(self.init_std) in (int, float)
+        if not (is_number and 0 < self.init_std <= MAX_INT):
+            raise ValueError(
+                f"`init_std` must be a number above 0, or all plans are the same; got {self.init_std!r:.100}."
+            )
+        if type(self.has_adapter) is not bool:
+            raise ValueError(f"`has_adapter` must be True or False, got {self.has_adapter!r:.100}.")
+        for name in TEXTS:
+            if not isinstance(getattr(self, name), str | None):
+                raise ValueError(f"`{name}` must be a text or None, got {getattr(self, name)!r:.100}.")
+        for name in TOKEN_IDS:
+            if not _are(getattr(self, name), lambda i: type(i) is int and 0 <= i <= MAX_INT):
+                raise ValueError(f"`{name}` must be a list of token ids or None, got {getattr(self, name)!r:.100}.")
+        if not _are(self.target_modules, lambda end: isinstance(end, str)) or self.target_modules == []:
+            raise ValueError(
+                f"`target_modules` must be a list of ends of names, or None; got {self.target_modules!r:.100}."
+            )
 
     def save(self, folder: str | Path) -> None:
         record = {"schema_version": SCHEMA_VERSION, **asdict(self), "package_versions": package_versions()}
@@ -79,7 +112,8 @@ class PlanConfig:
             CheckpointError: When the folder has no such record, or one of a later version.
         """
         record = read_json(Path(folder) / PLAN_CONFIG)
-        if record.pop("schema_version", None) != SCHEMA_VERSION:
+        version = record.pop("schema_version", None)
+        if type(version) is not int or version != SCHEMA_VERSION:
             raise CheckpointError(f"{folder} was not written as version {SCHEMA_VERSION} of the format of plans.")
         # For people and the card.
         record.pop("package_versions", None)
@@ -90,3 +124,8 @@ class PlanConfig:
             return cls(**record)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"{Path(folder) / PLAN_CONFIG}: {error}") from error
+
+
+def _are(values: Any, kind: Callable[[Any], bool]) -> bool:
+    """Whether `values` is `None`, or a list of what `kind` says."""
+    return values is None or (isinstance(values, list) and all(map(kind, values)))

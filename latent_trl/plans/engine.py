@@ -6,6 +6,7 @@ from typing import Any
 from ..checkpoint.files import resolve_folder
 from ..checkpoint.plan_files import PLAN_PATTERNS, plan_folder
 from .configuration import PlanConfig
+from .folder import check_plan_folder
 
 # What vLLM makes its buffers for; an adapter of a lower rank fits one of a higher.
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
@@ -73,4 +74,5 @@ def plan_requests(name_or_path: str | Path, revision: str | None = None) -> list
     folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
     count = PlanConfig.load(folder).num_plans
     # An id of 0 is no adapter.
-    return [LoRARequest(plan_folder(k), k + 1, str((folder / plan_folder(k)).resolve())) for k in range(count)]
+    folders = [check_plan_folder(folder, k).resolve() for k in range(count)]
+    return [LoRARequest(plan_folder(k), k + 1, str(path)) for k, path in enumerate(folders)]

@@ -13,6 +13,7 @@ from tiny_models import latent
 
 from latent_trl import CheckpointError, Codebook, LatentActionModel, LatentActionPolicy
 from latent_trl.checkpoint import files
+from latent_trl.checkpoint.configuration import check_counts
 from latent_trl.checkpoint.peft_record import plain_fields
 from latent_trl.hub.pull import inspect
 
@@ -96,6 +97,9 @@ def test_an_adapter_of_nan(adapted):
         ({"num_hidden_layers": 20_000}, "`num_hidden_layers` must be at most 10,000"),
         ({"num_hidden_layers": 10**10}, "`num_hidden_layers` must be at most 10,000"),
         ({"intermediate_size": 1 << 40}, "shape|cannot be used"),
+        ({"num_labels": 10**9}, "`num_labels` must be at most 10,000"),
+        ({"model_type": "qwen2_moe", "num_experts": 10**9}, "`num_experts` must be at most 20,000"),
+        ({"part": {"num_labels": 10**9}}, "`num_labels` must be at most 10,000"),
     ],
 )
 def test_a_component_that_asks_for_more_than_its_file_has(saved, cheap, text, said):
@@ -109,9 +113,62 @@ def test_a_component_that_asks_for_more_than_its_file_has(saved, cheap, text, sa
 def test_a_record_with_more_layers_than_any_model_has(saved, model, cheap):
     path = saved / "latent_action_config.json"
     config = json.loads(path.read_text())
-    edit(path, text_config={**config["text_config"], "num_hidden_layers": 10**10})
-    with pytest.raises(CheckpointError, match="`num_hidden_layers` must be at most 10,000"):
+    text_config = {**config["text_config"], "num_hidden_layers": 10**10}
+    for values, name in (({"text_config": text_config}, "num_hidden_layers"), ({"num_labels": 10**9}, "num_labels")):
+        path.write_text(json.dumps({**config, **values}))
+        with pytest.raises(CheckpointError, match=f"`{name}` must be at most 10,000"):
+            LatentActionModel.from_pretrained(saved, backbone=model.backbone)
+
+
+def test_what_is_counted_in_other_units_has_no_such_limit():
+    """As large as families of transformers have them."""
+    counts = {
+        "vocab_size_per_layer_input": 262_144,
+        "moe_shared_expert_intermediate_size": 30_000,
+        "n_positions": 10**6,
+    }
+    check_counts({**counts, "num_experts": 16_384, "head_dim": 16_384, "max_position_embeddings": 10**7})
+
+
+@pytest.mark.parametrize(
+    "part, values",
+    [
+        ("projector", {"residual": 1}),
+        ("projector", {"residual": "no"}),
+        ("projector", {"residual": None}),
+        ("codebook", {"num_codes": 16.0}),
+        ("codebook", {"hidden_size": "32"}),
+        ("world_model", {"intermediate_size": True}),
+        ("world_model", {"read_out": ["residual"]}),
+        ("policy", {"hidden_size": 32.0}),
+    ],
+)
+def test_values_of_a_component_are_of_their_types(saved, model, part, values):
+    edit(saved / part / "config.json", **values)
+    with pytest.raises(CheckpointError, match=f"`{next(iter(values))}` must be of type"):
         LatentActionModel.from_pretrained(saved, backbone=model.backbone)
+
+
+@pytest.mark.parametrize("name", ["codebook/config.json", "latent_action_config.json"])
+def test_a_key_that_is_there_twice(saved, model, name):
+    text = (saved / name).read_text().rstrip()
+    (saved / name).write_text(text[:-1] + ', "num_codes": 16}')
+    with pytest.raises(CheckpointError, match="'num_codes' is there twice"):
+        LatentActionModel.from_pretrained(saved, backbone=model.backbone)
+
+
+def test_values_that_a_dtype_cannot_hold(saved, adapted):
+    path = saved / "codebook" / "model.safetensors"
+    change(path, lambda t: t.double() + 1e30)
+    assert Codebook.from_pretrained(saved, dtype=torch.float32).weight.isfinite().all()
+    with pytest.raises(CheckpointError, match="has values that torch.float16 cannot hold"):
+        Codebook.from_pretrained(saved, dtype=torch.float16)
+    change(adapted / "adapter" / "adapter_model.safetensors", lambda t: t.double() + 1e300)
+    backbone = latent("llava")[0].backbone
+    before = list(dict(backbone.named_parameters()))
+    with pytest.raises(CheckpointError, match="has values that torch.float32 cannot hold"):
+        LatentActionModel.from_pretrained(adapted, backbone=backbone)
+    assert list(dict(backbone.named_parameters())) == before
 
 
 def test_tables_that_are_in_no_file(saved, cheap):

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..data.rows import short
 from .chat_request import ChatRequest, RequestLimits, generation_request, parse_request
 from .chat_response import Completion, error_body, error_status
 from .engine import Engine, EngineError, GenerationRequest, Piece, RequestError
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 HUNG_UP = 499
 BODY_SECONDS = 30
+# After the time of a request, for a client to read what is left of its answer.
+READ_SECONDS = 10
 
 
 class ChatCompletions:
@@ -69,7 +72,7 @@ class ChatCompletions:
                 with self._room_for_pictures(wanted):
                     async with aclosing(answer) as pieces:
                         response = await unless_hung_up(_response(request, completion, pieces), receive)
-                        await response(scope, receive, send)
+                        await _sent(response(scope, receive, send), deadline + READ_SECONDS)
                 # Of a stream the status has been sent before the rest.
                 status = completion.status or HUNG_UP
         except ClientDisconnect:
@@ -124,7 +127,7 @@ class ChatCompletions:
         found = parse_request(bytes(body))
         if found.model != self.name:
             raise RequestError(
-                f"There is no model {found.model!r} here, only {self.name!r}.", "model", 404, "model_not_found"
+                f"There is no model {short(found.model)} here, only {self.name!r}.", "model", 404, "model_not_found"
             )
         return found
 
@@ -199,6 +202,15 @@ async def unless_hung_up(work: Awaitable[T], receive: Receive) -> T:
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
+async def _sent(work: Awaitable[None], end: float) -> None:
+    """Raises `ClientDisconnect` where a client has not read its answer by the time `end` of the loop."""
+    try:
+        async with asyncio.timeout_at(end):
+            await work
+    except TimeoutError as error:
+        raise ClientDisconnect from error
+
+
 async def _hung_up(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -264,7 +276,7 @@ def make_app(
         wanted = request.path_params["name"]
         if wanted == name:
             return JSONResponse(model)
-        return _failed(RequestError(f"There is no model {wanted!r} here.", "model", 404, "model_not_found"))
+        return _failed(RequestError(f"There is no model {short(wanted)} here.", "model", 404, "model_not_found"))
 
     async def health(request: Request) -> Response:
         problem = engine.problem()

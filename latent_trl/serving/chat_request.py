@@ -1,6 +1,7 @@
 """The body of a chat completion request: what is taken, what is refused by name, and its pictures."""
 
 import math
+import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from typing import Annotated, Any, Literal
@@ -24,7 +25,14 @@ from .engine import Engine, GenerationRequest, RequestError
 
 # Whole numbers are taken too.
 Number = Annotated[float, Field(strict=True)]
-MAX_STOPS = 4
+MAX_STOPS, MAX_STOP_LENGTH = 4, 1_000
+# Lists, objects and what is in them: a small body may hold millions, and an error for each.
+MAX_VALUES = 20_000
+# Of what may stand for one, inside of texts too: so many are not looked through.
+MAX_MARKS = 1_000_000
+MARKS = (b",", b"[", b"{", b'"')
+# A string of JSON, whole or without an end, so that a search never begins anew inside of one.
+STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 # Far from what would leave the range of float32.
 LARGEST_BIAS = 1e6
 NO_TOKEN_CHOICE = (
@@ -150,7 +158,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
     max_tokens: StrictInt | None = Field(None, ge=1)
     n: StrictInt = Field(1, ge=1)
-    stop: list[Annotated[StrictStr, Field(min_length=1)]] = Field([], max_length=MAX_STOPS)
+    stop: list[Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]] = Field([], max_length=MAX_STOPS)
     # Not OpenAI's but vLLM's, whose benchmark sends it.
     ignore_eos: StrictBool = False
     seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
@@ -183,6 +191,9 @@ def parse_request(body: bytes) -> ChatRequest:
     Raises:
         RequestError: With the field, what it holds and what works.
     """
+    marks = sum(map(body.count, MARKS))
+    if marks > MAX_MARKS or (marks > MAX_VALUES and sum(map(STRING.sub(b"", body).count, MARKS)) > MAX_VALUES):
+        raise RequestError(f"The body holds more than {MAX_VALUES:,} values.", status=413)
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:

@@ -72,6 +72,8 @@ class Server(uvicorn.Server):
                 port=port,
                 log_level="warning",
                 access_log=False,
+                # It bounds the size of headers.
+                http="h11",
                 timeout_keep_alive=keep_alive,
                 timeout_graceful_shutdown=5,
             )

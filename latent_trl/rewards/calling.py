@@ -251,11 +251,12 @@ class RewardCaller:
 
     def _numbers(self, index: int, answer: Any, batch: "_Batch") -> list[float]:
         count = len(batch)
-        if isinstance(answer, torch.Tensor):
-            answer = answer.tolist()
         try:
+            if isinstance(answer, torch.Tensor):
+                answer = answer.tolist()
             rewards = None if isinstance(answer, (str, bytes, dict, set)) else list(answer)
-        except TypeError:
+        except Exception:
+            # Among others a tensor without data.
             rewards = None
         if rewards is None:
             raise RewardError(f"{self._title(index)} must return a list of {count} numbers, got {_short(answer)}.")
@@ -343,7 +344,10 @@ def _start(function: Callable, arguments: dict[str, Any], seconds: float | None)
 
     try:
         return call_within(seconds, call)
-    except Exception as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        # `sys.exit` too: the run would end as if it were done, and other processes would wait.
         return error
 
 
@@ -362,5 +366,8 @@ def _words(error: BaseException) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except Exception:
+        text = f"a {type(value).__name__} that cannot be shown"
     return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 3] + "..."

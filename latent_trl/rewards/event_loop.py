@@ -26,8 +26,15 @@ def run_together(awaitables: list[Awaitable], seconds: float | None = None) -> l
         RuntimeError: Inside an async reward, which would wait for itself.
     """
 
+    async def settled(awaitable):
+        # `SystemExit` and the like would end the loop, for which the caller waits.
+        try:
+            return await awaitable
+        except BaseException as error:
+            return error
+
     async def limited(awaitable):
-        task = asyncio.ensure_future(awaitable)
+        task = asyncio.ensure_future(settled(awaitable))
         done, _ = await asyncio.wait({task}, timeout=seconds)
         if done:
             return task.result()

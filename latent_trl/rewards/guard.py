@@ -1,9 +1,11 @@
-"""What a reward function does to the process that calls it: random numbers and working directory are put back."""
+"""What a reward function does to the process that calls it: what a run relies on is put back."""
 
 import os
 import random
+import signal
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +16,16 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SLOW_AFTER = 600.0
+# How settings are read, and put back.
+SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
+    (torch.get_default_device, torch.set_default_device),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (sys.getrecursionlimit, sys.setrecursionlimit),
+]
 
 
 @contextmanager
@@ -34,26 +46,51 @@ def named_when_slow(name: str) -> Iterator[None]:
         done.set()
 
 
+def _working_directory() -> str | None:
+    try:
+        return os.getcwd()
+    except FileNotFoundError:
+        # It has been removed.
+        return None
+
+
 @contextmanager
 def process_as_it_was() -> Iterator[None]:
     """
-    Puts back the generators of Python, NumPy and PyTorch, and the working directory. A function that seeds them would
-    have every rollout draw the same codes, and one that leaves the directory would have checkpoints written elsewhere.
+    Puts back what a reward function may have changed: the generators of Python, NumPy and PyTorch, PyTorch's settings,
+    the working directory, and who handles SIGTERM and SIGINT. A function that seeds the
+    generators would have every rollout draw the same codes, and one that leaves the directory would have checkpoints
+    written elsewhere. Environment variables stay as they are, and a warning names them.
     """
-    folder = os.getcwd()
+    folder, environment = os.getcwd(), dict(os.environ)
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    # Python has the main thread alone change handlers.
+    numbers = (signal.SIGTERM, signal.SIGINT) if threading.current_thread() is threading.main_thread() else ()
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    settings = [get() for get, _ in SETTINGS]
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+        for (get, put_back), value in zip(SETTINGS, settings, strict=True):
+            if get() != value:
+                put_back(value)
         torch.set_rng_state(cpu)
         if device is not None:
             torch.cuda.set_rng_state(device)
-        if os.getcwd() != folder:
-            logger.warning_once(f"A reward function has changed the working directory; it is {folder!r} again.")
+        for number, handler in handlers.items():
+            if handler is not None and signal.getsignal(number) != handler:
+                signal.signal(number, handler)
+        if _working_directory() != folder:
             os.chdir(folder)
+            logger.warning_once(f"A reward function has changed the working directory; it is {folder!r} again.")
+        changed = sorted(
+            name for name in environment.keys() | os.environ if environment.get(name) != os.environ.get(name)
+        )
+        if changed:
+            logger.warning_once(f"A reward function has changed the environment variables {changed}; they stay so.")
 
 
 def own_copy(value: Any) -> Any:

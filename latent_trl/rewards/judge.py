@@ -139,7 +139,7 @@ class JudgeReward:
         self._checked = False
 
     def __repr__(self) -> str:
-        return f"JudgeReward(model={self.client.model!r}, base_url={self.client.base_url!r}, name={self.__name__!r})"
+        return f"JudgeReward(model={self.client.model!r}, base_url={self.client.address!r}, name={self.__name__!r})"
 
     @property
     def stats(self) -> JudgeStats:
@@ -177,7 +177,7 @@ class JudgeReward:
                     return
         hint = " If the model takes no images, set `send_images=False`." if self.send_images else ""
         raise JudgeUnavailableError(
-            f"The judge `model={self.client.model!r}` at `base_url={self.client.base_url!r}` gave no scores for a "
+            f"The judge `model={self.client.model!r}` at `base_url={self.client.address!r}` gave no scores for a "
             f"trial request ({failure}). Start the endpoint or correct `base_url`, `model` or `api_key`.{hint}"
         )
 

@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .judge_cache import ReplyCache, request_key
-from .judge_reply import ReplyRefused, Secret, guard_reply
+from .judge_reply import MAX_WORDS, ReplyRefused, Secret, guard_reply
 from .judge_template import JudgeReplyError
 
 RETRIED_STATUS = frozenset({408, 409, 425, 429})
@@ -83,7 +83,7 @@ class JudgeClient:
     """
 
     model: str
-    base_url: str
+    base_url: str = field(repr=False)
     api_key: str = field(repr=False)
     request: dict[str, Any]
     concurrency: int
@@ -97,9 +97,10 @@ class JudgeClient:
 
     def __post_init__(self):
         parts = urlsplit(self.base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password:
+        more = parts.username or parts.password or parts.query or parts.fragment
+        if parts.scheme not in ("http", "https") or not parts.hostname or more or not self.base_url.isprintable():
             raise ValueError(
-                "`base_url` must look like 'http://localhost:8000/v1', without a user name or key in it "
+                "`base_url` must look like 'http://localhost:8000/v1', without a user name or key, or a query, in it "
                 f"(`api_key` is the place for that); got one with scheme {parts.scheme!r}, host {parts.hostname!r}."
             )
         for name, lowest in (("concurrency", 1), ("max_retries", 0), ("retry_delay", 0), ("max_retry_delay", 0)):
@@ -130,6 +131,11 @@ class JudgeClient:
             default_headers={"Accept-Encoding": "identity"},
         ) as connection:
             yield JudgeSession(self, connection, openai)
+
+    @property
+    def address(self) -> str:
+        """`base_url`, as it may be shown."""
+        return self.redact(self.base_url)
 
     def redact(self, text: str) -> str:
         """Takes keys out of a text that a server sent, parts and encoded forms of them too, and shortens it."""
@@ -271,6 +277,8 @@ class JudgeSession:
             raise JudgeCallError("truncated", "the reply ran into the limit on tokens: raise `max_tokens`")
         if not isinstance(content, str) or not content.strip():
             raise JudgeCallError("empty", "the reply has no text")
+        if len(content) > MAX_WORDS:
+            raise JudgeCallError("too_large", f"the reply has {len(content):,} characters")
         return content
 
 
@@ -286,7 +294,8 @@ def import_openai() -> Any:
 def _token_count(answer: dict, name: str) -> int:
     usage = answer.get("usage")
     count = usage.get(name) if isinstance(usage, dict) else None
-    return count if isinstance(count, int) else 0
+    # What a server says is no number to reckon with beyond that of floats.
+    return count if type(count) is int and 0 <= count < 2**53 else 0
 
 
 def _retry_after(headers: Any) -> float | None:

@@ -1,6 +1,7 @@
 """What a judge is asked, and the strict reading of what it answers."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
@@ -9,6 +10,11 @@ from typing import Any
 from .judge_delimiters import without_delimiters
 
 TEMPLATE_FOLDER = Path(__file__).parent / "judge_templates"
+# Where reasoning begins and ends, as models write it.
+THINK = re.compile(r"[<◁[]\s*\|?\s*think(?:ing)?\b[^>▷\]]{0,20}[>▷\]]", re.IGNORECASE)
+END_OF_THINKING = re.compile(r"[<◁[]\s*\|?\s*/\s*think(?:ing)?\s*\|?\s*[>▷\]]", re.IGNORECASE)
+# Each costs a look at all that is before it.
+MAX_WRONG = 1_000
 
 
 class JudgeReplyError(ValueError):
@@ -183,14 +189,18 @@ def _strict_object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _json_objects(reply: str) -> list[dict]:
     """All outermost JSON objects in a text, after the reasoning that some models put before their answer."""
-    before, mark, text = reply.partition("</think>")
-    if not mark:
-        text = "" if reply.lstrip().startswith("<think>") else reply
-    elif "</think>" in text or (not before.lstrip().startswith("<think>") and _json_objects(before)):
-        # Which of them ends the reasoning, and which is quoted, cannot be told.
-        raise JudgeReplyError("unparsable", "it is not clear where the reasoning ends")
+    begins, ends = list(THINK.finditer(reply)), list(END_OF_THINKING.finditer(reply))
+    begun = bool(begins) and not re.search(r"\w", reply[: begins[0].start()])
+    if ends:
+        before, text = reply[: ends[0].start()], reply[ends[0].end() :]
+        nested = sum(begin.start() < ends[0].start() for begin in begins) > 1
+        if len(ends) > 1 or nested or (not begun and _json_objects(before)):
+            # Which of them ends the reasoning, and which is quoted, cannot be told.
+            raise JudgeReplyError("unparsable", "it is not clear where the reasoning ends")
+    else:
+        text = "" if begun else reply
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
-    objects, position = [], text.find("{")
+    objects, position, wrong = [], text.find("{"), 0
     while position >= 0:
         try:
             value, end = decoder.raw_decode(text, position)
@@ -199,7 +209,9 @@ def _json_objects(reply: str) -> list[dict]:
         except RecursionError:
             raise JudgeReplyError("unparsable", "nested beyond reason") from None
         except ValueError:  # not JSON, or a number without end
-            end = position + 1
+            end, wrong = position + 1, wrong + 1
+            if wrong > MAX_WRONG:
+                raise JudgeReplyError("unparsable", f"more than {MAX_WRONG:,} braces that begin nothing") from None
         else:
             objects.append(value)
         position = text.find("{", end)

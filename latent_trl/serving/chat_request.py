@@ -191,8 +191,7 @@ def parse_request(body: bytes) -> ChatRequest:
     Raises:
         RequestError: With the field, what it holds and what works.
     """
-    marks = sum(map(body.count, MARKS))
-    if marks > MAX_MARKS or (marks > MAX_VALUES and sum(map(STRING.sub(b"", body).count, MARKS)) > MAX_VALUES):
+    if _holds_too_much(body):
         raise RequestError(f"The body holds more than {MAX_VALUES:,} values.", status=413)
     try:
         request = ChatRequest.model_validate_json(body)
@@ -203,6 +202,15 @@ def parse_request(body: bytes) -> ChatRequest:
     if request.stream_options is not None and not request.stream:
         raise RequestError("`stream_options` needs `stream: true`.", "stream_options")
     return request
+
+
+def _holds_too_much(body: bytes) -> bool:
+    marks = sum(map(body.count, MARKS))
+    if not MAX_VALUES < marks <= MAX_MARKS:
+        return marks > MAX_MARKS
+    bare = STRING.sub(b"", body)
+    # How deep one may stand in another is the parser's affair, and commas part the values.
+    return bare.count(b",") > MAX_VALUES or sum(map(bare.count, MARKS)) > 5 * MAX_VALUES
 
 
 def _refusal(error: ValidationError) -> RequestError:

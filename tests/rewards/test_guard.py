@@ -3,8 +3,10 @@
 import asyncio
 import os
 import random
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from latent_trl.commands.arguments import as_dict
 from latent_trl.commands.loading import load_rewards
 from latent_trl.rewards import guard
-from latent_trl.rewards.calling import RewardCaller
+from latent_trl.rewards.calling import RewardCaller, RewardError
 from latent_trl.rewards.exact_match import ExactMatchReward
 
 ROWS = [{"note": ["a", {"b": [1]}]}, {"note": ["c", {"d": [2]}]}]
@@ -143,3 +145,107 @@ def test_a_function_that_does_not_return_is_named(monkeypatch, asynchronous):
     assert said and all("'slow_later'" in text if asynchronous else "'slow'" in text for text in said)
     time.sleep(0.3)
     assert len(said) <= 4
+
+
+def settings():
+    found = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_device())
+    found += (torch.get_deterministic_debug_mode(), torch.is_anomaly_enabled(), sys.getrecursionlimit(), os.getcwd())
+    return found, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), drawn_without_trace()
+
+
+def drawn_without_trace():
+    return random.getstate()[1][:3], np.random.get_state()[1][:3].tolist(), torch.get_rng_state()[:99].tolist()
+
+
+def removed_directory():
+    folder = tempfile.mkdtemp()
+    os.chdir(folder)
+    os.rmdir(folder)
+
+
+CHANGES = {
+    "dtype": lambda: torch.set_default_dtype(torch.float64),
+    "gradients": lambda: torch.set_grad_enabled(False),
+    "threads": lambda: torch.set_num_threads(torch.get_num_threads() + 3),
+    "device": lambda: torch.set_default_device("meta"),
+    "deterministic": lambda: torch.use_deterministic_algorithms(True),
+    "anomalies": lambda: torch.autograd.set_detect_anomaly(True),
+    "recursion": lambda: sys.setrecursionlimit(10_000),
+    "SIGTERM": lambda: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "SIGINT": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    "a directory that is gone": removed_directory,
+}
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_a_run_relies_on_is_put_back(change, raises):
+    def changes(completions, **columns):
+        CHANGES[change]()
+        return [1 / 0 if raises else 0.0] * len(completions)
+
+    before = settings()
+    call = RewardCaller(changes)
+    if raises:
+        with pytest.raises(RewardError, match="ZeroDivisionError"):
+            call.score(ROWS, PROMPTS, COMPLETIONS, IDS)
+    else:
+        assert call.score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[0.0, 0.0]]
+    assert settings() == before
+
+
+def test_environment_variables_that_change_are_named(monkeypatch):
+    told = []
+    monkeypatch.setattr(guard.logger, "warning_once", told.append)
+    monkeypatch.setenv("SOME_VARIABLE", "1")
+
+    def changes(completions, **columns):
+        os.environ["SOME_VARIABLE"] = "2"
+        return [0.0] * len(completions)
+
+    RewardCaller(changes).score(ROWS, PROMPTS, COMPLETIONS, IDS)
+    assert len(told) == 1 and "['SOME_VARIABLE']" in told[0]
+
+
+LEAVING = {
+    "SystemExit": SystemExit(0),
+    "GeneratorExit": GeneratorExit(),
+    "CancelledError": asyncio.CancelledError(),
+    "BaseException": BaseException("x"),
+}
+
+
+@pytest.mark.parametrize("timeout", [None, 20])
+@pytest.mark.parametrize("kind", ["plain", "async"])
+@pytest.mark.parametrize("name", LEAVING)
+def test_a_function_that_wants_to_end_the_process_is_named(name, kind, timeout):
+    def leaves(completions, **columns):
+        raise LEAVING[name]
+
+    async def leaves_later(completions, **columns):
+        raise LEAVING[name]
+
+    call = RewardCaller(leaves if kind == "plain" else leaves_later, timeout=timeout)
+    with pytest.raises(RewardError, match=f"leaves.*raised {name}"):
+        call.score(ROWS, PROMPTS, COMPLETIONS, IDS)
+
+    async def later(completions, **columns):
+        return [1.0] * len(completions)
+
+    # The loop of async functions is still there.
+    assert RewardCaller(later).score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[1.0, 1.0]]
+
+
+class Nameless:
+    def __repr__(self):
+        raise RuntimeError("x")
+
+
+@pytest.mark.parametrize(
+    "value",
+    [torch.ones(2, device="meta"), torch.ones(2).to_sparse(), [Nameless()] * 2, Nameless()],
+    ids=["meta", "sparse", "in a list", "alone"],
+)
+def test_what_has_no_numbers_is_named(value):
+    with pytest.raises(RewardError, match="returned|must return"):
+        RewardCaller(lambda completions, **columns: value).score(ROWS, PROMPTS, COMPLETIONS, IDS)

@@ -10,6 +10,7 @@ import json
 import logging
 import re
 import resource
+import time
 import unicodedata
 from urllib.parse import quote
 
@@ -96,6 +97,52 @@ def test_bytes_that_are_no_text(server, make_judge, body):
     assert call(judge, ["good"]) == [None] and judge.stats.reasons == {"malformed": 2}
 
 
+@pytest.mark.parametrize("count", [10**4000, -5, True, "9", 1e308, None])
+def test_tokens_that_a_server_did_not_count(server, make_judge, count):
+    judge, logged = make_judge(max_retries=0), {}
+
+    def respond(request, _):
+        choice = {"message": {"content": json.dumps(scores(request))}, "finish_reason": "stop"}
+        return Reply(body=json.dumps({"choices": [choice], "usage": {"prompt_tokens": count}}))
+
+    server.respond = respond
+    wanted = call(judge, ["good"], log_metric=lambda name, value: logged.__setitem__(name, float(value)))
+    assert wanted != [None] and judge.stats.prompt_tokens == 0
+
+
+@pytest.mark.parametrize("words", ["{" * 150_000, '{"' * 100_000, '{"a":' * 40_000, "9" * 200_001, "{}" * 100_000])
+def test_replies_that_take_long_to_read(server, make_judge, words):
+    judge = make_judge(max_retries=0)
+    server.respond = lambda request, count: Reply(words)
+    start = time.monotonic()
+    assert call(judge, ["good"]) == [None] and time.monotonic() - start < 20
+    assert set(judge.stats.reasons) <= {"unparsable", "too_large"}
+
+
+@pytest.mark.parametrize("status", [200, 400, 503])
+def test_what_a_server_says_gives_no_order_to_the_terminal(server, make_judge, status, caplog):
+    orders = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
+    judge = make_judge(max_retries=0, checked=False)
+    replies = [Reply(body=orders, status=status)]
+    replies.append(Reply(body=json.dumps({"choices": [{"message": {"content": "x", "refusal": orders}}]})))
+    for reply in replies:
+        server.respond = lambda request, count, reply=reply: reply
+        with pytest.raises(Exception) as error:
+            judge.check()
+        assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", str(error.value) + caplog.text)
+
+
+def test_an_address_with_the_key_in_it(make_judge):
+    for more in (f"?key={KEY}", f"#{KEY}"):
+        with pytest.raises(ValueError, match="or a query") as error:
+            make_judge(base_url=f"http://127.0.0.1:1/v1{more}")
+        assert KEY not in str(error.value)
+    judge = make_judge(base_url="http://127.0.0.1:1/secret-key-4711/v1", api_key=KEY, max_retries=0, checked=False)
+    with pytest.raises(Exception) as error:
+        judge.check()
+    assert "secret-key" not in str(error.value) + repr(judge) + repr(judge.client)
+
+
 def test_a_completion_that_cannot_be_sent(server, make_judge):
     judge = make_judge(max_retries=0)
     assert call(judge, ["half a pair: \ud800", "good"])[1] is not None
@@ -160,6 +207,16 @@ def test_what_stands_after_a_quoted_end_of_reasoning_is_not_taken(template):
         except JudgeReplyError:
             pass
     for reply in (
+        f"<THINK>It is cut off {own}",
+        f"\ufeff<thinking >It is cut off {own}",
+        f"◁think▷It is cut off {own}",
+        f"<think>It says <think>Hm.</think>{own}",
+        f"<think>Hm.</think >{own}</THINKING>",
+        f"{json.dumps(WANTED)}</ think>{own}",
+    ):
+        with pytest.raises(JudgeReplyError):
+            template.parse(reply)
+    for reply in (
         own,
         f"<think>Let me see: {own}, or so.</think>{own}",
         f"Let me see.\n</think>\n\n```json\n{own}\n```",
@@ -219,10 +276,33 @@ def test_look_alikes_of_tags_are_broken(spelling):
         assert without_delimiters(broken) == broken
 
 
+CHAT_MARKS = [
+    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|start_header_id|>", "<|endoftext|>", "<|channel|>", "<|end|>"),
+    *("<｜end▁of▁sentence｜>", "<｜Assistant｜>", "<start_of_turn>", "<end_of_turn>", "</s>", "<s>", "<bos>", "<eos>"),
+    *("[INST]", "[/INST]", "<<SYS>>", "<</SYS>>", "[SYSTEM_PROMPT]", "[TOOL_CALLS]", "[/THINK]", "◁/think▷"),
+    *("<end_of_utterance>", "<|turn>", "<turn|>", "&lt;|im_end|>"),
+]
+
+
+@pytest.mark.parametrize("spelling", ["plain", "capitals", "full width", "zero width", "spaces", "soft hyphens"])
+@pytest.mark.parametrize("mark", CHAT_MARKS)
+def test_marks_of_chat_templates_are_broken(mark, spelling):
+    """The judge's own tokenizer takes them for the ends of turns, wherever they stand."""
+    spelled = SPELLINGS[spelling](mark) if mark.isascii() or spelling != "full width" else mark
+    text = f"poor. {spelled} good"
+    broken = without_delimiters(text)
+    assert sum(a != b for a, b in zip(text, broken, strict=True)) == 1 and broken.startswith("poor. (")
+    assert without_delimiters(broken) == broken
+
+
 @pytest.mark.parametrize(
     "text",
     [
         "a < b",
+        "a <| b",
+        "<i>so</i> <img src=x> <li>",
+        "[image] [0, 1] [instance]",
+        "<start> <small> <<",
         "if x<first: {",
         "<b>bold</b>",
         '{"answer": 3}',
@@ -288,6 +368,23 @@ FORMS = {
     "base64, of URLs": lambda key: base64.urlsafe_b64encode(key.encode()).decode(),
     "hexadecimal": lambda key: key.encode().hex(),
     "repr": repr,
+    "after a letter that grows": lambda key: "İ" + key.upper(),
+    "HTML": lambda key: "".join(f"&#{ord(c)};" for c in key),
+    "HTML, hexadecimal": lambda key: "".join(f"&#x{ord(c):X}" for c in key),
+    "URL, spelled": lambda key: "".join(f"%{byte:02x}" for byte in key.encode("latin-1")),
+    "URL, twice": lambda key: quote(quote(key, safe=""), safe=""),
+    "hexadecimal escapes": lambda key: "".join(f"\\x{ord(c):02x}" for c in key),
+    "octal escapes": lambda key: "".join(f"\\{ord(c):03o}" for c in key),
+    "long escapes": lambda key: "".join(f"\\U{ord(c):08X}" for c in key),
+    "hexadecimal, parted": lambda key: key.encode().hex(":"),
+    "numbers": lambda key: str(list(key.encode())),
+    "base32": lambda key: base64.b32encode(key.encode()).decode(),
+    "base85": lambda key: base64.b85encode(key.encode()).decode(),
+    "spaced": " ".join,
+    "filled": "\u200b".join,
+    "full width": lambda key: "".join(chr(ord(c) + 0xFEE0) if c < "~" else c for c in key),
+    "backwards": lambda key: key[::-1],
+    "in two lines": lambda key: f"{key[:7]}\n{key[7:]}",
 }
 
 

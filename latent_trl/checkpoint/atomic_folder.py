@@ -15,6 +15,7 @@ from filelock import FileLock
 SAVING, SAVED = ".saving-", ".saved-"
 # Beside the new files: a lock that goes with its process, and a mark for each name that is to go.
 LOCK_FILE, GONE = ".lock", ".gone-"
+TRIAL = ".mode"
 # Seconds that a reader waits for whoever puts files in their place.
 PATIENCE = 10.0
 
@@ -40,8 +41,11 @@ def atomic_folder(folder: Path, owned: Set[str] = frozenset()) -> Iterator[Path]
         yield staging
         for name in owned - {path.name for path in staging.iterdir()}:
             (staging / f"{GONE}{name}").touch()
+        mode = _mode_of_new_files(staging)
         for path in staging.rglob("*"):
             if path.is_file():
+                # Some libraries write files that nobody else may read.
+                os.chmod(path, mode)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         saved = staging.with_name(staging.name.replace(SAVING, SAVED, 1))
@@ -94,6 +98,15 @@ def _put_in_place(saved: Path, folder: Path) -> None:
         _remove(folder / name)
         os.rename(saved / name, folder / name)
     shutil.rmtree(saved)
+
+
+def _mode_of_new_files(folder: Path) -> int:
+    """The mode that the process' mask gives to a new file."""
+    trial = folder / TRIAL
+    trial.touch()
+    mode = stat.S_IMODE(trial.stat().st_mode)
+    trial.unlink()
+    return mode
 
 
 def _remove(path: Path) -> None:

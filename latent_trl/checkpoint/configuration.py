@@ -211,7 +211,8 @@ def check_counts(values: dict[str, Any]) -> None:
     """Raises `ValueError` for more layers, heads, labels or experts than `COUNTS` allows."""
     for name, value in values.items():
         if isinstance(value, dict):
-            check_counts(value)
+            # Labels' names are the user's.
+            check_counts({} if name == "label2id" else value)
         elif isinstance(value, int):
             for kind, most in COUNTS.items():
                 if value > most and kind.match(name):

@@ -1,7 +1,6 @@
 """What commands are given by name: models and reward functions."""
 
 import inspect
-import json
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -91,7 +90,7 @@ def check_is_backbone(name: str) -> None:
         FileNotFoundError: When it is not there.
         ValueError: When it holds latent actions, or no model.
     """
-    from ..checkpoint.files import CONFIG_FILE
+    from ..checkpoint.files import CONFIG_FILE, read_json
     from ..checkpoint.plan_files import PLAN_CONFIG
 
     check_exists(name, "model")
@@ -100,7 +99,7 @@ def check_is_backbone(name: str) -> None:
         return
     for file, what in ((CONFIG_FILE, "codes a token"), (PLAN_CONFIG, "plans")):
         if (folder / file).is_file():
-            base = json.loads((folder / file).read_text(encoding="utf-8")).get("base_model_name_or_path")
+            base = read_json(folder / file).get("base_model_name_or_path")
             named = f", {base!r}" if base else ""
             raise ValueError(f"{name!r} holds {what}, and a backbone is asked for: name that{named}.")
     if not (folder / "config.json").is_file():
@@ -140,7 +139,11 @@ def check_base(record: Path, name: str, backbone: str | None) -> None:
     if backbone is not None:
         check_exists(backbone, "backbone")
         return
-    base = json.loads(record.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    from ..checkpoint.files import CheckpointError, read_json
+
+    base = read_json(record).get("base_model_name_or_path")
+    if base is not None and not isinstance(base, str):
+        raise CheckpointError(f"{record}: `base_model_name_or_path` must be a text, got {base!r:.200}.")
     if base:
         hint = f"{name!r} was made on it. Run the command where that folder is, or pass `--backbone`."
         check_exists(base, "backbone", hint)

@@ -76,5 +76,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if debug:
             raise
-        print(f"\nlatent-trl {argv[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        from ..data.pieces import printable
+
+        # It may quote a file, or a server.
+        print(printable(f"\nlatent-trl {argv[0]}: {type(error).__name__}: {error}"), file=sys.stderr)
         return 1

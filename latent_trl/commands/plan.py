@@ -190,14 +190,16 @@ def show(figures: dict[str, Any], options: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     options = parse(argv)
     gpu_memory(options.gpu)
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
     from transformers.utils import logging
 
+    from ..checkpoint.configuration import check_counts
     from ..sizing.layout import Layout
     from .loading import check_is_backbone
 
     check_is_backbone(options.model)
     logging.set_verbosity_error()
+    check_counts(PreTrainedConfig.get_config_dict(options.model, revision=options.revision)[0])
     config = AutoConfig.from_pretrained(options.model, revision=options.revision)
 
     @cache

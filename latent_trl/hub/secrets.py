@@ -7,10 +7,23 @@ from PIL import Image
 
 from ..checkpoint.files import CheckpointError, check_file
 
-# Tokens of the Hub, and keys of OpenAI's kind, which have a digit somewhere.
-PATTERN = r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|sk-(?=[A-Za-z_-]*[0-9])[A-Za-z0-9_-]{20,})"
+# Tokens of the Hub, keys of OpenAI's kind, which have a digit somewhere, and of AWS, GitHub, GitLab, Slack and Google,
+# JSON web tokens, and private keys.
+KINDS = (
+    r"hf_[A-Za-z0-9]{20,}",
+    r"sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{20,400}",
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
+    r"gh[opsur]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}",
+    r"glpat-[A-Za-z0-9_-]{20,}",
+    r"xox[abeprs]-[0-9A-Za-z-]{10,}",
+    r"AIza[0-9A-Za-z_-]{35}(?![A-Za-z0-9])",
+    r"eyJ[A-Za-z0-9_-]{10,400}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}",
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----",
+)
+PATTERN = rf"(?<![A-Za-z0-9])(?:{'|'.join(KINDS)})"
 SECRET = re.compile(PATTERN)
 SECRET_BYTES = re.compile(PATTERN.encode())
+SPELLED = re.compile(rb"\\u00([2-7][0-9a-fA-F])")
 
 
 def hide_secrets(text: str) -> str:
@@ -33,6 +46,9 @@ def check_no_secret(path: Path) -> None:
         content = path.read_bytes()
     if path.suffix == ".png":
         content += "\n".join(_texts_of(path)).encode("utf-8", "replace")
+    # Letters that JSON has spelled.
+    if b"\\u" in content:
+        content += SPELLED.sub(lambda match: bytes([int(match[1], 16)]), content)
     if SECRET_BYTES.search(content):
         raise CheckpointError(
             f"{path} holds what looks like a Hugging Face token, or a key of an API. Take it out before publishing."

@@ -20,7 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_MODELS
 
 from ..checkpoint.atomic_folder import atomic_folder
-from ..checkpoint.configuration import LatentActionConfig
+from ..checkpoint.configuration import LatentActionConfig, check_counts
 from ..checkpoint.files import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -299,6 +299,7 @@ def load_backbone(name_or_path: str, **kwargs: Any) -> PreTrainedModel:
 def _check_known(name_or_path: str, hub: dict[str, Any]) -> None:
     """Says what can be done about a model that is none of transformers' own."""
     values, _ = PreTrainedConfig.get_config_dict(name_or_path, **hub)
+    check_counts(values)
     kind = values.get("model_type")
     own_code = "auto_map" in values and hub.get("trust_remote_code")
     if kind is None or own_code or kind in {*CAUSAL_MODELS, *IMAGE_TEXT_MODELS}:

@@ -137,3 +137,20 @@ def test_the_working_directory_stays_where_it_is(tmp_path, monkeypatch):
     write(Path("."), "1")
     write(Path("."), "2")
     assert os.stat(".").st_ino == os.stat(tmp_path).st_ino == before and content(Path(".")) == whole("2")
+
+
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_new_files_have_the_mode_that_the_mask_gives(tmp_path, mask, mode):
+    """Whatever library has written them."""
+    before = os.umask(mask)
+    try:
+        with atomic_folder(tmp_path / "model") as staging:
+            (staging / "codebook").mkdir()
+            for name in ("codebook/model.safetensors", "latent_action_config.json"):
+                (staging / name).touch()
+                (staging / name).chmod(0o600)
+    finally:
+        os.umask(before)
+    for name in ("codebook/model.safetensors", "latent_action_config.json"):
+        assert stat.S_IMODE((tmp_path / "model" / name).stat().st_mode) == mode
+    assert not list((tmp_path / "model").glob(".*"))

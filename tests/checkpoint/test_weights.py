@@ -15,7 +15,9 @@ from latent_trl import CheckpointError, Codebook, LatentActionModel, LatentActio
 from latent_trl.checkpoint import files
 from latent_trl.checkpoint.configuration import check_counts
 from latent_trl.checkpoint.peft_record import plain_fields
+from latent_trl.commands.main import main as command_line
 from latent_trl.hub.pull import inspect
+from latent_trl.models.checkpoint import load_backbone
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,18 @@ def test_what_is_counted_in_other_units_has_no_such_limit():
         "moe_shared_expert_intermediate_size": 30_000,
         "n_positions": 10**6,
     }
+    check_counts({"label2id": {"headland": 20_000}})
     check_counts({**counts, "num_experts": 16_384, "head_dim": 16_384, "max_position_embeddings": 10**7})
+
+
+@pytest.mark.parametrize("values", [{"num_labels": 10**9}, {"num_hidden_layers": 10**9}])
+def test_the_configuration_of_a_backbone_is_looked_at_before_it_is_made(tmp_path, values, cheap):
+    latent("llava")[0].backbone.config.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    edit(tmp_path / "config.json", **values, text_config={**config["text_config"], **values})
+    with pytest.raises(ValueError, match="must be at most 10,000"):
+        load_backbone(str(tmp_path))
+    assert command_line(["plan", str(tmp_path)]) == 1
 
 
 @pytest.mark.parametrize(

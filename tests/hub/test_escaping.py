@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import time
 
 import pytest
 from checkpoints import make_base, make_model, report
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from latent_trl import CheckpointError
 from latent_trl.commands.inspect import main as inspect_command
+from latent_trl.commands.main import main as command_line
 from latent_trl.hub import card
 from latent_trl.hub.card import write_card
 from latent_trl.hub.facts import TrainingRun
@@ -144,6 +146,9 @@ def test_codes_that_are_none_are_refused(folder, codes):
 
 
 KEYS = ["hf_" + "a1" * 15, "sk-proj-" + "a1" * 15, "sk-" + "A1b2" * 8]
+KEYS += ["AKIA" + "A1B2" * 4, "ghp_" + "a1" * 18, "github_pat_" + "a1" * 30, "glpat-" + "a1" * 12, "AIza" + "a1b2c" * 7]
+KEYS += ["xoxb-" + "1" * 12 + "-" + "a1" * 12, "eyJ" + "a1" * 9 + ".eyJ" + "b2" * 30 + "." + "c3" * 20]
+KEYS += ["-----BEGIN OPENSSH PRIVATE KEY-----"]
 
 
 @pytest.mark.parametrize("key", KEYS)
@@ -170,6 +175,12 @@ def test_keys_are_found_in_files_of_any_kind(folder, key):
     (folder / card.CURVES_FILE).unlink()
     (folder / "README.md").write_text(f"key: {key}")
     refused()
+    (folder / "README.md").write_text("")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"note": key}).replace("-", "\\u002d").replace("_", "\\u005F")
+    )
+    refused()
+    (folder / "tokenizer_config.json").unlink()
     told = report()
     told.runs[0].hyperparameters["note"] = key
     (folder / "README.md").unlink()
@@ -178,8 +189,36 @@ def test_keys_are_found_in_files_of_any_kind(folder, key):
 
 
 @pytest.mark.parametrize(
-    "text", ["task-oriented-dialogue-system-2024", "sk-learn-and-the-like-of-it-all", "hf_short", "risk-" + "a1" * 20]
+    "text",
+    [
+        "AKIArnold",
+        "ghp_short",
+        "eyJust.a.text",
+        "xoxb",
+        "AIzawa",
+        "task-oriented-dialogue-system-2024",
+        "sk-learn-and-the-like-of-it-all",
+        "hf_short",
+        "risk-" + "a1" * 20,
+    ],
 )
 def test_words_that_are_no_keys(folder, text):
     (folder / "README.md").write_text(text)
     published_files(folder)
+
+
+@pytest.mark.parametrize("text", ["sk-" * 10**6, "-eyJ" + "a" * 10**6, "-eyJaaaaaaaaaa" * 10**5, "gh" * 10**6])
+def test_a_search_for_keys_takes_its_time_once(folder, text):
+    start = time.monotonic()
+    (folder / "README.md").write_text(text)
+    published_files(folder)
+    assert time.monotonic() - start < 20
+
+
+@pytest.mark.parametrize("base", [f"/nowhere/{ESCAPES}", ["x"], {"a": 1}, 3])
+def test_an_error_that_quotes_a_file_gives_the_terminal_no_order(folder, base, capsys):
+    edit(folder / "latent_action_config.json", base_model_name_or_path=base)
+    for command in (["generate", str(folder), "--prompt", "x"], ["plan", str(folder)]):
+        assert command_line(command) == 1
+        told = capsys.readouterr().err
+        assert "Error: " in told and not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", told)

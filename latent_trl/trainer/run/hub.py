@@ -19,6 +19,7 @@ from ...data.mixing import MixedRows
 from ...hub.card import CARD_FILE, PLOT_FILES, write_card
 from ...hub.facts import CodebookReport, Evaluation, TrainingReport, TrainingRun
 from ...hub.push import push_folder
+from ...hub.secrets import check_no_secret
 from ...models.latent_action_model import LatentActionModel
 from ...plans.model import PlanModel
 from .output_folder import PUSH_PREFIX
@@ -248,6 +249,10 @@ class HubTrainingMixin(WholeCheckpointMixin):
         try:
             push_folder(folder, self.hub_model_id, commit_message=message, **shared)
             if path_in_repo is not None:
+                # States too, which `push_folder` leaves out.
+                for path in Path(folder).rglob("*"):
+                    if path.is_file() and not path.is_symlink():
+                        check_no_secret(path)
                 HfApi(library_name="latent-trl").upload_folder(
                     repo_id=self.hub_model_id,
                     folder_path=folder,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -28,6 +29,15 @@ svg { width: 100%; max-width: 34rem; display: block; margin: 0 auto; }
 .legend { list-style: none; margin: 0; padding: 0; display: flex; flex-wrap: wrap; gap: 0.3rem 1rem; }
 .legend { justify-content: center; }
 .legend span { display: inline-block; width: 0.9em; height: 0.9em; border: 1px solid #555; margin-right: 0.3em; }
+"""
+# Wider than a phone it is scrolled by itself, not with the page.
+TABLE_STYLE = """
+.answers { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; }
+th, td { border: 1px solid var(--border-color-primary); padding: 0.4rem 0.6rem; text-align: left; vertical-align: top; }
+td { min-width: 9rem; }
+tbody th { min-width: 9rem; font-weight: normal; }
+td.number { min-width: 4rem; text-align: right; }
 """
 BEFORE_AN_ANSWER = (
     "Ask something in the first tab: the map is then coloured by what each code would say at the answer's tokens."
@@ -129,7 +139,7 @@ class BatchTab:
                 self.file = gr.File(
                     label="Or a JSONL file, as for the commands",
                     file_types=[".jsonl"],
-                    height=120,
+                    height=140,
                     visible=self.read is not None,
                 )
             with gr.Column():
@@ -142,7 +152,7 @@ class BatchTab:
                     self.seed = gr.Number(label="Seed of the batch", value=0, precision=0)
         send = gr.Button("Answer all", variant="primary")
         means = gr.Markdown()
-        table = gr.Dataframe(label="Answers and rewards", interactive=False, wrap=True)
+        table = gr.HTML(css_template=TABLE_STYLE, label="Answers and rewards")
         inputs = [self.text, self.file, self.image, self.chosen, self.temperature, self.seed]
         send.click(self.answer, inputs, [means, table])
 
@@ -155,7 +165,7 @@ class BatchTab:
         temperature: float,
         seed: float,
         progress: gr.Progress = gr.Progress(),  # noqa: B008  (Gradio finds it by this default)
-    ) -> tuple[str, dict[str, Any]]:
+    ) -> tuple[str, str]:
         """Answers of all models, with their rewards."""
         try:
             rows = typed_rows(text, image) if file is None or self.read is None else self.read(file)
@@ -181,18 +191,20 @@ def summary(found: dict[str, ScoredAnswers]) -> str:
     return "\n".join(lines)
 
 
-def as_table(found: dict[str, ScoredAnswers]) -> dict[str, Any]:
-    """A row a prompt: each model's answer, and its rewards."""
-    first = next(iter(found.values()))
-    headers, columns = ["prompt"], [first.prompts]
-    for name, scored in found.items():
-        own = "" if len(found) == 1 else f" ({name})"
-        headers.append(f"answer{own}")
-        columns.append(scored.texts)
-        for reward, values in scored.rewards.items():
-            headers.append(f"{reward}{own}")
-            columns.append([_number(value) for value in values])
-    return {"headers": headers, "data": [list(row) for row in zip(*columns, strict=True)]}
+def as_table(found: dict[str, ScoredAnswers]) -> str:
+    """HTML: a row a prompt, with each model's answer and its rewards."""
+    rewards = list(next(iter(found.values())).rewards)
+    models = "".join(f'<th colspan="{1 + len(rewards)}" scope="colgroup">{escape(name)}</th>' for name in found)
+    names = "".join(f'<th scope="col">{escape(name)}</th>' for _ in found for name in ("answer", *rewards))
+    rows = []
+    for i, prompt in enumerate(next(iter(found.values())).prompts):
+        cells = [f'<th scope="row">{escape(prompt)}</th>']
+        for scored in found.values():
+            cells.append(f"<td>{escape(scored.texts[i])}</td>")
+            cells += [f'<td class="number">{_number(scored.rewards[name][i])}</td>' for name in rewards]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    head = f'<thead><tr><th rowspan="2" scope="col">prompt</th>{models}</tr><tr>{names}</tr></thead>'
+    return f'<div class="answers"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
 def _number(value: float) -> str:

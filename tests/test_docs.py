@@ -132,6 +132,9 @@ def test_the_notebook_on_own_data_learns_without_an_alarm(in_full):
 def names_of(page: str) -> dict:
     """What a page takes for granted."""
     names = {"__name__": "page"}
+    if page == "docs/evaluation.md":
+        # Of the extra that the page names.
+        pytest.importorskip("evaluate")
     if page == "docs/backbones.md":
         from transformers import AutoModelForImageTextToText
 

@@ -1,10 +1,10 @@
 """
-How large a policy has to be: on one space, policies of several depths and widths, cloned and trained by RL.
+How large a policy has to be: on one space, policies of several depths and widths, cloned, tuned and trained by RL.
 
-    pip install -e ".[dev]" && python benchmarks/policy_size.py --page benchmarks/logs/policy_size.md
+    pip install -e ".[dev]" && python benchmarks/policy_size.py
 
-Three processor minutes a policy and seed. Each run leaves a file in `--output_dir`; a run that is there is not done
-again. The files behind the page are in `benchmarks/reproduction/results/policy_size`.
+Four processor minutes a policy and seed. Each run leaves a file in `--output_dir`, and is not done again where that is:
+`--output_dir benchmarks/reproduction/results/policy_size` goes on from those of `benchmarks/logs/policy_size.md`.
 """
 
 import argparse
@@ -43,6 +43,8 @@ from transformers.utils import logging  # noqa: E402
 
 from latent_trl import (  # noqa: E402
     LatentActionModel,
+    LatentActionSFTConfig,
+    LatentActionSFTTrainer,
     LatentActionSpaceConfig,
     LatentActionSpaceTrainer,
 )
@@ -50,18 +52,18 @@ from latent_trl.commands.plan import policy_fields  # noqa: E402
 from latent_trl.data.shapes import shape_pairs  # noqa: E402
 from latent_trl.models.latent_action_model import fresh_component  # noqa: E402
 
-# The budget of the reproduction's comparison, with fewer questions.
-SIZE = replace(SIZES["pocket"], evaluate_every=5, questions=300, others=120)
+SIZE = replace(SIZES["levers"], evaluate_every=5)
 # Layers and width. The backbone has 4 layers of width 192.
-POLICIES = ((1, 192), (2, 192), (8, 192), (4, 96))
-# That of codes in benchmarks/logs/levers.md, where four were tried.
-RATE = 1e-3
-MEASURED = ("held_out", "sampled", "fluent_described")
+POLICIES = ((1, 192), (2, 192), (4, 192), (8, 192), (4, 96))
+SEEDS = (0, 1)
+# Of RL; the better one on the validation questions of the first seed is taken for the others.
+RATES = (3e-4, 1e-3)
+MEASURED = ("held_out", "sampled", "other_style", "fluent_described")
 STAGES_BEFORE = ("inverse_dynamics", "projector", "joint")
 
 
 def cloned(space: Path, layers: int, width: int, seed: int, folder: Path) -> dict[str, Any]:
-    """A fresh policy of that size on the space, cloned, and saved in `folder`."""
+    """A fresh policy of that size on the space, cloned, and the backbone tuned to follow codes; saved in `folder`."""
     set_seed(seed)
     model = LatentActionModel.from_pretrained(space, backbone=load_backbone(SIZE))
     text_config = model.config.text_config
@@ -84,6 +86,16 @@ def cloned(space: Path, layers: int, width: int, seed: int, folder: Path) -> dic
     start = seconds(SIZE)
     cloning.train()
     spent = seconds(SIZE) - start
+    args = LatentActionSFTConfig(
+        str(folder / "sft"),
+        max_steps=SIZE.sft_steps,
+        learning_rate=2e-4,
+        per_device_train_batch_size=24,
+        seed=seed,
+        **quiet(SIZE),
+    )
+    more = shape_pairs("base", SIZE.pairs, seed + 1, SIZE.error_rate)
+    LatentActionSFTTrainer(model, args, more, processing_class=processor).train()
     model.save_pretrained(folder / "model")
     divergence = [row["policy/backbone_kl"] for row in cloning.history if "policy/backbone_kl" in row]
     return {
@@ -96,7 +108,10 @@ def cloned(space: Path, layers: int, width: int, seed: int, folder: Path) -> dic
 
 def measured(speaker: CodeSpeaker, tasks: Tasks, seed: int) -> dict[str, Any]:
     """Rewards of the likeliest codes, sampled reward, and what RL does not reward."""
-    found = {"held_out": sum(rewards_of(tasks.held_out, speaker.say(tasks.held_out))) / len(tasks.held_out)}
+    found = {}
+    for name in ("held_out", "other_style"):
+        rows = getattr(tasks, name)
+        found[name] = sum(rewards_of(rows, speaker.say(rows))) / len(rows)
     described = [row for row in tasks.sampled if "answer" not in row]
     questions = [row for row in tasks.sampled if "answer" in row]
     torch.manual_seed(seed)
@@ -113,7 +128,7 @@ def before_rl(folder: Path, policy: tuple[int, int], seed: int) -> Path:
     return folder / f"before-{policy[0]}x{policy[1]}-{seed}.json"
 
 
-def run(folder: Path, policy: tuple[int, int], seed: int) -> dict[str, Any]:
+def run(folder: Path, policy: tuple[int, int], seed: int, rate: float) -> dict[str, Any]:
     """GRPO of one policy, after what comes before it where that is not there."""
     layers, width = policy
     work = folder / "work"
@@ -128,11 +143,12 @@ def run(folder: Path, policy: tuple[int, int], seed: int) -> dict[str, Any]:
         speaker = CodeSpeaker(model, load_processor(SIZE))
         write(before, {"layers": layers, "width": width, "seed": seed, **figures, **measured(speaker, tasks, seed)})
     cell = Cell(f"{layers}x{width}", "codes", seed, {"action_sampling": "arithmetic"})
-    speaker, curve, _ = train_codes(cell, SIZE, start, tasks, RATE, start / "model")
+    speaker, curve, _ = train_codes(cell, SIZE, start, tasks, rate, start / "model")
     return {
         "layers": layers,
         "width": width,
         "seed": seed,
+        "rate": rate,
         "curve": curve.points,
         "rl_seconds": curve.points[-1]["seconds"],
         **measured(speaker, tasks, seed),
@@ -144,15 +160,20 @@ def write(path: Path, figures: dict[str, Any]) -> None:
     path.write_text(json.dumps(figures) + "\n", encoding="utf-8")
 
 
-def result(folder: Path, policy: tuple[int, int], seed: int) -> dict[str, Any]:
-    path = folder / f"{policy[0]}x{policy[1]}-{seed}.json"
+def result(folder: Path, policy: tuple[int, int], seed: int, rate: float) -> dict[str, Any]:
+    path = folder / f"{policy[0]}x{policy[1]}-{rate:g}-{seed}.json"
     if not path.is_file():
         with contextlib.redirect_stdout(io.StringIO()):
-            figures = run(folder, policy, seed)
+            figures = run(folder, policy, seed, rate)
         write(path, figures)
     found = json.loads(path.read_text(encoding="utf-8"))
     print(path.stem, {k: round(v, 3) for k, v in found.items() if isinstance(v, float)}, flush=True)
     return found
+
+
+def validation(found: dict[str, Any]) -> float:
+    """Mean of the validation curve, by which a rate is chosen."""
+    return sum(point["reward"] for point in found["curve"]) / len(found["curve"])
 
 
 def spread(values: list[float], digits: int = 3) -> str:
@@ -162,8 +183,8 @@ def spread(values: list[float], digits: int = 3) -> str:
 
 def tables(before: list[list[dict[str, Any]]], after: list[list[dict[str, Any]]]) -> str:
     """One row a policy, of its runs on each seed."""
-    header = ["policy", "parameters", "seeds", "KL to the backbone", "held out before RL", "held out", "sampled"]
-    header += ["fluent descriptions", "perplexity, small talk", "s of RL"]
+    header = ["policy", "parameters", "rate", "KL to the backbone", "held out before RL", "held out", "sampled"]
+    header += ["other style", "fluent descriptions", "perplexity, small talk", "s of RL"]
     rows = []
     for start, end in zip(before, after):
         first = end[0]
@@ -171,7 +192,7 @@ def tables(before: list[list[dict[str, Any]]], after: list[list[dict[str, Any]]]
             [
                 f"{first['layers']} × {first['width']}",
                 f"{start[0]['parameters'] / 1e6:.2f} M",
-                str(len(end)),
+                f"{first['rate']:g}",
                 spread([s["backbone_kl"] for s in start]),
                 spread([s["held_out"] for s in start]),
                 *[spread([e[name] for e in end]) for name in MEASURED],
@@ -185,25 +206,19 @@ def tables(before: list[list[dict[str, Any]]], after: list[list[dict[str, Any]]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/policy_size"))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--page", type=Path, help="put the table into this page")
     args = parser.parse_args()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
-    # Every policy on one seed before the next seed.
-    found = {(policy, seed): result(args.output_dir, policy, seed) for seed in args.seeds for policy in POLICIES}
-    after = [[found[policy, seed] for seed in args.seeds] for policy in POLICIES]
+    rates = {
+        policy: max(RATES, key=lambda rate: validation(result(args.output_dir, policy, SEEDS[0], rate)))
+        for policy in POLICIES
+    }
+    after = [[result(args.output_dir, policy, seed, rates[policy]) for seed in SEEDS] for policy in POLICIES]
     before = [
-        [json.loads(before_rl(args.output_dir, policy, seed).read_text(encoding="utf-8")) for seed in args.seeds]
+        [json.loads(before_rl(args.output_dir, policy, seed).read_text(encoding="utf-8")) for seed in SEEDS]
         for policy in POLICIES
     ]
-    text = tables(before, after)
-    print(text)
-    if args.page:
-        top, _, rest = args.page.read_text(encoding="utf-8").partition("<!-- table -->")
-        bottom = rest.partition("<!-- end of table -->")[2]
-        page = f"{top}<!-- table -->\n\n{text}\n\n<!-- end of table -->{bottom}"
-        args.page.write_text(page, encoding="utf-8")
+    print(tables(before, after))
     shutil.rmtree(args.output_dir / "work", ignore_errors=True)
 
 

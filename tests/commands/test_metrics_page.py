@@ -134,7 +134,8 @@ def plan_trainers(folder) -> set[str]:
     }
     common |= {"max_steps": 4, "num_iterations": 2, "rollout_prompts": 4, "ceiling_prompts": 4, "save_strategy": "no"}
     for (trainer, config), samples in kinds.items():
-        args = config(str(folder / config.__name__), num_generations=samples, **EVALUATING, **common)
+        own = {"share_rewards": True} if config is PlanBanditConfig else {}
+        args = config(str(folder / config.__name__), num_generations=samples, **EVALUATING, **common, **own)
         found |= logged(trainer(model, lengths, args, rows, rows.select(range(4)), make_tokenizer()))
     return found
 

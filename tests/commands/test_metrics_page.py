@@ -96,7 +96,10 @@ def learning(folder) -> set[str]:
 def rl(folder) -> set[str]:
     """Every algorithm and loss that logs something of its own."""
     runs = {
-        "grpo": ("grpo", {"dynamic_sampling_rounds": 2, "entropy_coef": 0.01, "on_bad_row": "skip"}),
+        "grpo": (
+            "grpo",
+            {"dynamic_sampling_rounds": 2, "entropy_coef": 0.01, "on_bad_row": "skip", "language_guard": True},
+        ),
         "cispo": ("grpo", {"loss_type": "cispo", "epsilon_high": 5.0}),
         "vespo": ("grpo", {"loss_type": "vespo"}),
         "rloo": ("rloo", {}),

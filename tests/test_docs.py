@@ -132,6 +132,9 @@ def test_the_notebook_on_own_data_learns_without_an_alarm(in_full):
 def names_of(page: str) -> dict:
     """What a page takes for granted."""
     names = {"__name__": "page"}
+    if page == "docs/evaluation.md":
+        # Of the extra that the page names.
+        pytest.importorskip("evaluate")
     if page == "docs/backbones.md":
         from transformers import AutoModelForImageTextToText
 
@@ -195,6 +198,22 @@ def test_links_between_pages_lead_somewhere(page):
     links += re.findall(r'(?:src|srcset)="([^"]+)"', text)
     local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
     assert not [link for link in local if not (PAGES[page].parent / link).exists()]
+
+
+def test_links_and_pictures_of_the_site_are_on_it():
+    """A page lies where its source does, so that paths in HTML hold, and links to files beside `docs` become text."""
+    import runpy
+
+    import yaml
+
+    assert yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["use_directory_urls"] is False
+    changed = runpy.run_path(str(ROOT / "docs" / "hooks.py"))["on_page_markdown"]
+    for page, path in PAGES.items():
+        if page.startswith("docs/"):
+            text = re.sub(r"```.*?```", "", changed(path.read_text(encoding="utf-8")), flags=re.DOTALL)
+            links = re.findall(r"\]\(([^)#\s]+)", text) + re.findall(r'(?:src|srcset)="([^"]+)"', text)
+            local = [path.parent / link for link in links if "://" not in link and not link.startswith("mailto:")]
+            assert all(link.resolve().is_relative_to(ROOT / "docs") for link in local), page
 
 
 def test_the_site_has_pages_that_exist():

@@ -24,7 +24,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "configuration and no weights. Arithmetic, not a measurement: see docs/memory.md.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder or Hub id of the backbone")
-    parser.add_argument("--gpu", default="24GB", help="memory of one GPU, such as 24GB (the default) or 80")
+    parser.add_argument("--gpu", default="24GB", help="memory of one GPU as it is sold: 24GB (the default) is 24 GiB")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument("--quantize", choices=["4bit"], help="the backbone's linear maps in 4 bits")
     parser.add_argument("--policy-layers", type=int, default=8, help="decoder layers of the policy (8)")

@@ -143,7 +143,7 @@ def make_atlas(
     )
     count = model.config.num_codes
     entries = _entries(count, rows, found.tokens, found.action_ids)
-    positions, explained = _map(model.codebook.weight.detach().float().cpu().numpy())
+    positions, explained = code_positions(model.codebook.weight.detach().float().cpu().numpy())
     for entry in entries:
         entry.position = positions[entry.code]
     shares = np.array([entry.count for entry in entries], dtype=float)
@@ -230,7 +230,7 @@ def _entries(count: int, rows: Any, tokens: list[list[str]], action_ids: list[li
     return sorted(entries, key=lambda entry: (-entry.count, entry.code))
 
 
-def _map(vectors: np.ndarray) -> tuple[list[tuple[float, float]], float]:
+def code_positions(vectors: np.ndarray) -> tuple[list[tuple[float, float]], float]:
     """Principal components of the code vectors, each axis scaled to [0, 1]."""
     centred = vectors - vectors.mean(axis=0)
     left, singular, _ = np.linalg.svd(centred, full_matrices=False)

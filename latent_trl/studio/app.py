@@ -1,6 +1,6 @@
 """The window on the codes, as a Gradio app: ask, read the answer on the colours of its codes, and try other codes."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Queue
 from threading import Thread
 from typing import Any
@@ -9,6 +9,7 @@ import gradio as gr
 
 from ..evaluation.report import code_colour
 from .explorer import Answer, Explorer
+from .tabs import BatchTab, MapTab
 
 TITLE = "latent_trl studio"
 INTRODUCTION = (
@@ -140,38 +141,54 @@ class Panel:
         yield from self.ask(question, image, temperature, banned, seed, forced)
 
 
-def build(explorers: dict[str, Explorer], examples: list[list[Any]] | None = None) -> gr.Blocks:
+def build(
+    explorers: dict[str, Explorer],
+    examples: list[list[Any]] | None = None,
+    rewards: dict[str, Callable[..., Any]] | None = None,
+    read: Callable[[str], Any] | None = None,
+) -> gr.Blocks:
     """
     The app.
 
     Args:
         explorers (`dict[str, Explorer]`): One or two models by name; the same question goes to all.
         examples (`list[list]`, *optional*): Questions to begin with: picture and text.
+        rewards (`dict[str, Callable]`, *optional*): Reward functions that may be chosen for a batch, by name.
+        read (`Callable[[str], Any]`, *optional*): From a JSONL file to its rows with `prompt`.
     """
     panels = [Panel(name, explorer) for name, explorer in explorers.items()]
     with gr.Blocks(title=TITLE) as app:
-        gr.Markdown(f"# {TITLE}\n{INTRODUCTION}")
-        with gr.Row():
-            image = gr.Image(label="Picture (optional)", type="pil", height=220)
-            with gr.Column():
-                question = gr.Textbox(label="Question", lines=2, autofocus=True)
-                with gr.Row():
-                    temperature = gr.Slider(
-                        0, 3, 0, step=0.1, label="Temperature of the codes; 0 takes the most likely"
-                    )
-                    seed = gr.Number(label="Seed", value=0, precision=0)
-                banned = gr.Textbox(label="Banned codes, such as 3, 17")
-                send = gr.Button("Ask", variant="primary")
-        inputs = [question, image, temperature, banned, seed]
-        with gr.Row():
-            for panel in panels:
-                panel.build()
-        for panel in panels:
-            outputs = [panel.answer, panel.tokens]
-            gr.on([send.click, question.submit], panel.ask, inputs, outputs)
-            panel.tokens.select(panel.show, panel.answer, [panel.step, panel.place, panel.table, panel.code])
-            panel.table.select(panel.choose, panel.table, panel.code)
-            panel.go_on.click(panel.continued, [panel.answer, panel.step, panel.code, *inputs], outputs)
-        if examples:
-            gr.Examples(examples, [image, question])
+        gr.Markdown(f"# {TITLE}")
+        with gr.Tab("Ask"):
+            gr.Markdown(INTRODUCTION)
+            _ask(panels, examples)
+        with gr.Tab("Codebook") as tab:
+            MapTab(explorers).build(tab, [panel.answer for panel in panels])
+        with gr.Tab("Batch"):
+            BatchTab(explorers, rewards or {}, read).build()
     return app
+
+
+def _ask(panels: list[Panel], examples: list[list[Any]] | None) -> None:
+    """The first tab: a question, and the answer of each panel."""
+    with gr.Row():
+        image = gr.Image(label="Picture (optional)", type="pil", height=220)
+        with gr.Column():
+            question = gr.Textbox(label="Question", lines=2, autofocus=True)
+            with gr.Row():
+                temperature = gr.Slider(0, 3, 0, step=0.1, label="Temperature of the codes; 0 takes the most likely")
+                seed = gr.Number(label="Seed", value=0, precision=0)
+            banned = gr.Textbox(label="Banned codes, such as 3, 17")
+            send = gr.Button("Ask", variant="primary")
+    inputs = [question, image, temperature, banned, seed]
+    with gr.Row():
+        for panel in panels:
+            panel.build()
+    for panel in panels:
+        outputs = [panel.answer, panel.tokens]
+        gr.on([send.click, question.submit], panel.ask, inputs, outputs)
+        panel.tokens.select(panel.show, panel.answer, [panel.step, panel.place, panel.table, panel.code])
+        panel.table.select(panel.choose, panel.table, panel.code)
+        panel.go_on.click(panel.continued, [panel.answer, panel.step, panel.code, *inputs], outputs)
+    if examples:
+        gr.Examples(examples, [image, question])

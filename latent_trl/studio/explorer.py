@@ -145,6 +145,38 @@ class Explorer:
         Raises:
             IndexError: For a step that the answer does not have.
         """
+        probs = self.probabilities(answer, step)
+        likely = probs.topk(min(count, int((probs > 0).sum()))).indices.tolist()
+        taken = answer.action_ids[step]
+        if taken not in likely:
+            likely = [*likely[:-1], taken]
+        tokens = self.said(answer, step, likely)
+        return [
+            Alternative(code, float(probs[code]), token, code == taken)
+            for code, token in zip(likely, tokens, strict=True)
+        ]
+
+    @torch.no_grad()
+    def said(self, answer: Answer, step: int, codes: Sequence[int]) -> list[str]:
+        """The text of the token that each of `codes` would have said at a token of an answer."""
+        state = answer.context_states[:, answer.prompt_length + step - 1, None].expand(1, len(codes), -1)
+        read = self.model.read(state, torch.tensor([list(codes)], device=state.device))[0].float()
+        # Never said: they stand for pictures.
+        read[:, self.model.config.vision_token_ids] = -torch.inf
+        return [text_pieces(self.tokenizer, [token])[0] for token in read.argmax(dim=-1).tolist()]
+
+    @torch.no_grad()
+    def probabilities(self, answer: Answer, step: int) -> torch.Tensor:
+        """
+        Probabilities `[K]` of all codes at a token of an answer, under the law that it was sampled from.
+
+        Args:
+            answer (`Answer`): Of this explorer.
+            step (`int`): The token, from 0.
+
+        Raises:
+            IndexError: For a step that the answer does not have.
+        """
         if not 0 <= step < len(answer.action_ids):
             raise IndexError(f"`step` must be 0 to {len(answer.action_ids) - 1}, got {step}.")
         end = answer.prompt_length + step
@@ -154,20 +186,7 @@ class Explorer:
         logits = self.model.policy(states, position_ids=positions, keep_last=1)[0, -1]
         if answer.bias is not None:
             logits = logits + answer.bias
-        probs = answer.law.log_probs(logits[None], None)[0].exp()
-        likely = probs.topk(min(count, int((probs > 0).sum()))).indices.tolist()
-        taken = answer.action_ids[step]
-        if taken not in likely:
-            likely = [*likely[:-1], taken]
-        state = states[:, -1:].expand(1, len(likely), -1)
-        read = self.model.read(state, torch.tensor([likely], device=states.device))[0].float()
-        # Never said: they stand for pictures.
-        read[:, self.model.config.vision_token_ids] = -torch.inf
-        tokens = text_pieces(self.tokenizer, read.argmax(dim=-1).tolist())
-        return [
-            Alternative(code, float(probs[code]), token, code == taken)
-            for code, token in zip(likely, tokens, strict=True)
-        ]
+        return answer.law.log_probs(logits[None], None)[0].exp()
 
     def _check(self, codes: Sequence[int]) -> None:
         count = self.model.config.num_codes

@@ -145,7 +145,10 @@ class Rollouts:
     def latent_engine(self, lengths: torch.Tensor) -> None:
         from latent_trl.vllm.engine import answer_of, sampling_params
 
-        params = [sampling_params(n, ignore_eos=True, detokenize=False, seed=i) for i, n in enumerate(lengths.tolist())]
+        params = [
+            sampling_params(n, {"action_seed": i}, ignore_eos=True, detokenize=False)
+            for i, n in enumerate(lengths.tolist())
+        ]
         outputs = self.engine.llm.generate(self.prompts(), params, use_tqdm=False)
         found = [answer_of(output.prompt_token_ids, output.outputs[0]) for output in outputs]
         assert [len(answer.action_ids) for answer in found] == lengths.tolist()

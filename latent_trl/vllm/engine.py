@@ -60,7 +60,7 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
     # The sampler is that of the first runner.
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
     register()
-    architectures = [architecture] if architecture else _architectures(folders)
+    architectures = [architecture] if architecture else folders.backbone_config().architectures
     for name in architectures:
         check_architecture(name)
     record = {
@@ -77,6 +77,8 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": config.num_codes,
         "worker_extension_cls": "latent_trl.vllm.worker.LatentActionWorkerExtension",
+        # vLLM's own choice for a checkpoint in float32 is a shorter type.
+        "dtype": folders.dtype,
         # A checkpoint's own defaults are about tokens.
         "generation_config": "vllm",
         # Who is in which row of the batch is read on the host, in forward too, and a step's tokens are known before the
@@ -87,13 +89,6 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
     if folders.processor is not None:
         arguments["tokenizer"] = folders.processor
     return arguments | options
-
-
-def _architectures(folders: EngineFolders) -> list[str]:
-    from transformers import AutoConfig
-
-    revision = {} if folders.revision is None else {"revision": folders.revision}
-    return AutoConfig.from_pretrained(folders.backbone, **revision).architectures
 
 
 def sampling_params(

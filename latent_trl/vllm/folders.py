@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedConfig
 
 from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.configuration import LatentActionConfig
@@ -33,6 +33,29 @@ class EngineFolders:
     checkpoint: str
     processor: str | None
     config: LatentActionConfig
+
+    def backbone_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.backbone, revision=self.revision)
+
+    @property
+    def dtype(self) -> str:
+        """That of the backbone's checkpoint, in which transformers loads it."""
+        return str(self.backbone_config().dtype or "float32").removeprefix("torch.")
+
+    def generation_config(self) -> GenerationConfig:
+        """The backbone's, which names the tokens that end a text."""
+        try:
+            return GenerationConfig.from_pretrained(self.backbone, revision=self.revision)
+        except OSError:
+            # A folder without one.
+            return GenerationConfig.from_model_config(self.backbone_config())
+
+    def load_processor(self) -> Any:
+        """The processor or tokenizer, which pads and cuts on the left."""
+        options: dict[str, Any] = {"padding_side": "left", "truncation_side": "left"}
+        if self.processor is not None:
+            return AutoProcessor.from_pretrained(self.processor, **options)
+        return AutoProcessor.from_pretrained(self.backbone, revision=self.revision, **options)
 
 
 def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:

@@ -17,9 +17,9 @@ from vllm.sampling_params import RequestOutputKind
 from ..generation.settings import ACTION_DEFAULTS
 from ..models.latent_action_model import LatentActionModel
 from ..models.policy import LatentActionPolicy
-from .folders import EngineFolders, folders_of_checkpoint, folders_of_model
+from .folders import EngineFolders, check_not_quantized, folders_of_checkpoint, folders_of_model
 from .names import policy_tensors, tensor_bytes
-from .plugin import PREFIX, check_architecture, register
+from .plugin import FIRST_RUNNER, PREFIX, check_architecture, register
 from .rows import EngineAnswer, row_settings
 from .settings import check_sampling_params
 
@@ -27,10 +27,12 @@ from .settings import check_sampling_params
 OWN_ARGUMENTS = ("model", "revision", "hf_overrides", "logits_processors", "logprobs_mode", "worker_extension_cls")
 REFUSED_ARGUMENTS = {
     "speculative_config": "drafts of several tokens have no codes",
-    "tensor_parallel_size": "the components are not split over devices. Start an engine a device, or use "
-    "`data_parallel_size`",
+    "tensor_parallel_size": "the components are not split over devices. Start an engine a device",
+    "decode_context_parallel_size": "the components are not split over devices. Start an engine a device",
+    "prefill_context_parallel_size": "the components are not split over devices. Start an engine a device",
     "pipeline_parallel_size": "the policy reads the last layer's states. Start an engine a device",
     "enable_lora": "an adapter of the backbone is merged when the engine starts",
+    "quantization": "the policy's layers are of the backbone's kind, and would be quantised with them",
 }
 
 
@@ -57,10 +59,13 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
             f"`read_out={config.read_out!r}` needs the backbone's final norm by itself, which an engine does not give. "
             "Only checkpoints of `read_out='residual'` can be served."
         )
-    # The sampler is that of the first runner.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    backbone = folders.backbone_config()
+    check_not_quantized(backbone)
+    # What the sampler is put into.
+    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        raise ValueError(f"`VLLM_USE_V2_MODEL_RUNNER` is set. {FIRST_RUNNER}")
     register()
-    architectures = [architecture] if architecture else folders.backbone_config().architectures
+    architectures = [architecture] if architecture else backbone.architectures
     for name in architectures:
         check_architecture(name)
     record = {

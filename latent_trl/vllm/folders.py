@@ -85,6 +85,19 @@ def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:
     return EngineFolders(str(merged), None, str(folder), processor, config)
 
 
+def check_not_quantized(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for the configuration of a quantised backbone."""
+    if not hasattr(config, "quantization_config"):
+        return
+    given = config.quantization_config
+    method = given["quant_method"] if isinstance(given, dict) else given.quant_method
+    raise ValueError(
+        f"The backbone is quantised ({getattr(method, 'value', method)}), and vLLM would build the policy's layers as it "
+        "builds the backbone's. Use one that is not quantised, such as in bfloat16, or answer without an engine "
+        "(`use_vllm=False`, `--engine transformers`)."
+    )
+
+
 def folders_of_model(model: LatentActionModel, work: Path) -> EngineFolders:
     """
     Those of a model in memory, as far as they must be written: its components, and a backbone that is in no folder.
@@ -92,7 +105,11 @@ def folders_of_model(model: LatentActionModel, work: Path) -> EngineFolders:
     Args:
         model (`LatentActionModel`): It is not changed.
         work (`Path`): A folder to write in, which the engine needs while it starts.
+
+    Raises:
+        ValueError: For a quantised backbone.
     """
+    check_not_quantized(model.backbone.config)
     components = [name for name in COMPONENTS if getattr(model, name) is not None]
     for name in components:
         getattr(model, name).save_pretrained(work / "components" / name)

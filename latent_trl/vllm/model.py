@@ -23,7 +23,7 @@ from ..models.policy import LatentActionPolicy
 from ..models.projector import CrossModalProjector
 from ..models.world_model import LanguageWorldModel
 from .names import DECODER, policy_weights, with_old_prefixes
-from .plugin import PREFIX
+from .plugin import FIRST_RUNNER, PREFIX
 from .requests import REQUESTS, ActionRequests
 
 # Under which the policy's decoder lies in the model of the engine.
@@ -67,13 +67,16 @@ class LatentActionEngineMixin:
         self.model_config = vllm_config.model_config
         config = policy.decoder_stack.decoder.config
         self.plain = policy.decoder_stack.plain
-        trunk = initialize_model(
-            vllm_config.with_hf_config(config), prefix=TRUNK, model_class=self._trunk_class(config)
-        )
+        trunk_class = self._trunk_class(config)
+        named = None if trunk_class is None else [trunk_class.__name__]
+        trunk = initialize_model(vllm_config.with_hf_config(config, named), prefix=TRUNK, model_class=trunk_class)
         setattr(self, TRUNK, trunk)
         self.policy_weights = policy_weights(policy)
         self.widths = [policy.hidden_size, policy.decoder_stack.hidden_size]
-        self.requests: ActionRequests = vllm_config.compilation_config.static_forward_context[REQUESTS]
+        known = vllm_config.compilation_config.static_forward_context
+        if REQUESTS not in known:
+            raise ValueError(FIRST_RUNNER)
+        self.requests: ActionRequests = known[REQUESTS]
         self.requests.model = self
         # Of the positions whose codes are being chosen.
         self.sampled_states: torch.Tensor | None = None

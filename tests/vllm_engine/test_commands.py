@@ -73,9 +73,9 @@ def test_evaluate_finds_the_same(folder, engines):
 
 
 def test_evaluate_samples_by_the_same_law(folder, engines):
-    words = ("--samples", "40", "--temperature", "0.7")
+    words = ("--samples", "16", "--temperature", "0.7")
     own, found = evaluated(folder, *words), evaluated(folder, *words, "--engine", "vllm")
-    assert len(found["samples"]) == len(PROMPTS) and {len(group) for group in found["samples"]} == {40}
+    assert len(found["samples"]) == len(PROMPTS) and {len(group) for group in found["samples"]} == {16}
     name = "reward/letters, mean of samples"
     (a, b) = (one["figures"][name] for one in (own, found))
     assert max(a["low"], b["low"]) < min(a["high"], b["high"])

@@ -99,31 +99,35 @@ class LatentActionEngineMixin:
         """Context states and features of the policy, side by side `[n, d + d_policy]`."""
         hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **kwargs)
         states = hidden
+        flat = self.plain and positions.ndim == 2
+        rows, places = self._places() if self.use_projector or flat else (None, None)
         if self.use_projector:
             projected = self.latent_actions["projector"](hidden).to(hidden.dtype)
-            states = torch.where(self._has_image(len(hidden))[:, None], hidden, projected)
-        if self.plain and positions.ndim == 2:
-            # A backbone with several coordinates a position: in text they are all the same.
-            positions = positions.amax(dim=0)
+            has_image = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+            if rows is not None:
+                has_image[: len(rows)] = places >= self.requests.first_images()[rows]
+            states = torch.where(has_image[:, None], hidden, projected)
+        if flat:
+            # A backbone with several coordinates a position, and a policy with one: the place in the text.
+            positions = positions[0].clone()
+            if rows is not None:
+                positions[: len(rows)] = places
         # A copy: some models scale their input in place.
         entered = self.latent_actions["policy_input"](states.clone())
         features = getattr(self, TRUNK)(None, positions, None, inputs_embeds=entered)
         return torch.cat([states, features], dim=-1)
 
-    def _has_image(self, count: int) -> torch.Tensor:
-        """Boolean `[n]`: whether a vision placeholder stands at or before a position of its request."""
+    def _places(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The row of the batch `[n]` that a position is of, and its place there, without padding; `None` in a pass that
+        only measures memory."""
         metadata = get_forward_context().attn_metadata
-        seen = torch.zeros(count, dtype=torch.bool, device=self.requests.device)
         if not metadata or not self.requests.rows:
-            # A pass that only measures memory.
-            return seen
+            return None, None
         layer = next(iter(metadata.values()))
         starts, lengths = layer.query_start_loc.long(), layer.seq_lens.long()
         new = starts.diff()
         rows = torch.arange(len(new), device=starts.device).repeat_interleave(new)
-        places = torch.arange(len(rows), device=starts.device) + (lengths - new - starts[:-1])[rows]
-        seen[: len(rows)] = places >= self.requests.first_images()[rows]
-        return seen
+        return rows, torch.arange(len(rows), device=starts.device) + (lengths - new - starts[:-1])[rows]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[n, K]` of codes, float32."""

@@ -118,6 +118,8 @@ def sampling_params(
         max_tokens=max_new_tokens,
         extra_args=action_settings or None,
         logprobs=num_codes if support else 0,
+        # Lists of numbers, and no object a token.
+        flat_logprobs=True,
         **options,
     )
 
@@ -134,17 +136,19 @@ def answer_of(prompt_ids: Sequence[int], completion: Any, num_codes: int | None 
     Raises:
         FloatingPointError: When the policy's probabilities are not finite.
     """
+    told = completion.logprobs
     # The first of a position is the chosen one.
-    chosen = [next(iter(position.items())) for position in completion.logprobs]
-    log_probs = [entry.logprob for _, entry in chosen]
+    action_ids = [told.token_ids[start] for start in told.start_indices]
+    log_probs = [told.logprobs[start] for start in told.start_indices]
     if any(math.isnan(value) for value in log_probs):
         raise FloatingPointError("No code could be drawn: the policy's probabilities are not finite.")
     support = None
     if num_codes is not None:
-        support = torch.zeros(len(chosen), num_codes, dtype=torch.bool)
-        for step, position in enumerate(completion.logprobs):
-            support[step, [code for code, entry in position.items() if entry.logprob > -math.inf]] = True
-    return EngineAnswer(list(prompt_ids), list(completion.token_ids), [code for code, _ in chosen], log_probs, support)
+        support = torch.zeros(len(told), num_codes, dtype=torch.bool)
+        for step, (start, end) in enumerate(zip(told.start_indices, told.end_indices, strict=True)):
+            codes = zip(told.token_ids[start:end], told.logprobs[start:end], strict=True)
+            support[step, [code for code, log_prob in codes if log_prob > -math.inf]] = True
+    return EngineAnswer(list(prompt_ids), list(completion.token_ids), action_ids, log_probs, support)
 
 
 class LatentActionEngine:

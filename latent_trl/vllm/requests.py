@@ -2,6 +2,7 @@
 
 import re
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from ..generation.arithmetic_sampling import ArithmeticSampler, random_orders
 from ..generation.choice import draw, masked_law
 from .settings import ActionSettings, check_sampling_params
 
-# A prime, so that seeds and steps do not meet.
+# A prime, so that seeds and parts do not meet.
 STRIDE = 1_000_003
+# Random numbers that are drawn at once for a seed: those of the next steps too.
+AT_ONCE = 8192
 # Intervals of arithmetic codes that are remembered, as a multiple of the rows of a batch. Of a request that has waited
 # for longer than so many others took, what follows is drawn by itself, under the same law.
 REMEMBERED = 64
@@ -40,12 +43,45 @@ class ActionRow:
         self.bias = bias
         self.first_image = first_image
         self.output_ids = output_ids
+        self.noise = None if settings.seed is None else Draws(settings.seed, _exponential)
 
     @property
     def forced(self) -> int:
         """The code of this step, -1 where it is free."""
         step, forced = len(self.output_ids), self.settings.forced
         return forced[step] if step < len(forced) else -1
+
+
+class Draws:
+    """
+    What a seed draws, step by step: a function of seed and step, so that no state is lost where a request leaves the
+    batch. Steps are drawn many at a time.
+
+    Args:
+        seed (`int`): The seed.
+        draw (`Callable`): From steps, codes and a generator to a tensor `[steps, codes]`.
+    """
+
+    def __init__(self, seed: int, draw: Callable[[int, int, torch.Generator], torch.Tensor]):
+        self.seed, self.draw = seed, draw
+        self.part, self.drawn = -1, torch.empty(0)
+
+    def __call__(self, step: int, codes: int) -> torch.Tensor:
+        """`[codes]`"""
+        size = max(1, AT_ONCE // codes)
+        part = step // size
+        if part != self.part:
+            generator = torch.Generator().manual_seed((self.seed * STRIDE + part) % 2**63)
+            self.part, self.drawn = part, self.draw(size, codes, generator)
+        return self.drawn[step % size]
+
+
+def _exponential(steps: int, codes: int, generator: torch.Generator) -> torch.Tensor:
+    return torch.empty(steps, codes).exponential_(generator=generator)
+
+
+def _orders(steps: int, codes: int, generator: torch.Generator) -> torch.Tensor:
+    return random_orders(steps, codes, generator, "cpu")
 
 
 def __getattr__(name: str) -> type["ActionRequests"]:
@@ -76,6 +112,8 @@ class ActionRequests(LogitsProcessor):
         # step's interval stays until the next step's is made, and then it is of no more use.
         self.intervals: OrderedDict[tuple[int, float, int], tuple[float, float]] = OrderedDict()
         self.remembered = REMEMBERED * vllm_config.scheduler_config.max_num_seqs
+        # Of the groups in the batch, by their seeds: in which order the codes of a step lie.
+        self.orders: dict[int, Draws] = {}
         # Set by the model, which is made later.
         self.model: Any = None
         vllm_config.compilation_config.static_forward_context[REQUESTS] = self
@@ -123,11 +161,11 @@ class ActionRequests(LogitsProcessor):
         if sampled:
             probs = log_probs[sampled].exp()
             noise = torch.empty_like(probs).exponential_()
-            for place, i in enumerate(sampled):
-                seed = rows[i].settings.seed
-                if seed is not None:
-                    own = _generator(seed, len(rows[i].output_ids))
-                    noise[place] = torch.empty(probs.shape[-1]).exponential_(generator=own)
+            seeded = [place for place, i in enumerate(sampled) if rows[i].noise is not None]
+            if seeded:
+                own = [rows[sampled[place]] for place in seeded]
+                drawn = [row.noise(len(row.output_ids), probs.shape[-1]) for row in own]
+                noise[seeded] = torch.stack(drawn).to(noise.device)
             action_ids[sampled] = draw(probs, noise)
         forced = torch.tensor([row.forced for row in rows], device=logits.device)
         self._draw_together(rows, log_probs, action_ids, forced < 0)
@@ -146,6 +184,8 @@ class ActionRequests(LogitsProcessor):
         laws: dict[Any, list[int]] = {}
         for i, row in enumerate(rows):
             laws.setdefault(row.settings.law, []).append(i)
+        if len(laws) == 1:
+            return masked_law(rows[0].settings.law, logits, allowed)[0]
         log_probs = torch.empty_like(logits)
         for law, members in laws.items():
             log_probs[members] = masked_law(law, logits[members], None if allowed is None else allowed[members])[0]
@@ -165,11 +205,16 @@ class ActionRequests(LogitsProcessor):
         for i, row in enumerate(rows):
             if row.settings.group is not None:
                 sizes.setdefault(row.settings.group.size, []).append(i)
+        groups = {row.settings.group.seed for row in rows if row.settings.group is not None}
+        # Not the numbers that the group's first sample draws once it is alone.
+        self.orders = {seed: self.orders.get(seed) or Draws(seed + 1, _orders) for seed in groups}
         for size, members in sizes.items():
             intervals = log_probs.new_tensor([self._interval(rows[i]) for i in members])
             sampler = ArithmeticSampler(intervals[:, 0], size)
             sampler.width = intervals[:, 1]
-            orders = torch.stack([self._order(rows[i], log_probs.shape[-1]) for i in members]).to(log_probs.device)
+            drawn = [self.orders[rows[i].settings.group.seed] for i in members]
+            steps = [len(rows[i].output_ids) for i in members]
+            orders = torch.stack([d(step, log_probs.shape[-1]) for d, step in zip(drawn, steps)]).to(log_probs.device)
             action_ids[members] = sampler.draw(log_probs[members].exp(), orders, action_ids[members], free[members])
             for i, *interval in zip(members, sampler.points.tolist(), sampler.width.tolist()):
                 self._remember(rows[i], tuple(interval))
@@ -188,12 +233,3 @@ class ActionRequests(LogitsProcessor):
         self.intervals.move_to_end(key)
         while len(self.intervals) > self.remembered:
             self.intervals.popitem(last=False)
-
-    @staticmethod
-    def _order(row: ActionRow, codes: int) -> torch.Tensor:
-        return random_orders(1, codes, _generator(row.settings.group.seed, len(row.output_ids)), "cpu")[0]
-
-
-def _generator(seed: int, step: int) -> torch.Generator:
-    """What a step draws is a function of seed and step: no state is lost where a request leaves the batch."""
-    return torch.Generator().manual_seed((seed * STRIDE + step) % 2**63)

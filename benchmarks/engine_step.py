@@ -13,6 +13,7 @@ import argparse
 import os
 import tempfile
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,15 +61,25 @@ def latent_arm(preset: Preset, folder: Path, device: torch.device) -> Arm:
 
 
 def token_arm(preset: Preset, folder: Path, device: torch.device) -> Arm:
-    if device.type == "cpu":
-        # vLLM packs linear weights for the CPU, and then TRL's new weights do not fit.
-        from vllm import _custom_ops
-
-        _custom_ops._supports_onednn = False
     backbone = LlamaForCausalLM.from_pretrained(folder, dtype=preset.dtype).to(device)
     shared, options = shared_arguments(preset), engine_options(preset, device)
     args = GRPOConfig(str(folder / "token"), generation_kwargs={"ignore_eos": True}, **options)
-    return Arm(GRPOTrainer(model=backbone, args=args, **shared), batch_rows(preset, shared["train_dataset"]))
+    with unpacked_weights():
+        trainer = GRPOTrainer(model=backbone, args=args, **shared)
+    return Arm(trainer, batch_rows(preset, shared["train_dataset"]))
+
+
+@contextmanager
+def unpacked_weights():
+    """vLLM packs linear weights for the CPU, and then TRL's new weights do not fit into its engine."""
+    from vllm import _custom_ops
+
+    packs = _custom_ops._supports_onednn
+    _custom_ops._supports_onednn = False
+    try:
+        yield
+    finally:
+        _custom_ops._supports_onednn = packs
 
 
 def measure_once(arms: dict[str, Arm], length: int) -> dict[str, float]:

@@ -198,7 +198,9 @@ class Measurement:
         from ..evaluation.answers import answer
 
         sizes = {"batch_size": self.args.batch_size, "max_new_tokens": self.args.max_new_tokens}
-        return answer(self.answering, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options)
+        return answer(
+            self.answering, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options
+        )
 
     def answers_and_codes(self) -> dict[str, list[float]]:
         """The most likely answers: their rewards, which are returned, their fluency, and the use of the codebook."""

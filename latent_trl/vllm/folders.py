@@ -92,8 +92,8 @@ def check_not_quantized(config: PreTrainedConfig) -> None:
     given = config.quantization_config
     method = given["quant_method"] if isinstance(given, dict) else given.quant_method
     raise ValueError(
-        f"The backbone is quantised ({getattr(method, 'value', method)}), and vLLM would build the policy's layers as it "
-        "builds the backbone's. Use one that is not quantised, such as in bfloat16, or answer without an engine "
+        f"The backbone is quantised ({getattr(method, 'value', method)}), and vLLM would build the policy's layers as "
+        "it builds the backbone's. Use one that is not quantised, such as in bfloat16, or answer without an engine "
         "(`use_vllm=False`, `--engine transformers`)."
     )
 

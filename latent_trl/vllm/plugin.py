@@ -11,8 +11,8 @@ PREFIX = "LatentAction"
 FOREIGN = "vllm.model_executor.models.transformers"
 
 FIRST_RUNNER = (
-    "Codes are sampled in vLLM's first model runner: leave `VLLM_USE_V2_MODEL_RUNNER` out, or set it to 0, and start the "
-    "engine with `latent_trl.vllm.engine.engine_arguments`."
+    "Codes are sampled in vLLM's first model runner: leave `VLLM_USE_V2_MODEL_RUNNER` out, or set it to 0, and start "
+    "the engine with `latent_trl.vllm.engine.engine_arguments`."
 )
 
 

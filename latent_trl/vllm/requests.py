@@ -97,8 +97,12 @@ class Batch:
     def __init__(self, rows: list[ActionRow], orders: dict[int, Draws]):
         self.rows = rows
         self.sampled = [i for i, row in enumerate(rows) if row.settings.do_sample]
-        # Places among those.
-        self.seeded = [place for place, i in enumerate(self.sampled) if rows[i].noise is not None]
+        # Places among those, and what is drawn there.
+        self.seeded: dict[int, Draws] = {}
+        for place, i in enumerate(self.sampled):
+            noise = rows[i].noise
+            if noise is not None:
+                self.seeded[place] = noise
         self.biased = [i for i, row in enumerate(rows) if row.bias is not None]
         self.forces = any(row.settings.forced for row in rows)
         self.laws: dict[ActionLaw, list[int]] = {}
@@ -132,9 +136,9 @@ class Batch:
         whole = len(self.seeded) == len(self.sampled)
         noise = torch.empty_like(probs) if whole else torch.empty_like(probs).exponential_()
         if self.seeded:
-            rows = [self.rows[self.sampled[place]] for place in self.seeded]
-            drawn = torch.stack([row.noise(len(row.output_ids), probs.shape[-1]) for row in rows]).to(probs.device)
-            noise[self.seeded] = drawn
+            steps = [len(self.rows[self.sampled[place]].output_ids) for place in self.seeded]
+            drawn = [draws(step, probs.shape[-1]) for draws, step in zip(self.seeded.values(), steps, strict=True)]
+            noise[list(self.seeded)] = torch.stack(drawn).to(probs.device)
         return noise
 
 

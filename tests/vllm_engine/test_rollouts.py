@@ -86,10 +86,10 @@ def test_evaluation_answers_from_the_engine_with_the_policy_as_it_is(tmp_path, c
     first = own.evaluate()
     assert trainer.evaluate()["eval_reward"] == first["eval_reward"] and trainer.engine_source.engine is not None
     # Other weights at the same step, as those of the best checkpoint.
-    fresh = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(model.policy.parameters())]
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for parameter, value in zip(model.policy.parameters(), fresh, strict=True):
-            parameter.copy_(value * parameter.shape[-1] ** -0.5)
+        for parameter in model.policy.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
     second = own.evaluate()
     assert second["eval_completions/mean_length"] > 0 and second["eval_reward"] != first["eval_reward"]
     assert trainer.evaluate()["eval_reward"] == second["eval_reward"]

@@ -146,6 +146,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     preset = replace(preset, text=text, vision=None)
     if options.quick:
         preset = preset.scaled_down()
+        # The smallest heads that vLLM has kernels for on a CPU.
+        preset.text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
     sizes = ("prompts", "generations", "completion_length", "policy_layers")
     preset = replace(preset, **{name: getattr(options, name) for name in sizes if getattr(options, name)})
     times = measure(preset, device, options.repeats, options.warmup)

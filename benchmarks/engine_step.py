@@ -121,7 +121,8 @@ def report(result: dict[str, Any]) -> str:
     rows = [[name, *[result["seconds"][f"{part}_{arm}"] for part in PARTS]] for name, arm in named]
     shown = table(["trainer", *[f"{part}, s" for part in PARTS]], rows)
     ratio = result["step_ratio"]
-    return f"{shown}\n\n{table(['ratio', 'measured', 'bar', 'met'], [['`step_ratio`', ratio, BAR, ratio <= BAR]])}"
+    row = ["`step_ratio`", ratio, BAR, "yes" if ratio <= BAR else "no"]
+    return f"{shown}\n\n{table(['ratio', 'measured', 'bar', 'met'], [row])}"
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:

@@ -145,7 +145,12 @@ class Rollouts:
     def latent_engine(self, lengths: torch.Tensor) -> None:
         from latent_trl.vllm.engine import answer_of, sampling_params
 
-        params = [sampling_params(n, ignore_eos=True, detokenize=False, seed=i) for i, n in enumerate(lengths.tolist())]
+        params, size = [], self.preset.generations
+        for i, length in enumerate(lengths.tolist()):
+            # Samples of a prompt are drawn together, as in our loop and in training.
+            group = {"seed": i // size, "size": size, "point": (i % size + 0.5) / size}
+            settings = {"action_seed": i, "action_group": group}
+            params.append(sampling_params(length, settings, ignore_eos=True, detokenize=False))
         outputs = self.engine.llm.generate(self.prompts(), params, use_tqdm=False)
         found = [answer_of(output.prompt_token_ids, output.outputs[0]) for output in outputs]
         assert [len(answer.action_ids) for answer in found] == lengths.tolist()

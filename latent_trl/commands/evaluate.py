@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import DATASET, CommandParser, above_zero, at_least, refuse_given
+from .engines import OF_ENGINES, add_engine, check_engine, load_engine_answers
 
 # Those of `latent_trl.evaluation.perplexity`, which imports torch.
 LAWS = ("most_likely", "marginal", "inferred", "backbone")
@@ -53,6 +54,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="all figures and answers")
     parser.add_argument("--backbone", help="folder or Hub id of the backbone, where the checkpoint's own is not right")
     parser.add_argument("--dtype", help="of the backbone, such as bfloat16")
+    add_engine(parser)
     parser.add_argument("--batch-size", type=at_least(1), default=64, help="(%(default)s)")
     parser.add_argument("--max-new-tokens", type=at_least(1), default=128, help="(%(default)s)")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the samples' codes (%(default)s)")
@@ -159,13 +161,15 @@ class Measurement:
         rewards (`list`): Reward functions.
         args (`argparse.Namespace`): Of the command.
         bars: Where progress is shown.
+        engine (`AnswerSource`, *optional*): Answers in the model's place.
     """
 
-    def __init__(self, model, processor, rows, rewards: list[Any], args: argparse.Namespace, bars):
+    def __init__(self, model, processor, rows, rewards: list[Any], args: argparse.Namespace, bars, engine=None):
         from ..evaluation.judge_protocol import sample_keys
         from ..rewards.calling import RewardCaller
 
         self.model, self.processor, self.rows, self.args, self.bars = model, processor, rows, args, bars
+        self.answering = model if engine is None else engine
         limit = {"timeout": args.reward_timeout, "timeout_name": "--reward-timeout"}
         self.rewards = {reward.__name__: RewardCaller(reward, **limit) for reward in rewards}
         self.measured = Measured(sample_keys(rows, args.key))
@@ -194,7 +198,9 @@ class Measurement:
         from ..evaluation.answers import answer
 
         sizes = {"batch_size": self.args.batch_size, "max_new_tokens": self.args.max_new_tokens}
-        return answer(self.model, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options)
+        return answer(
+            self.answering, self.processor, prompts, progress=self._bar(name, len(prompts)), **sizes, **options
+        )
 
     def answers_and_codes(self) -> dict[str, list[float]]:
         """The most likely answers: their rewards, which are returned, their fluency, and the use of the codebook."""
@@ -240,7 +246,7 @@ class Measurement:
 
         steps, bar = self.args.code_ceiling, self._bar("All codes", len(self.rows))
         found = forced_answers(
-            self.model, self.processor, self.rows, steps, max_new_tokens=self.args.max_new_tokens, progress=bar
+            self.answering, self.processor, self.rows, steps, max_new_tokens=self.args.max_new_tokens, progress=bar
         )
         rows = [self.rows[i] for i, of_prompt in enumerate(found) for _ in of_prompt.texts]
         every = Answers([t for one in found for t in one.texts], token_ids=[i for one in found for i in one.token_ids])
@@ -256,7 +262,7 @@ class Measurement:
         import torch
 
         args = self.args
-        generator = torch.Generator(device=self.model.device).manual_seed(args.seed)
+        generator = torch.Generator(device=self.answering.device).manual_seed(args.seed)
         options = {"action_do_sample": True, "action_temperature": args.temperature, "action_generator": generator}
         names = [f"Samples {i + 1}/{args.samples}" for i in range(args.samples)]
         rounds = [self._answers(name, self.rows, **options) for name in names]
@@ -279,7 +285,7 @@ class Measurement:
         judge = JudgeReward(**as_dict("judge", args.judge))
         judge.check()
         found = judge_model(
-            self.model,
+            self.answering,
             self.processor,
             self.rows,
             judge,
@@ -312,6 +318,7 @@ class Measurement:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    with_engine = check_engine(args)
     from transformers.utils import logging
 
     from ..data.reading import OpenedRows
@@ -328,15 +335,18 @@ def main(argv: list[str] | None = None) -> int:
     check_reward_columns(rewards, rows, args.dataset)
     rows = OpenedRows(rows, args.image_root)
     if is_plan_model(args.model):
+        refuse_given("latent-trl evaluate", args, OF_ENGINES, f"is for codes a token, and {args.model!r} has plans.")
         measured = measure_plans(args, rows, rewards)
         report(args, len(rows), measured)
         return 0
     refuse_given("latent-trl evaluate", args, ("plan",), f"is for plans, and {args.model!r} has codes a token.")
     if args.perplexity and args.reference not in rows.column_names:
         raise ValueError(f"`--reference` must be one of {rows.column_names}, got {args.reference!r}.")
+    # The engine first: it takes its memory at once. The model is for what is measured on texts.
+    engine = load_engine_answers(args, max_num_seqs=args.batch_size) if with_engine else None
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     with progress_bars() as bars:
-        measured = Measurement(model, load_processor(model, args.backbone), rows, rewards, args, bars).run()
+        measured = Measurement(model, load_processor(model, args.backbone), rows, rewards, args, bars, engine).run()
     report(args, len(rows), measured)
     return 0
 

@@ -6,6 +6,7 @@ import sys
 from dataclasses import asdict
 
 from .arguments import CommandParser, as_dict, at_least, refuse_given
+from .engines import OF_ENGINES, add_engine, check_engine
 from .replies import OF_PLANS, Answerer, Reply, add_sampling, codes
 
 
@@ -30,6 +31,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="a JSON line an answer: text, tokens, action_ids, log_prob, reward; or plan, value",
     )
     add_sampling(parser)
+    add_engine(parser)
     search = parser.add_argument_group("search, for the answer that a reward function likes best")
     budget = search.add_mutually_exclusive_group()
     budget.add_argument(
@@ -48,6 +50,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--best-of and --tree need --reward-funcs, and the other way round")
     if searches and (args.force or args.samples != 1):
         parser.error("--force and --samples are not for searches")
+    if args.engine == "vllm" and args.tree is not None:
+        parser.error("--tree reads the states of a model, which an engine does not give: use --best-of, or no --engine")
     if args.all_plans and (args.plan is not None or searches):
         parser.error("--all-plans is not for --plan and searches")
     if args.plan is not None and searches:
@@ -57,6 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    with_engine = check_engine(args)
     from ..data.images import open_image
     from .plan_loading import is_plan_model
     from .replies import coloured, load_answerer
@@ -68,9 +73,10 @@ def main(argv: list[str] | None = None) -> int:
     messages = [{"role": "system", "content": args.system}] if args.system else []
     messages.append({"role": "user", "content": prompt})
     if is_plan_model(args.model):
+        refuse_given("latent-trl generate", args, OF_ENGINES, f"is for codes a token, and {args.model!r} has plans.")
         return under_plans(args, messages, images)
     refuse_given("latent-trl generate", args, OF_PLANS, f"is for plans, and {args.model!r} has codes a token.")
-    answerer = load_answerer(args)
+    answerer = load_answerer(args, with_engine)
     if args.reward_funcs:
         replies = [searched(args, answerer, messages, images)]
     else:

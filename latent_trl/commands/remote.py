@@ -5,8 +5,15 @@ import base64
 import io
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 from .replies import Reply
+
+
+def whole_url(url: str) -> str:
+    """Where the server's API begins, for a name that may have no scheme and no path."""
+    url = url.rstrip("/") if "://" in url else "http://" + url.rstrip("/")
+    return url if urlsplit(url).path else url + "/v1"
 
 
 class RemoteAnswerer:
@@ -15,7 +22,7 @@ class RemoteAnswerer:
     variable `LATENT_TRL_API_KEY`.
 
     Args:
-        url (`str`): Such as `http://127.0.0.1:8000/v1`.
+        url (`str`): Such as `http://127.0.0.1:8000/v1`; `http://` and `/v1` may be left out.
         model (`str`, *optional*): Its name there; by default the first that is served.
         args (`Namespace`): Of [`~latent_trl.commands.replies.add_sampling`].
 
@@ -30,6 +37,7 @@ class RemoteAnswerer:
             raise ImportError("`--url` needs the `openai` package: pip install openai") from None
         from ..api_key import read_key
 
+        url = whole_url(url)
         self.args, self.asked = args, 0
         self.failure = openai.APIError
         self.client = openai.OpenAI(base_url=url, api_key=read_key() or "none")

@@ -62,7 +62,7 @@ class Answerer:
     A model that answers conversations.
 
     Args:
-        model (`LatentActionModel`): The model.
+        model (`LatentActionModel` or `AnswerSource`): The model, or an engine in its place.
         processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         args (`Namespace`): Of [`add_sampling`].
     """
@@ -71,8 +71,10 @@ class Answerer:
         import torch
 
         from ..generation.choice import code_bias
+        from ..search.sources import source_of
 
-        self.model, self.processor, self.args = model.eval(), processor, args
+        self.model, self.processor, self.args = model, processor, args
+        self.source = source_of(model, processor)
         self.tokenizer = getattr(processor, "tokenizer", processor)
         self.num_codes = model.config.num_codes
         self.special_tokens = set(self.tokenizer.all_special_tokens)
@@ -94,10 +96,9 @@ class Answerer:
         import torch
 
         from ..data.code_streamer import code_streamer
-        from ..data.prompts import encode_prompts
+        from ..data.pieces import text_pieces
 
         row = {"prompt": messages, **({"images": images} if images else {})}
-        inputs = {k: v.to(self.model.device) for k, v in encode_prompts(self.processor, [row]).items()}
         forced_ids = None
         if forced:
             forced_ids = torch.tensor([forced] * samples, device=self.model.device)
@@ -111,37 +112,17 @@ class Answerer:
             }
         streaming = nullcontext() if on_token is None else code_streamer(self.model, self.tokenizer, on_token)
         with streaming as streamer:
-            output = self.model.generate(
-                **inputs,
-                max_new_tokens=self.args.max_new_tokens,
-                num_return_sequences=samples,
+            answers = self.source(
+                [row],
+                self.args.max_new_tokens,
+                samples,
                 forced_action_ids=forced_ids,
-                output_cache=False,
-                return_dict_in_generate=True,
                 streamer=streamer,
                 **options,
             )
-        return self._replies(output, inputs["input_ids"].shape[1])
-
-    def _replies(self, output, prompt_length: int) -> list[Reply]:
-        from ..data.pieces import text_pieces
-
-        end = self.model.generation_config.eos_token_id
-        ends = {self.tokenizer.eos_token_id, *(end if isinstance(end, list) else [end])}
-        replies = []
-        for ids, action_ids, log_probs in zip(
-            output.sequences[:, prompt_length:].tolist(), output.action_ids.tolist(), output.action_log_probs.tolist()
-        ):
-            length = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
-            replies.append(
-                Reply(
-                    text=self.tokenizer.decode(ids[:length], skip_special_tokens=True).strip(),
-                    tokens=text_pieces(self.tokenizer, ids[:length]),
-                    action_ids=action_ids[:length],
-                    log_prob=sum(log_probs[:length]),
-                )
-            )
-        return replies
+        return [
+            Reply(a.text, text_pieces(self.tokenizer, a.token_ids), a.action_ids, sum(a.log_probs)) for a in answers
+        ]
 
 
 def coloured(reply: Reply, numbers: bool = True):
@@ -163,11 +144,16 @@ def visible(token: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in token)
 
 
-def load_answerer(args: argparse.Namespace) -> Answerer:
+def load_answerer(args: argparse.Namespace, with_engine: bool = False) -> Answerer:
+    """What answers: the model that `args` names, or an engine of it."""
     from transformers.utils import logging
 
+    from .engines import load_engine_answers
     from .loading import load_model, load_processor
 
     logging.set_verbosity_error()
+    if with_engine:
+        source = load_engine_answers(args)
+        return Answerer(source, source.encoder.processing_class, args)
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     return Answerer(model, load_processor(model, args.backbone), args)

@@ -5,8 +5,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .arguments import CommandParser, above_zero, at_least
+from .engines import ENGINES, named_engine, refuse_backbone
 
-ENGINES = ("vllm", "transformers")
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
 
@@ -54,10 +54,7 @@ def chosen_engine(name: str | None) -> str:
     missing = [package for package in NEEDED if find_spec(package) is None]
     if missing:
         raise ImportError(f"Serving needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    has_vllm = find_spec("vllm") is not None
-    if name == "vllm" and not has_vllm:
-        raise ImportError("`--engine vllm` needs vLLM: see docs/vllm.md. Without it there is `--engine transformers`.")
-    return name or ("vllm" if has_vllm else "transformers")
+    return named_engine(name) if name else ("transformers" if find_spec("vllm") is None else "vllm")
 
 
 def make_engine(args: argparse.Namespace):
@@ -72,10 +69,7 @@ def make_engine(args: argparse.Namespace):
     if name == "vllm":
         from ..serving.vllm_engine import VLLMEngine
 
-        if args.backbone:
-            raise ValueError(
-                "`--backbone` is for `--engine transformers`: vLLM reads the one that the checkpoint names."
-            )
+        refuse_backbone(args)
         check_latent_actions(args.model)
         return VLLMEngine(args.model, **sizes, **({"dtype": args.dtype} if args.dtype else {}), **options)
     if options:

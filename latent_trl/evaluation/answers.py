@@ -8,11 +8,10 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from ..data.pieces import text_pieces
-from ..data.prompts import encode_prompts
 from ..data.reading import OpenedRows
-from ..generation.answers import end_tokens, evaluation_mode, generated_answers
 from ..rewards.calling import RewardCaller
 from ..rewards.conversation import as_completion
+from ..search.sources import source_of
 
 
 @dataclass
@@ -64,7 +63,8 @@ def answer(
     Lets `model` answer every prompt, each once.
 
     Args:
-        model (`LatentActionModel`): In any mode; it answers in evaluation mode.
+        model (`LatentActionModel` or `AnswerSource`): In any mode; it answers in evaluation mode. Or an engine in its
+            place, [`~latent_trl.vllm.answers.EngineAnswers`].
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         rows (`Dataset` or list): With `prompt`, plain or conversational, `images` where there are some, and the
             columns that the reward reads.
@@ -79,27 +79,22 @@ def answer(
         RewardError: When the reward function raises, or returns what is not a finite number or `None` for each answer.
     """
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    ends = end_tokens(model, tokenizer, generate_kwargs)
-    generate_kwargs = {"action_do_sample": False, **generate_kwargs, "eos_token_id": ends, "output_cache": False}
+    source, settings = source_of(model, processing_class), {"action_do_sample": False, **generate_kwargs}
+    copies = settings.pop("num_return_sequences", 1)
     caller = None if reward is None else RewardCaller.of(reward)
     rows = OpenedRows.of(rows)
     result = Answers()
-    with evaluation_mode(model):
-        for start in range(0, len(rows), batch_size):
-            batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
-            inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, batch).items()}
-            output = model.generate(
-                **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **generate_kwargs
-            )
-            for found in generated_answers(output, inputs["input_ids"].shape[1], tokenizer, ends):
-                result.texts.append(found.text)
-                result.tokens.append(text_pieces(tokenizer, found.token_ids))
-                result.token_ids.append(found.token_ids)
-                result.action_ids.append(found.action_ids)
-            if caller is not None:
-                result.rewards += _scored(caller, batch, result.texts[start:], result.token_ids[start:])
-            if progress is not None:
-                progress(len(result.texts))
+    for start in range(0, len(rows), batch_size):
+        batch = [rows[i] for i in range(start, min(start + batch_size, len(rows)))]
+        for found in source(batch, max_new_tokens, copies, **settings):
+            result.texts.append(found.text)
+            result.tokens.append(text_pieces(tokenizer, found.token_ids))
+            result.token_ids.append(found.token_ids)
+            result.action_ids.append(found.action_ids)
+        if caller is not None:
+            result.rewards += _scored(caller, batch, result.texts[start:], result.token_ids[start:])
+        if progress is not None:
+            progress(len(result.texts))
     return result
 
 

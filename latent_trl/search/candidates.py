@@ -8,7 +8,7 @@ import torch
 
 from ..data.prompts import encode_prompts
 from ..data.reading import OpenedRows
-from ..generation.answers import generated_answers
+from ..generation.answers import GeneratedAnswer, generated_answers
 from ..generation.output import LatentActionGenerateOutput
 from ..models.latent_action_model import LatentActionModel
 from ..rewards.calling import RewardCaller
@@ -33,6 +33,10 @@ class Candidate:
     action_ids: list[int]
     log_prob: float
     reward: float | None = None
+
+    @classmethod
+    def of(cls, answer: GeneratedAnswer) -> "Candidate":
+        return cls(answer.text, answer.token_ids, answer.action_ids, sum(answer.log_probs))
 
 
 @dataclass
@@ -94,8 +98,7 @@ class Scorer:
 def candidates_of(
     output: LatentActionGenerateOutput, prompt_length: int, tokenizer: Any, ends: list[int] | None
 ) -> list[Candidate]:
-    found = generated_answers(output, prompt_length, tokenizer, ends)
-    return [Candidate(one.text, one.token_ids, one.action_ids, sum(one.log_probs)) for one in found]
+    return [Candidate.of(one) for one in generated_answers(output, prompt_length, tokenizer, ends)]
 
 
 def encoded(model: LatentActionModel, processing_class: Any, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:

@@ -5,13 +5,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ..generation.answers import end_tokens, evaluation_mode
 from ..models.latent_action_model import LatentActionModel
-from .candidates import Scorer, SearchResult, batches, candidates_of, check_budget, encoded, refuse
+from .candidates import Candidate, Scorer, SearchResult, batches, check_budget, refuse
+from .sources import AnswerSource, source_of
 
 
 def best_of_n(
-    model: LatentActionModel,
+    model: LatentActionModel | AnswerSource,
     processing_class: ProcessorMixin | PreTrainedTokenizerBase,
     rows: Any,
     reward: Callable[..., Any],
@@ -25,7 +25,8 @@ def best_of_n(
     Samples `n` answers to each prompt and scores them.
 
     Args:
-        model (`LatentActionModel`): In any mode; it answers in evaluation mode.
+        model (`LatentActionModel` or `AnswerSource`): In any mode; it answers in evaluation mode. Or an engine in its
+            place, [`~latent_trl.vllm.answers.EngineAnswers`].
         processing_class (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
         rows (`Dataset` or list): With `prompt`, `images` and the columns that the reward reads.
         reward (`Callable` or `RewardCaller`): A reward function of TRL's signature, sync or async. It sees each text of
@@ -49,25 +50,15 @@ def best_of_n(
             "`action_do_sample=False` gives the same answer each time. Leave it out, or use `tree_search`."
         )
     scorer, results = Scorer(reward), []
-    tokenizer = getattr(processing_class, "tokenizer", processing_class)
-    ends = end_tokens(model, tokenizer, generate_kwargs)
-    with evaluation_mode(model):
-        for batch in batches(rows, max(1, batch_size // n)):
-            inputs = encoded(model, processing_class, batch)
-            output = model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                **{**generate_kwargs, "action_do_sample": True, "eos_token_id": ends},
-                num_return_sequences=n,
-                output_cache=False,
-                return_dict_in_generate=True,
-            )
-            found = candidates_of(output, inputs["input_ids"].shape[1], tokenizer, ends)
-            groups = [found[i : i + n] for i in range(0, len(found), n)]
-            for row, group in zip(batch, groups, strict=True):
-                scorer.add(row, group, {})
-            scorer.score()
-            results += [SearchResult(group) for group in groups]
-            if progress is not None:
-                progress(len(results))
+    source = source_of(model, processing_class)
+    for batch in batches(rows, max(1, batch_size // n)):
+        found = source(batch, max_new_tokens, n, **{**generate_kwargs, "action_do_sample": True})
+        candidates = [Candidate.of(answer) for answer in found]
+        groups = [candidates[i : i + n] for i in range(0, len(candidates), n)]
+        for row, group in zip(batch, groups, strict=True):
+            scorer.add(row, group, {})
+        scorer.score()
+        results += [SearchResult(group) for group in groups]
+        if progress is not None:
+            progress(len(results))
     return results

@@ -56,6 +56,10 @@ def tree_search(
         ValueError: For `n < 1`, `width < 1`, arguments about sampling, or a reward that is no finite number.
     """
     check_budget(n, batch_size)
+    if not isinstance(model, LatentActionModel):
+        raise ValueError(
+            f"`tree_search` reads the states of a model, and a {type(model).__name__} gives none. Use `best_of_n`."
+        )
     if width < 1:
         raise ValueError(f"`width` must be at least 1, got {width}.")
     refuse(generate_kwargs, *OWN_SETTINGS)

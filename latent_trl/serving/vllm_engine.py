@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoProcessor, GenerationConfig
 from vllm import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
@@ -21,7 +20,7 @@ from ..data.prompts import PromptEncoder
 from ..data.rows import RowError
 from ..generation.answers import end_tokens
 from ..vllm.engine import answer_of, engine_arguments, sampling_params
-from ..vllm.folders import EngineFolders, folders_of_checkpoint
+from ..vllm.folders import folders_of_checkpoint
 from .batches import Pieces
 from .engine import EngineError, GenerationRequest, Piece, RequestError, default_law, longest_answer
 from .text_stream import TextStream
@@ -45,11 +44,10 @@ class VLLMEngine:
         folders = folders_of_checkpoint(model)
         self.max_batch_size, self.max_completion_length = max_batch_size, max_completion_length
         self.num_codes = folders.config.num_codes
-        processor = AutoProcessor.from_pretrained(folders.processor or folders.backbone, revision=folders.revision)
-        self.encoder = PromptEncoder(processor)
+        self.encoder = PromptEncoder(folders.load_processor())
         self.tokenizer = self.encoder.encoder.tokenizer
         self.special_tokens = list(self.tokenizer.all_special_tokens)
-        config = _generation_config(folders)
+        config = folders.generation_config()
         self.ends = end_tokens(SimpleNamespace(generation_config=config), self.tokenizer, {}) or []
         self.default_law = default_law(config)
         arguments = engine_arguments(folders, **{"max_num_seqs": max_batch_size, **options})
@@ -159,12 +157,3 @@ def _piece(output: Any, index: int, stream: TextStream) -> Piece:
         finish_reason=part.finish_reason,
         prompt_tokens=len(output.prompt_token_ids),
     )
-
-
-def _generation_config(folders: EngineFolders) -> GenerationConfig:
-    try:
-        return GenerationConfig.from_pretrained(folders.backbone, revision=folders.revision)
-    except OSError:
-        # A folder without one.
-        config = AutoConfig.from_pretrained(folders.backbone, revision=folders.revision)
-        return GenerationConfig.from_model_config(config)

@@ -17,9 +17,9 @@ from vllm.sampling_params import RequestOutputKind
 from ..generation.settings import ACTION_DEFAULTS
 from ..models.latent_action_model import LatentActionModel
 from ..models.policy import LatentActionPolicy
-from .folders import EngineFolders, folders_of_checkpoint, folders_of_model
+from .folders import EngineFolders, check_not_quantized, folders_of_checkpoint, folders_of_model
 from .names import policy_tensors, tensor_bytes
-from .plugin import PREFIX, check_architecture, register
+from .plugin import FIRST_RUNNER, PREFIX, check_architecture, register
 from .rows import EngineAnswer, row_settings
 from .settings import check_sampling_params
 
@@ -27,10 +27,12 @@ from .settings import check_sampling_params
 OWN_ARGUMENTS = ("model", "revision", "hf_overrides", "logits_processors", "logprobs_mode", "worker_extension_cls")
 REFUSED_ARGUMENTS = {
     "speculative_config": "drafts of several tokens have no codes",
-    "tensor_parallel_size": "the components are not split over devices. Start an engine a device, or use "
-    "`data_parallel_size`",
+    "tensor_parallel_size": "the components are not split over devices. Start an engine a device",
+    "decode_context_parallel_size": "the components are not split over devices. Start an engine a device",
+    "prefill_context_parallel_size": "the components are not split over devices. Start an engine a device",
     "pipeline_parallel_size": "the policy reads the last layer's states. Start an engine a device",
     "enable_lora": "an adapter of the backbone is merged when the engine starts",
+    "quantization": "the policy's layers are of the backbone's kind, and would be quantised with them",
 }
 
 
@@ -57,10 +59,13 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
             f"`read_out={config.read_out!r}` needs the backbone's final norm by itself, which an engine does not give. "
             "Only checkpoints of `read_out='residual'` can be served."
         )
-    # The sampler is that of the first runner.
-    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
+    backbone = folders.backbone_config()
+    check_not_quantized(backbone)
+    # What the sampler is put into.
+    if os.environ.setdefault("VLLM_USE_V2_MODEL_RUNNER", "0") != "0":
+        raise ValueError(f"`VLLM_USE_V2_MODEL_RUNNER` is set. {FIRST_RUNNER}")
     register()
-    architectures = [architecture] if architecture else _architectures(folders)
+    architectures = [architecture] if architecture else backbone.architectures
     for name in architectures:
         check_architecture(name)
     record = {
@@ -77,6 +82,8 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
         "logprobs_mode": "processed_logprobs",
         "max_logprobs": config.num_codes,
         "worker_extension_cls": "latent_trl.vllm.worker.LatentActionWorkerExtension",
+        # vLLM's own choice for a checkpoint in float32 is a shorter type.
+        "dtype": folders.dtype,
         # A checkpoint's own defaults are about tokens.
         "generation_config": "vllm",
         # Who is in which row of the batch is read on the host, in forward too, and a step's tokens are known before the
@@ -87,13 +94,6 @@ def engine_arguments(folders: EngineFolders, architecture: str | None = None, **
     if folders.processor is not None:
         arguments["tokenizer"] = folders.processor
     return arguments | options
-
-
-def _architectures(folders: EngineFolders) -> list[str]:
-    from transformers import AutoConfig
-
-    revision = {} if folders.revision is None else {"revision": folders.revision}
-    return AutoConfig.from_pretrained(folders.backbone, **revision).architectures
 
 
 def sampling_params(
@@ -118,6 +118,8 @@ def sampling_params(
         max_tokens=max_new_tokens,
         extra_args=action_settings or None,
         logprobs=num_codes if support else 0,
+        # Lists of numbers, and no object a token.
+        flat_logprobs=True,
         **options,
     )
 
@@ -134,17 +136,19 @@ def answer_of(prompt_ids: Sequence[int], completion: Any, num_codes: int | None 
     Raises:
         FloatingPointError: When the policy's probabilities are not finite.
     """
+    told = completion.logprobs
     # The first of a position is the chosen one.
-    chosen = [next(iter(position.items())) for position in completion.logprobs]
-    log_probs = [entry.logprob for _, entry in chosen]
+    action_ids = [told.token_ids[start] for start in told.start_indices]
+    log_probs = [told.logprobs[start] for start in told.start_indices]
     if any(math.isnan(value) for value in log_probs):
         raise FloatingPointError("No code could be drawn: the policy's probabilities are not finite.")
     support = None
     if num_codes is not None:
-        support = torch.zeros(len(chosen), num_codes, dtype=torch.bool)
-        for step, position in enumerate(completion.logprobs):
-            support[step, [code for code, entry in position.items() if entry.logprob > -math.inf]] = True
-    return EngineAnswer(list(prompt_ids), list(completion.token_ids), [code for code, _ in chosen], log_probs, support)
+        support = torch.zeros(len(told), num_codes, dtype=torch.bool)
+        for step, (start, end) in enumerate(zip(told.start_indices, told.end_indices, strict=True)):
+            codes = zip(told.token_ids[start:end], told.logprobs[start:end], strict=True)
+            support[step, [code for code, log_prob in codes if log_prob > -math.inf]] = True
+    return EngineAnswer(list(prompt_ids), list(completion.token_ids), action_ids, log_probs, support)
 
 
 class LatentActionEngine:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.constants import HF_HOME
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor, GenerationConfig, PreTrainedConfig
 
 from ..checkpoint.atomic_folder import atomic_folder
 from ..checkpoint.configuration import LatentActionConfig
@@ -33,6 +33,29 @@ class EngineFolders:
     checkpoint: str
     processor: str | None
     config: LatentActionConfig
+
+    def backbone_config(self) -> PreTrainedConfig:
+        return AutoConfig.from_pretrained(self.backbone, revision=self.revision)
+
+    @property
+    def dtype(self) -> str:
+        """That of the backbone's checkpoint, in which transformers loads it."""
+        return str(self.backbone_config().dtype or "float32").removeprefix("torch.")
+
+    def generation_config(self) -> GenerationConfig:
+        """The backbone's, which names the tokens that end a text."""
+        try:
+            return GenerationConfig.from_pretrained(self.backbone, revision=self.revision)
+        except OSError:
+            # A folder without one.
+            return GenerationConfig.from_model_config(self.backbone_config())
+
+    def load_processor(self) -> Any:
+        """The processor or tokenizer, which pads and cuts on the left."""
+        options: dict[str, Any] = {"padding_side": "left", "truncation_side": "left"}
+        if self.processor is not None:
+            return AutoProcessor.from_pretrained(self.processor, **options)
+        return AutoProcessor.from_pretrained(self.backbone, revision=self.revision, **options)
 
 
 def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:
@@ -62,6 +85,19 @@ def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:
     return EngineFolders(str(merged), None, str(folder), processor, config)
 
 
+def check_not_quantized(config: PreTrainedConfig) -> None:
+    """Raises `ValueError` for the configuration of a quantised backbone."""
+    if not hasattr(config, "quantization_config"):
+        return
+    given = config.quantization_config
+    method = given["quant_method"] if isinstance(given, dict) else given.quant_method
+    raise ValueError(
+        f"The backbone is quantised ({getattr(method, 'value', method)}), and vLLM would build the policy's layers as "
+        "it builds the backbone's. Use one that is not quantised, such as in bfloat16, or answer without an engine "
+        "(`use_vllm=False`, `--engine transformers`)."
+    )
+
+
 def folders_of_model(model: LatentActionModel, work: Path) -> EngineFolders:
     """
     Those of a model in memory, as far as they must be written: its components, and a backbone that is in no folder.
@@ -69,7 +105,11 @@ def folders_of_model(model: LatentActionModel, work: Path) -> EngineFolders:
     Args:
         model (`LatentActionModel`): It is not changed.
         work (`Path`): A folder to write in, which the engine needs while it starts.
+
+    Raises:
+        ValueError: For a quantised backbone.
     """
+    check_not_quantized(model.backbone.config)
     components = [name for name in COMPONENTS if getattr(model, name) is not None]
     for name in components:
         getattr(model, name).save_pretrained(work / "components" / name)

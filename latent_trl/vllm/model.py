@@ -23,7 +23,7 @@ from ..models.policy import LatentActionPolicy
 from ..models.projector import CrossModalProjector
 from ..models.world_model import LanguageWorldModel
 from .names import DECODER, policy_weights, with_old_prefixes
-from .plugin import PREFIX
+from .plugin import FIRST_RUNNER, PREFIX
 from .requests import REQUESTS, ActionRequests
 
 # Under which the policy's decoder lies in the model of the engine.
@@ -67,13 +67,16 @@ class LatentActionEngineMixin:
         self.model_config = vllm_config.model_config
         config = policy.decoder_stack.decoder.config
         self.plain = policy.decoder_stack.plain
-        trunk = initialize_model(
-            vllm_config.with_hf_config(config), prefix=TRUNK, model_class=self._trunk_class(config)
-        )
+        trunk_class = self._trunk_class(config)
+        named = None if trunk_class is None else [trunk_class.__name__]
+        trunk = initialize_model(vllm_config.with_hf_config(config, named), prefix=TRUNK, model_class=trunk_class)
         setattr(self, TRUNK, trunk)
         self.policy_weights = policy_weights(policy)
         self.widths = [policy.hidden_size, policy.decoder_stack.hidden_size]
-        self.requests: ActionRequests = vllm_config.compilation_config.static_forward_context[REQUESTS]
+        known = vllm_config.compilation_config.static_forward_context
+        if REQUESTS not in known:
+            raise ValueError(FIRST_RUNNER)
+        self.requests: ActionRequests = known[REQUESTS]
         self.requests.model = self
         # Of the positions whose codes are being chosen.
         self.sampled_states: torch.Tensor | None = None
@@ -96,31 +99,35 @@ class LatentActionEngineMixin:
         """Context states and features of the policy, side by side `[n, d + d_policy]`."""
         hidden = super().forward(input_ids, positions, intermediate_tensors, inputs_embeds=inputs_embeds, **kwargs)
         states = hidden
+        flat = self.plain and positions.ndim == 2
+        rows, places = self._places() if self.use_projector or flat else (None, None)
         if self.use_projector:
             projected = self.latent_actions["projector"](hidden).to(hidden.dtype)
-            states = torch.where(self._has_image(len(hidden))[:, None], hidden, projected)
-        if self.plain and positions.ndim == 2:
-            # A backbone with several coordinates a position: in text they are all the same.
-            positions = positions.amax(dim=0)
+            has_image = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device)
+            if rows is not None:
+                has_image[: len(rows)] = places >= self.requests.first_images()[rows]
+            states = torch.where(has_image[:, None], hidden, projected)
+        if flat:
+            # A backbone with several coordinates a position, and a policy with one: the place in the text.
+            positions = positions[0].clone()
+            if rows is not None:
+                positions[: len(rows)] = places
         # A copy: some models scale their input in place.
         entered = self.latent_actions["policy_input"](states.clone())
         features = getattr(self, TRUNK)(None, positions, None, inputs_embeds=entered)
         return torch.cat([states, features], dim=-1)
 
-    def _has_image(self, count: int) -> torch.Tensor:
-        """Boolean `[n]`: whether a vision placeholder stands at or before a position of its request."""
+    def _places(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The row of the batch `[n]` that a position is of, and its place there, without padding; `None` in a pass that
+        only measures memory."""
         metadata = get_forward_context().attn_metadata
-        seen = torch.zeros(count, dtype=torch.bool, device=self.requests.device)
         if not metadata or not self.requests.rows:
-            # A pass that only measures memory.
-            return seen
+            return None, None
         layer = next(iter(metadata.values()))
         starts, lengths = layer.query_start_loc.long(), layer.seq_lens.long()
         new = starts.diff()
         rows = torch.arange(len(new), device=starts.device).repeat_interleave(new)
-        places = torch.arange(len(rows), device=starts.device) + (lengths - new - starts[:-1])[rows]
-        seen[: len(rows)] = places >= self.requests.first_images()[rows]
-        return seen
+        return rows, torch.arange(len(rows), device=starts.device) + (lengths - new - starts[:-1])[rows]
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[n, K]` of codes, float32."""

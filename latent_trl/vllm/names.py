@@ -26,12 +26,14 @@ def policy_weights(
         state_dict (`dict`, *optional*): Its whole tensors by its own names, where its parameters are sharded.
     """
     state_dict = policy.state_dict() if state_dict is None else state_dict
-    decoder = policy.decoder_stack.decoder
-    with loaded_whole(), torch.device("meta"):
-        causal = AutoModelForCausalLM.from_config(decoder.config)
-    prefix = causal.base_model_prefix
+    named = decoder = policy.decoder_stack.decoder
+    # The text model of some backbones with pictures stands in no causal model of transformers.
+    if type(decoder.config) in AutoModelForCausalLM._model_mapping:
+        with loaded_whole(), torch.device("meta"):
+            named = AutoModelForCausalLM.from_config(decoder.config)
+    prefix = named.base_model_prefix
     tensors = {f"{prefix}.{name}": tensor.detach() for name, tensor in _part(state_dict, "decoder_stack.decoder.")}
-    return revert_weight_conversion(causal, tensors)
+    return revert_weight_conversion(named, tensors)
 
 
 def policy_tensors(

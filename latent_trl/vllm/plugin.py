@@ -10,6 +10,11 @@ PREFIX = "LatentAction"
 # Where vLLM runs a model of transformers' own, whose layers cannot be had twice in an engine.
 FOREIGN = "vllm.model_executor.models.transformers"
 
+FIRST_RUNNER = (
+    "Codes are sampled in vLLM's first model runner: leave `VLLM_USE_V2_MODEL_RUNNER` out, or set it to 0, and start "
+    "the engine with `latent_trl.vllm.engine.engine_arguments`."
+)
+
 
 def check_architecture(name: str) -> None:
     """Raises `ValueError` for an architecture of a backbone that cannot have latent actions in an engine."""

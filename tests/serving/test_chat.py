@@ -9,7 +9,7 @@ from rich.console import Console
 
 from latent_trl.commands.chat import Chat, parse
 from latent_trl.commands.main import main
-from latent_trl.commands.remote import RemoteAnswerer
+from latent_trl.commands.remote import RemoteAnswerer, whole_url
 from latent_trl.commands.replies import load_answerer
 
 
@@ -55,6 +55,14 @@ def test_what_the_server_refuses_is_said_and_the_conversation_goes_on(url):
     assert "the longest context is of 512" in out.getvalue() and chat.messages == []
     chat.hear("what color is it?")
     assert chat.last.text
+
+
+def test_scheme_and_path_may_be_left_out(url):
+    short = url.removeprefix("http://").removesuffix("/v1")
+    assert remote(short, "--greedy").num_codes == remote(url, "--greedy").num_codes
+    for given in ("127.0.0.1:8000", "http://127.0.0.1:8000/", "http://127.0.0.1:8000/v1/"):
+        assert whole_url(given) == "http://127.0.0.1:8000/v1"
+    assert whole_url("https://models.example/latent/v1") == "https://models.example/latent/v1"
 
 
 def test_wrong_words(url, capsys, monkeypatch):

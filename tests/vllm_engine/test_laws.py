@@ -1,11 +1,13 @@
 """Every law of sampling, a request at a time, in one engine; updates; and what an engine does when memory is short."""
 
 import copy
+import json
 
 import pytest
 import torch
 from exact import CODES, LENGTH, measured, prompts, same_rows, tiny
 from tiny_models import EOS
+from transformers import BitsAndBytesConfig
 
 from latent_trl.generation.action_law import ActionLaw
 
@@ -162,10 +164,43 @@ def test_what_cannot_be_had_is_refused_by_name(shared, options, named):
 
 
 @pytest.mark.parametrize(
-    "options", [{"speculative_config": {"method": "ngram"}}, {"tensor_parallel_size": 2}, {"hf_overrides": {}}]
+    "options",
+    [
+        {"speculative_config": {"method": "ngram"}},
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"decode_context_parallel_size": 2},
+        {"data_parallel_size": 2},
+        {"quantization": "fp8"},
+        {"hf_overrides": {}},
+    ],
 )
 def test_engines_that_cannot_be_had_are_refused_by_name(model, options):
     from latent_trl.vllm.engine import LatentActionEngine
 
     with pytest.raises(ValueError, match=next(iter(options))):
         LatentActionEngine(model, **options)
+
+
+@pytest.mark.parametrize("where", ["memory", "folder"])
+def test_a_quantised_backbone_is_refused_by_name(where, tmp_path):
+    """vLLM 0.30 has no bitsandbytes, and a trainer's 4 bits beside an engine's whole backbone would be two models."""
+    from latent_trl.vllm.engine import LatentActionEngine
+
+    other = tiny("llama")
+    other.backbone.config.quantization_config = BitsAndBytesConfig(load_in_4bit=True)
+    if where == "folder":
+        record = other.backbone.config.to_dict() | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+        (tmp_path / "config.json").write_text(json.dumps(record))
+        del other.backbone.config.quantization_config
+        other.config.base_model_name_or_path = str(tmp_path)
+    with pytest.raises(ValueError, match="quantised .(bitsandbytes|gptq)"):
+        LatentActionEngine(other)
+
+
+def test_the_second_runner_is_refused_by_name(model, monkeypatch):
+    from latent_trl.vllm.engine import LatentActionEngine
+
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_V2_MODEL_RUNNER"):
+        LatentActionEngine(model)

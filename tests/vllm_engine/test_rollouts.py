@@ -32,12 +32,14 @@ def build(folder, kind="grpo", model=None, reward=letters, data=None, tokenizer=
     trainer_class, config_class = KINDS[kind]
     register_classes("LlamaForCausalLM")
     options = {**COMMON, "per_device_train_batch_size": 8, "max_completion_length": 6, **options}
+    evaluated = options.pop("eval_dataset", None)
 
     trainer = trainer_class(
         model or tiny("llama"),
         reward,
         config_class(str(folder), **{"num_generations": 2, **options}),
         train_dataset=data or Dataset.from_list(rows(())),
+        eval_dataset=evaluated,
         processing_class=tokenizer or make_tokenizer(),
     )
     trainer.current_gradient_accumulation_steps = 1
@@ -73,6 +75,24 @@ def test_samples_have_the_states_and_log_probs_of_the_model(tmp_path, close, tru
     assert difference.max() < 1e-3
     torch.testing.assert_close(batch["importance_sampling_ratio"], torch.ones(4, 1), atol=1e-3, rtol=0)
     assert trainer._metrics["train"]["sampling/log_prob_difference"][-1] < 1e-3
+
+
+def test_evaluation_answers_from_the_engine_with_the_policy_as_it_is(tmp_path, close):
+    data = Dataset.from_list(rows(()))
+    model = tiny("llama")
+    own = build(tmp_path / "own", model=model, eval_dataset=data)
+    trainer = build(tmp_path / "engine", model=model, eval_dataset=data, **ENGINE)
+    close(trainer)
+    first = own.evaluate()
+    assert trainer.evaluate()["eval_reward"] == first["eval_reward"] and trainer.engine_source.engine is not None
+    # Other weights at the same step, as those of the best checkpoint.
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.policy.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    second = own.evaluate()
+    assert second["eval_completions/mean_length"] > 0 and second["eval_reward"] != first["eval_reward"]
+    assert trainer.evaluate()["eval_reward"] == second["eval_reward"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from ...api_key import read_key
 from ...data.prompts import EncodedPrompt
+from ...vllm.prompts import check_prompts, request_of
 from ...vllm.servers import RolloutServers
 from ..run.engines import shards_layers, whole_tensors
 from .engine_options import server_urls
@@ -55,7 +56,7 @@ class EngineSource:
     def __init__(self, trainer: Any):
         self.trainer = trainer
         self.engine: Any = None
-        self.policy_step = -1
+        self.policy_state: tuple[Any, ...] = ()
         args = trainer.args
         if args.vllm_mode == "server":
             if shards_layers(trainer) and args.reuse_context_states:
@@ -74,7 +75,7 @@ class EngineSource:
         # vLLM draws from the generators of its process, and the trainer's draws are to be the same without it.
         with torch.random.fork_rng():
             answers = self.engine.generate(
-                [self._request(prompt) for prompt in prompts],
+                [request_of(trainer.encoder, prompt) for prompt in prompts],
                 n=copies,
                 seed=seed,
                 max_new_tokens=config.max_new_tokens,
@@ -88,51 +89,41 @@ class EngineSource:
             )
         if trainer.args.vllm_enable_sleep_mode:
             self.engine.sleep()
-        samples = []
-        for i, answer in enumerate(answers):
-            prompt = prompts[i // copies]
-            if answer.prompt_ids != prompt.ids:
-                raise ValueError(
-                    f"{prompt.rendering.row}: vLLM reads its prompt as {len(answer.prompt_ids)} tokens, and the "
-                    f"processor of the trainer as {len(prompt.ids)}, which differ. Leave `use_vllm` out."
-                )
-            samples.append(
-                Sample(
-                    row=rows[i // copies],
-                    prompt=prompt,
-                    completion_ids=answer.token_ids,
-                    action_ids=torch.tensor(answer.action_ids),
-                    action_log_probs=torch.tensor(answer.log_probs),
-                    action_support=answer.support,
-                )
+        check_prompts(prompts, answers, copies)
+        samples = [
+            Sample(
+                row=rows[i // copies],
+                prompt=prompts[i // copies],
+                completion_ids=answer.token_ids,
+                action_ids=torch.tensor(answer.action_ids),
+                action_log_probs=torch.tensor(answer.log_probs),
+                action_support=answer.support,
             )
+            for i, answer in enumerate(answers)
+        ]
         if trainer.args.reuse_context_states:
             self._add_states(samples)
         return samples
 
-    def _request(self, prompt: EncodedPrompt) -> Any:
-        images = prompt.rendering.images
-        if not images:
-            return prompt.ids
-        # Without the tokens of its pictures, which vLLM fills in.
-        ids = self.trainer.encoder.encoder.unfilled(prompt.rendering)
-        return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
-
     def _sync(self) -> None:
         """An engine that holds the policy as it is now."""
         trainer = self.trainer
-        model, step = trainer.accelerator.unwrap_model(trainer.model), trainer.state.global_step
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        # Weights change with a step, and where others are loaded, such as those of the best checkpoint. Processes that
+        # share layers must agree, and gathering them changes versions too.
+        watched = [] if shards_layers(trainer) else model.policy.parameters()
+        state = (trainer.state.global_step, *((id(p), p._version) for p in watched))
         if self.engine is None:
             self.engine = _started(model, trainer)
         else:
             if trainer.args.vllm_enable_sleep_mode:
                 self.engine.wake_up()
-            if self.policy_step != step:
+            if self.policy_state != state:
                 whole = {"state_dict": whole_tensors(trainer, model.policy)} if shards_layers(trainer) else {}
                 cost = self.engine.update(model, **whole)
                 for name, value in cost.items():
                     trainer.rollout_log.figures(trainer.model.training, {f"engine/sync_{name}": (value, 1.0)})
-        self.policy_step = step
+        self.policy_state = state
 
     @torch.no_grad()
     def _add_states(self, samples: list[Sample]) -> None:

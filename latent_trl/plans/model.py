@@ -25,6 +25,10 @@ from .segments import PlannedAnswer, continued, continued_inputs, speak
 from .targets import plan_targets
 
 
+# Decodes segments: prompts, what was said behind them, plans, the longest segment, its ends, and its length.
+SegmentEngine = Callable[..., GreedyAnswers]
+
+
 class PlanModel(PlanCheckpointMixin, nn.Module):
     """
     A frozen causal or image-text-to-text model, K plans, and the chooser among them. A plan is held for a whole answer,
@@ -151,6 +155,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         max_new_tokens: int,
         ends: list[int],
         batch_size: int = 256,
+        engine: SegmentEngine | None = None,
     ) -> GreedyAnswers:
         """
         The greedy answer to each prompt under its plan.
@@ -162,7 +167,11 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             max_new_tokens (`int`): Longest answer.
             ends (`list[int]`): Tokens that end an answer.
             batch_size (`int`, defaults to `256`): Answers decoded at once.
+            engine (`Callable`, *optional*): What decodes them in the place of this model, as
+                [`~latent_trl.plans.engine_decoder.PlanEngine`].
         """
+        if engine is not None:
+            return engine(prompts, [[]] * len(prompts), plan_ids, max_new_tokens, ends)
         whole = GreedyAnswers([], [], [])
         for start in range(0, len(prompts), batch_size):
             places = slice(start, start + batch_size)
@@ -231,6 +240,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         max_new_tokens: int,
         ends: list[int],
         batch_size: int = 256,
+        engine: SegmentEngine | None = None,
     ) -> list[PlannedAnswer]:
         """
         Greedy answers, for each segment of which a plan is chosen. What answers to the same [`EncodedPrompt`] say alike
@@ -238,23 +248,31 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
 
         Args:
             encoder (`PromptEncoder`), prompts (`list[EncodedPrompt]`), max_new_tokens (`int`), ends (`list[int]`),
-            batch_size (`int`): As in [`~PlanModel.answers`].
+            batch_size (`int`), engine (`Callable`, *optional*): As in [`~PlanModel.answers`].
             choose (`Callable`): Plans `[N]` of the segments that begin, given the numbers of their prompts, their
                 answers so far and the backbone's inputs, in which what was said stands behind the prompt.
         """
         found: list[PlannedAnswer] = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
+            decode = self.decode_segments(ends)
+            asked: list[Any] = [[], []]
 
-            def begin(rows: list[int], said: list[list[int]], some=some) -> dict[str, Any]:
+            def begin(rows: list[int], said: list[list[int]], some=some, asked=asked) -> dict[str, Any]:
+                asked[:] = [some[row] for row in rows], said
                 grown = [self.continued(some[row], own) for row, own in zip(rows, said, strict=True)]
                 return {name: value.to(self.device) for name, value in encoder.collate(grown).items()}
 
             def chosen(rows: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any], start=start):
                 return choose([start + row for row in rows], answers, inputs)
 
-            decode, same = self.decode_segments(ends), [id(prompt) for prompt in some]
-            found += speak(len(some), begin, chosen, decode, max_new_tokens, ends, prompt_of=same)
+            def decoded(inputs: Any, plans: torch.Tensor, left: int, first: bool, asked=asked) -> GreedyAnswers:
+                stops = [*ends, *self.segment_ends]
+                return engine(*asked, plans.tolist(), left, stops, self.segment_length)
+
+            same = [id(prompt) for prompt in some]
+            decodes = decode if engine is None else decoded
+            found += speak(len(some), begin, chosen, decodes, max_new_tokens, ends, prompt_of=same)
         return found
 
     @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint.plan_files import plan_folder
 from ..data.prompts import EncodedPrompt, PromptEncoder
+from .configuration import PlanConfig
 from .engine import adapter_arguments, check_multi_lora, check_plans_alone
 from .model import PlanModel
 from .prompt_cache import GreedyAnswers
@@ -37,6 +38,12 @@ def engine_request(encoder: PromptEncoder, prompt: EncodedPrompt, said: Sequence
         return {"prompt_token_ids": [*prompt.ids, *said]}
     ids = [*encoder.encoder.unfilled(prompt.rendering), *said]
     return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
+
+
+def never_tokens(config: PlanConfig, model_config: Any) -> dict[int, float] | None:
+    """A `logit_bias` of vLLM's that keeps placeholders of pictures from following; `model_config` is vLLM's."""
+    size = model_config.get_vocab_size()
+    return {token: -100.0 for token in config.vision_token_ids or [] if token < size} or None
 
 
 class PlanEngine:
@@ -104,9 +111,6 @@ class PlanEngine:
         shortest = min(map(len, said))
         limits = [max_new_tokens + shortest - len(own) for own in said]
         self._check_lengths(prompts, said, limits)
-        config, view = self.model.plan_config, self.model.view
-        # Placeholders of pictures cannot follow.
-        never = {token: -100.0 for token in config.vision_token_ids or [] if token < view.text_config.vocab_size}
         params = [
             SamplingParams(
                 temperature=0,
@@ -114,7 +118,7 @@ class PlanEngine:
                 stop_token_ids=ends,
                 ignore_eos=True,
                 detokenize=False,
-                logit_bias=never or None,
+                logit_bias=never_tokens(self.model.plan_config, self.llm.model_config),
             )
             for limit in limits
         ]
@@ -145,7 +149,7 @@ class PlanEngine:
 
     def _check_lengths(self, prompts: list[EncodedPrompt], said: list[list[int]], limits: list[int]) -> None:
         """vLLM would cut an answer where its context ends, and not say so."""
-        longest = self.llm.llm_engine.model_config.max_model_len
+        longest = self.llm.model_config.max_model_len
         for prompt, own, limit in zip(prompts, said, limits, strict=True):
             length = len(prompt.ids) + len(own) + limit
             if length > longest:

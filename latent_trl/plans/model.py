@@ -24,7 +24,6 @@ from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logi
 from .segments import PlannedAnswer, continued, continued_inputs, speak
 from .targets import plan_targets
 
-
 # Decodes segments: prompts, what was said behind them, plans, the longest segment, its ends, and its length.
 SegmentEngine = Callable[..., GreedyAnswers]
 
@@ -227,8 +226,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
     def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
         """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
         stops, length = [*ends, *self.segment_ends], self.segment_length
-        return lambda inputs, plans, left, first: self._decode(
-            inputs, plans, left, stops, steps=length, check_positions=first
+        return lambda inputs, plans, left, first, **told: self._decode(
+            inputs, plans, left, stops, steps=length, check_positions=first, **told
         )
 
     @torch.no_grad()
@@ -241,6 +240,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         ends: list[int],
         batch_size: int = 256,
         engine: SegmentEngine | None = None,
+        tell: Callable[[int, int], bool] | None = None,
     ) -> list[PlannedAnswer]:
         """
         Greedy answers, for each segment of which a plan is chosen. What answers to the same [`EncodedPrompt`] say alike
@@ -251,11 +251,12 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             batch_size (`int`), engine (`Callable`, *optional*): As in [`~PlanModel.answers`].
             choose (`Callable`): Plans `[N]` of the segments that begin, given the numbers of their prompts, their
                 answers so far and the backbone's inputs, in which what was said stands behind the prompt.
+            tell (`Callable`, *optional*): Told the number of a prompt and a token of its answer as they come; returns
+                whether the answer ends with it. Not with an engine.
         """
         found: list[PlannedAnswer] = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
-            decode = self.decode_segments(ends)
             asked: list[Any] = [[], []]
 
             def begin(rows: list[int], said: list[list[int]], some=some, asked=asked) -> dict[str, Any]:
@@ -270,15 +271,29 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
                 stops = [*ends, *self.segment_ends]
                 return engine(*asked, plans.tolist(), left, stops, self.segment_length)
 
-            same = [id(prompt) for prompt in some]
-            decodes = decode if engine is None else decoded
-            found += speak(len(some), begin, chosen, decodes, max_new_tokens, ends, prompt_of=same)
+            def told(row: int, token: int, start=start) -> bool:
+                return tell(start + row, token)
+
+            found += speak(
+                len(some),
+                begin,
+                chosen,
+                self.decode_segments(ends) if engine is None else decoded,
+                max_new_tokens,
+                ends,
+                prompt_of=[id(prompt) for prompt in some],
+                tell=None if tell is None else told,
+            )
         return found
 
     @torch.no_grad()
     def plan_logits(self, **inputs: Any) -> torch.Tensor:
         """What the chooser gives `[B, K]` for prompts, given as in [`~PlanModel.generate`]."""
         return self.chooser(prompt_states(self.view, self.chooser_layers, inputs), inputs["attention_mask"])
+
+    def best_plans(self, places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
+        """The plans `[N]` that the chooser finds the best where segments begin, as [`~PlanModel.speak`] takes it."""
+        return self.plan_logits(**inputs).argmax(dim=-1)
 
     @torch.no_grad()
     def generate(
@@ -321,7 +336,6 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             return continued_inputs(self.view, inputs, said)
 
         with exclusive(self.backbone):
-            decode = self.decode_segments(ends)
             # Rows stay together, since their pictures do.
             spoken = speak(len(input_ids), begin, choose, decode, max_new_tokens, ends, all_rows=True)
         answers = [answer.token_ids for answer in spoken]
@@ -337,7 +351,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
                 raise ValueError(
                     "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
                 )
-            return lambda _, answers, inputs: self.plan_logits(**inputs).argmax(dim=-1)
+            return self.best_plans
         plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
         plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
         if (

@@ -18,7 +18,7 @@ from ..checkpoint.files import (
     read_weights,
     resolve_folder,
 )
-from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_PATTERNS, plan_folder, plan_folders
+from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_CONFIG, PLAN_PATTERNS, plan_folder, plan_folders
 from ..hub.push import push_model
 from ..models.checkpoint import load_backbone
 from ..models.component import load_state
@@ -73,6 +73,12 @@ class PlanCheckpointMixin:
             )
         if record.num_plans != self.plan_config.num_plans:
             raise CheckpointError(f"{folder} has {record.num_plans} plans, this model {self.plan_config.num_plans}.")
+        more = sorted(set(plan_folders(folder)) - {plan_folder(plan) for plan in range(record.num_plans)})
+        if more:
+            raise CheckpointError(
+                f"{folder} has {record.num_plans} plans by its {PLAN_CONFIG}, and the folders {more} besides, which "
+                "would be left out. Remove them, or restore the record that they belong to."
+            )
         if record.has_adapter != (self.base_adapter is not None):
             own, other = ("with", "without") if record.has_adapter else ("without", "with")
             raise CheckpointError(f"{folder} has plans of a backbone {own} a LoRA, and this model is {other} one.")

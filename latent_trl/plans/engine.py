@@ -65,6 +65,8 @@ def adapter_arguments(config: PlanConfig, count: int, given: dict[str, Any]) -> 
     """
     slots = {"max_loras": count, "max_lora_rank": next(rank for rank in RANKS if rank >= config.rank)}
     for name, least in (*slots.items(), ("max_cpu_loras", count)):
+        if given.get(name) is not None and type(given[name]) is not int:
+            raise ValueError(f"`{name}` must be an integer, got {given[name]!r}.")
         if given.get(name) is not None and given[name] < least:
             what = f"plans are of rank {config.rank}" if name == "max_lora_rank" else f"there are {least} plans"
             raise ValueError(f"`{name}` is {given[name]}, and {what}: it must be at least {least}.")
@@ -101,9 +103,9 @@ def plan_requests(name_or_path: str | Path, revision: str | None = None) -> list
         CheckpointError: When it is no folder of plans.
         ImportError: Without vLLM.
     """
-    from vllm.lora.request import LoRARequest
-
     folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
     count = PlanConfig.load(folder).num_plans
+    from vllm.lora.request import LoRARequest
+
     # An id of 0 is no adapter.
     return [LoRARequest(plan_folder(k), k + 1, str((folder / plan_folder(k)).resolve())) for k in range(count)]

@@ -1,10 +1,16 @@
 """Options of an engine for RL over plans, and what cannot be had is named before anything is decoded."""
 
+import shutil
+
 import pytest
+from datasets import Dataset
 from test_plan_policy import KINDS
 from test_plan_trainers import QUIET, bandit_trainer, plan_model
 
-from latent_trl import PlanBanditConfig
+from latent_trl import PlanBanditConfig, PlanConfig
+from latent_trl.checkpoint.files import CheckpointError
+from latent_trl.data.rows import RowError
+from latent_trl.plans.engine import adapter_arguments
 from latent_trl.plans.engine_decoder import check_decodable
 from latent_trl.trainer.rollout import engine_source
 
@@ -53,3 +59,23 @@ def test_models_that_an_engine_would_not_answer_as(change, message):
     change(model)
     with pytest.raises(ValueError, match=message):
         check_decodable(model)
+
+
+@pytest.mark.parametrize("name", ["max_loras", "max_cpu_loras", "max_lora_rank"])
+def test_slots_are_integers(name):
+    with pytest.raises(ValueError, match=f"`{name}` must be an integer, got '32'"):
+        adapter_arguments(PlanConfig(), 16, {name: "32"})
+
+
+def test_folders_of_plans_that_the_record_does_not_know(tmp_path):
+    model = plan_model()
+    model.save_pretrained(tmp_path)
+    shutil.copytree(tmp_path / "plan_01", tmp_path / "plan_04")
+    with pytest.raises(CheckpointError, match=r"has 4 plans by its plan_config.json, and the folders \['plan_04'\]"):
+        model.load_folder(tmp_path)
+
+
+def test_a_prompt_without_tokens_is_named(tmp_path):
+    rows = Dataset.from_list([{"prompt": "what"}, {"prompt": ""}])
+    with pytest.raises(RowError, match="Row 1: its prompt has no tokens"):
+        bandit_trainer(tmp_path, rows=rows).train()

@@ -39,7 +39,8 @@ class Server:
             raise ConnectionError(f"{url}: {error}") from error
         self.name = model or next(iter(listed), "")
         found = listed.get(self.name)
-        self.codes, self.plans = (getattr(found, field, None) for field in ("latent_actions", "plans"))
+        self.codes: Any = getattr(found, "latent_actions", None)
+        self.plans: Any = getattr(found, "plans", None)
         if self.codes is None and self.plans is None:
             raise ConnectionError(f"{url} serves {sorted(listed)}, and no latent actions under the name {self.name!r}.")
 

@@ -267,24 +267,22 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             def chosen(rows: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any], start=start):
                 return choose([start + row for row in rows], answers, inputs)
 
-            def decoded(inputs: Any, plans: torch.Tensor, left: int, first: bool, asked=asked) -> GreedyAnswers:
-                stops = [*ends, *self.segment_ends]
-                return engine(*asked, plans.tolist(), left, stops, self.segment_length)
-
-            def told(row: int, token: int, start=start) -> bool:
-                return tell(start + row, token)
-
             found += speak(
                 len(some),
                 begin,
                 chosen,
-                self.decode_segments(ends) if engine is None else decoded,
+                self.decode_segments(ends) if engine is None else self._decode_by(engine, asked, ends),
                 max_new_tokens,
                 ends,
                 prompt_of=[id(prompt) for prompt in some],
-                tell=None if tell is None else told,
+                tell=None if tell is None else _counted_from(start, tell),
             )
         return found
+
+    def _decode_by(self, engine: SegmentEngine, asked: list[Any], ends: list[int]) -> Callable[..., GreedyAnswers]:
+        """The same by an engine; `asked` holds the prompts that a batch begins with, and what has been said."""
+        stops, length = [*ends, *self.segment_ends], self.segment_length
+        return lambda inputs, plans, left, first: engine(*asked, plans.tolist(), left, stops, length)
 
     @torch.no_grad()
     def plan_logits(self, **inputs: Any) -> torch.Tensor:
@@ -336,6 +334,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             return continued_inputs(self.view, inputs, said)
 
         with exclusive(self.backbone):
+            decode = self.decode_segments(ends)
             # Rows stay together, since their pictures do.
             spoken = speak(len(input_ids), begin, choose, decode, max_new_tokens, ends, all_rows=True)
         answers = [answer.token_ids for answer in spoken]
@@ -375,3 +374,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         return lambda places, answers, _: torch.stack(
             [plan_ids[row, min(len(answer.plans), last)] for row, answer in zip(places, answers, strict=True)]
         )
+
+
+def _counted_from(start: int, tell: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
+    return lambda row, token: tell(start + row, token)

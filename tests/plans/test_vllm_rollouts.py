@@ -126,3 +126,9 @@ def test_an_architecture_without_adapters_is_named(tmp_path):
     args = config_class(str(tmp_path), **QUIET, **config)
     with pytest.raises(ValueError, match="vLLM's 'GPT2LMHeadModel' takes no LoRA"):
         trainer_class(model, even_length, args, prompts(), None, tiny_models.make_tokenizer())
+
+
+def test_added_plans_reach_the_engine(model, engine):
+    model.add_plans(2)
+    own, found = answers(model, engine)
+    assert own == found and {plan for one in found for plan in one.plans} > set(range(PLANS))

@@ -83,6 +83,7 @@ class PlanEngine:
         self._written: list[torch.Tensor] = []
         self._requests: list[Any] = []
         self._count = 0
+        self._is_asleep = False
 
     def __call__(
         self,
@@ -124,11 +125,12 @@ class PlanEngine:
         ]
         adapters = None if plan_ids is None else [self._adapters()[plan] for plan in plan_ids]
         asked = [engine_request(self.encoder, *one) for one in zip(prompts, said, strict=True)]
-        if self.sleeps:
+        if self._is_asleep:
             self.llm.wake_up()
         outputs = self.llm.generate(asked, params, lora_request=adapters, use_tqdm=False)
         if self.sleeps:
             self.llm.sleep(level=1)
+        self._is_asleep = self.sleeps
         return self._read(outputs, prompts, said, ends)
 
     def _read(

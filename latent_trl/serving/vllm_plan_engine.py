@@ -54,7 +54,8 @@ class VLLMPlanEngine(VLLMServing):
         self.chooser = None
         if (folder / CHOOSER_FILE).is_file():
             dtype = {"dtype": options["dtype"]} if "dtype" in options else {}
-            self.chooser = PlanModel.from_pretrained(folder, **dtype).eval()
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.chooser = PlanModel.from_pretrained(folder, **dtype).to(device).eval()
         backbone, revision = arguments["model"], arguments.get("revision")
         own = any((folder / name).is_file() for name in PROCESSOR_RECORDS)
         processor = (

@@ -317,3 +317,8 @@ def test_the_demo_of_plans_gains(tmp_path, capsys):
     assert reward["after RL"] >= reward["backbone"] + 0.15
     assert 'id="plan-15"' in (tmp_path / "report.html").read_text()
     assert main(["inspect", str(tmp_path / "model")]) == 0
+
+
+def test_a_check_of_a_backbone_names_it(plans, capsys):
+    assert main(["check-backbone", str(plans / "bare")]) == 1
+    assert "holds plans, and a backbone is asked for" in " ".join(capsys.readouterr().out.replace("│", " ").split())

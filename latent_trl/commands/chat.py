@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .arguments import CommandParser, refuse_given
-from .replies import OF_PLANS, add_sampling
+from .replies import OF_CODES, OF_PLANS, add_sampling
 
 HELP = """\
 /codes            show the last answer token by token: step, code, token
@@ -186,6 +186,19 @@ class Chat:
         self.answerer.args.temperature = float(value)
 
 
+def remote_chat(args: argparse.Namespace, console: Any) -> tuple[Chat, str]:
+    """A conversation with a server, and what it chooses among."""
+    from .plan_chat import PlanChat
+    from .remote import RemotePlanAnswerer, remote_answerer
+
+    answerer = remote_answerer(args.url, args.model, args)
+    if isinstance(answerer, RemotePlanAnswerer):
+        refuse_given("latent-trl chat", args, OF_CODES, "is for codes a token, and the server answers under plans.")
+        return PlanChat(answerer, console, args.system, args.plan), f"{len(answerer.plans)} plans"
+    refuse_given("latent-trl chat", args, OF_PLANS, "is for plans, and the server answers with codes a token.")
+    return Chat(answerer, console, args.system), f"{answerer.num_codes} codes"
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     from rich.console import Console
@@ -195,11 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     chat: Chat
     console = Console()
     if args.url is not None:
-        from .remote import RemoteAnswerer
-
-        refuse_given("latent-trl chat", args, OF_PLANS, "is for plans, and the server answers with codes a token.")
-        chat = Chat(RemoteAnswerer(args.url, args.model, args), console, args.system)
-        what = f"{chat.answerer.num_codes} codes"
+        chat, what = remote_chat(args, console)
     elif is_plan_model(args.model):
         from .plan_chat import PlanChat
         from .plan_replies import load_plan_answerer

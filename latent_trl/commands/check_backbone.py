@@ -275,6 +275,7 @@ def main(argv: list[str] | None = None) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    from .loading import check_is_backbone
     from .rows import check_exists
 
     load = {"dtype": getattr(torch, arguments.dtype)}
@@ -287,9 +288,11 @@ def main(argv: list[str] | None = None) -> int:
         load["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=load["dtype"])
     try:
         check_exists(arguments.model, "backbone")
-        results = check_backbone(arguments.model, **load)
-    except FileNotFoundError as error:
+        check_is_backbone(arguments.model)
+    except (FileNotFoundError, ValueError) as error:
         results = [("loads", False, str(error))]
+    else:
+        results = check_backbone(arguments.model, **load)
     table = Table(title=f"{arguments.model}")
     table.add_column("check")
     table.add_column("", justify="center")

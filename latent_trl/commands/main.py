@@ -14,7 +14,7 @@ COMMANDS = {
     "rloo": ("rloo", "RLOO over codes"),
     "ppo": ("ppo", "PPO over codes"),
     "distill": ("distill", "teach what a policy says to its backbone alone: a plain model"),
-    "bandit": ("bandit", "RL over plans: which plan to hold for a prompt"),
+    "bandit": ("bandit", "RL over plans: which plan to hold for a prompt; grpo, rloo and ppo take plans too"),
     "generate": ("generate", "answer one prompt, with the codes or the plan behind the words"),
     "chat": ("chat", "talk to a model, see its codes or plans, and answer again with others"),
     "studio": ("studio", "a page in the browser: ask, see codes, and answer again from any token"),

@@ -59,13 +59,35 @@ class PlanLearnArguments(HeldOutArguments):
         return {**values, "segment": int(self.segment) if self.segment.isdigit() else self.segment}
 
 
+def asked_value(prog: str, argv: list[str], name: str, default: Any = None) -> Any:
+    """What an option says, in the words of the command line or in its YAML file, before they are parsed."""
+    words, content = read_config_file(prog, argv)
+    options = {f"--{name}", f"--{name.replace('_', '-')}"}
+    value = content.get(name, default)
+    for place, word in enumerate(words):
+        head, equals, said = word.partition("=")
+        if head in options:
+            value = said if equals else next(iter(words[place + 1 :]), None)
+    return value
+
+
+def names_plans(prog: str, argv: list[str]) -> bool:
+    """Whether the model of a training command holds plans."""
+    name = asked_value(prog, argv, "model_name_or_path")
+    if not isinstance(name, str):
+        return False
+    from .plan_loading import is_plan_model
+
+    try:
+        return is_plan_model(name)
+    except FileNotFoundError:
+        # It is said where the model is loaded.
+        return False
+
+
 def asked_kind(prog: str, argv: list[str]) -> str:
     """What `learn` is to learn: `--kind`, or `kind` of the YAML file."""
-    words, content = read_config_file(prog, argv)
-    parts = [part for word in words for part in (word.split("=", 1) if word.startswith("--kind=") else [word])]
-    kind = content.get("kind", "codes")
-    if "--kind" in parts:
-        kind = next(iter(parts[parts.index("--kind") + 1 :]), None)
+    kind = asked_value(prog, argv, "kind", "codes")
     if kind not in KINDS:
         raise UsageError(prog, f"`--kind` must be one of {list(KINDS)}, got {kind!r}.")
     return kind

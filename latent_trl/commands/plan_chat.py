@@ -15,7 +15,8 @@ class PlanChat(Chat):
     A conversation under plans.
 
     Args:
-        answerer ([`~latent_trl.commands.plan_replies.PlanAnswerer`]), console (`Console`), system (`str`, *optional*):
+        answerer ([`~latent_trl.commands.plan_replies.PlanAnswerer`] or
+            [`~latent_trl.commands.remote.RemotePlanAnswerer`]), console (`Console`), system (`str`, *optional*):
             As in [`~latent_trl.commands.chat.Chat`].
         plan (`int`, *optional*): The plan that is held; by default the chooser's. Without a chooser, plan 0.
     """
@@ -26,7 +27,7 @@ class PlanChat(Chat):
 
     def __init__(self, answerer: Any, console: Any, system: str | None = None, plan: int | None = None):
         super().__init__(answerer, console, system)
-        if plan is None and not answerer.model.chooser_is_trained:
+        if plan is None and not answerer.has_chooser:
             console.print("No chooser has been trained: plan 0 is held. /plan N holds another.", highlight=False)
             plan = 0
         self.plan = self._checked(plan)
@@ -46,7 +47,7 @@ class PlanChat(Chat):
 
     def hold(self, plan: str | None = None) -> None:
         """Answers the last message again under a plan, or the chooser's, which is held from then on."""
-        if plan is None and not self.answerer.model.chooser_is_trained:
+        if plan is None and not self.answerer.has_chooser:
             raise ValueError("no chooser has been trained; /plan N holds a plan")
         self.plan = self._checked(None if plan is None else int(plan))
         if self.last is not None:

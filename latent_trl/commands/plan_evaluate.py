@@ -76,11 +76,21 @@ class PlanMeasurement:
         return self.measured
 
     def answers(self, name: str, rows: Any, plans: list[int] | None) -> tuple[list[int], list[str], list[list[int]]]:
-        """Plans (by default the chosen ones), texts and tokens of an answer to each row; a plan of -1 is none."""
+        """
+        Plans, texts and tokens of an answer to each row. By default those that are chosen, for each segment where plans
+        are held for segments, of which the first is told; a plan of -1 is none.
+        """
         size, held, ids = self.args.batch_size, [], []
         task = self.bars.add_task(name, total=len(rows), figures="")
         for start in range(0, len(rows), size):
             prompts = [self.encoder({"_row": i, **rows[i]}) for i in range(start, min(start + size, len(rows)))]
+            if plans is None and self.model.plan_config.segment != "answer":
+                choose, longest = self.model.best_plans, self.args.max_new_tokens
+                spoken = self.model.speak(self.encoder, prompts, choose, longest, self.ends, size)
+                held += [answer.plans[0] for answer in spoken]
+                ids += [answer.token_ids for answer in spoken]
+                self.bars.update(task, completed=len(ids))
+                continue
             if plans is None:
                 inputs = {n: value.to(self.model.device) for n, value in self.encoder.collate(prompts).items()}
                 own = self.model.plan_logits(**inputs).argmax(dim=-1).tolist()

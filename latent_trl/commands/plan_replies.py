@@ -1,7 +1,7 @@
 """Answers to one conversation under plans."""
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .arguments import refuse_given
@@ -15,9 +15,11 @@ class PlanReply:
         text (`str`): The answer, special tokens left out.
         tokens (`list[str]`): The same token by token, up to and including the end.
         token_ids (`list[int]`): Those tokens.
-        plan (`int`): The plan that was held.
+        plan (`int`): The plan that was held, or the first of several.
         value (`float`, *optional*): What the chooser takes the plan to be worth, in [0, 1]; `None` without a chooser.
         reward (`float`, *optional*): What the reward functions said.
+        plans (`list[int]`, *optional*), segments (`list[str]`, *optional*): Where each segment has a plan of its own,
+            those, and the segments' texts.
     """
 
     text: str
@@ -26,6 +28,14 @@ class PlanReply:
     plan: int
     value: float | None = None
     reward: float | None = None
+    plans: list[int] | None = None
+    segments: list[str] | None = None
+
+
+def segment_texts(tokens: list[str], starts: list[int], special: set[str]) -> list[str]:
+    """The text of each segment, given how many tokens stand before it; special tokens are left out."""
+    ends = [*starts[1:], len(tokens)]
+    return ["".join(t for t in tokens[a:b] if t not in special) for a, b in zip(starts, ends, strict=True)]
 
 
 class PlanAnswerer:
@@ -51,11 +61,15 @@ class PlanAnswerer:
     def plans(self) -> range:
         return range(self.model.plan_config.num_plans)
 
+    @property
+    def has_chooser(self) -> bool:
+        return self.model.chooser_is_trained
+
     def __call__(
         self, messages: list[dict[str, Any]], images: list[Any], plans: list[int] | None = None
     ) -> list[PlanReply]:
         """
-        An answer under each of `plans`; by default under the one that the chooser finds the best.
+        An answer under each of `plans`; by default under the ones that the chooser finds the best where segments start.
 
         Raises:
             ValueError: For plans that there are not, or none where no chooser has been trained.
@@ -67,6 +81,12 @@ class PlanAnswerer:
         values = self._values(prompt)
         if plans is None:
             plans = [self.best_plans(values)[0]]
+            if self.model.plan_config.segment != "answer":
+                longest = self.max_new_tokens
+                (own,) = self.model.speak(self.encoder, [prompt], self.model.best_plans, longest, self.ends)
+                reply = self._reply(own.plans[0], own.token_ids, values)
+                texts = segment_texts(reply.tokens, own.starts, set(self.tokenizer.all_special_tokens))
+                return [replace(reply, plans=own.plans, segments=texts)]
         ids = self.model.answers(self.encoder, [prompt] * len(plans), plans, self.max_new_tokens, self.ends).token_ids
         return [self._reply(plan, one, values) for plan, one in zip(plans, ids, strict=True)]
 
@@ -110,14 +130,18 @@ def load_plan_answerer(args: argparse.Namespace, prog: str) -> PlanAnswerer:
 
 
 def coloured(reply: PlanReply):
-    """The answer as rich text on the colour of its plan, with the plan's number before it."""
+    """The answer as rich text, each segment on the colour of its plan, with the plan's number before it."""
     from rich.text import Text
 
     from ..evaluation.report import code_colour
     from .replies import visible
 
-    text = Text(f"plan {reply.plan}", style="dim")
-    if reply.value is not None:
-        text.append(f" (value {reply.value:.2f})")
-    text.append(" ").append(visible(reply.text), style=f"black on {code_colour(reply.plan)}")
+    text = Text()
+    plans, texts = reply.plans or [reply.plan], reply.segments or [reply.text]
+    for number, (plan, said) in enumerate(zip(plans, texts, strict=True)):
+        text.append(f"plan {plan}", style="dim")
+        if reply.value is not None and not number:
+            text.append(f" (value {reply.value:.2f})")
+        text.append(" ").append(visible(said.strip()), style=f"black on {code_colour(plan)}")
+        text.append(" " if number < len(plans) - 1 else "")
     return text

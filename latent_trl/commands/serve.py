@@ -13,10 +13,10 @@ NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = CommandParser(
         prog="latent-trl serve",
-        description="Serves a model: OpenAI's chat completions, with the codes behind the words.",
+        description="Serves a model: OpenAI's chat completions, with the codes or plans behind the words.",
         epilog="An API key is read from the environment variable LATENT_TRL_API_KEY, or from --api-key-file.",
     )
-    parser.add_argument("model", help="folder or Hub id of latent actions")
+    parser.add_argument("model", help="folder or Hub id of latent actions, or of plans")
     parser.add_argument(
         "--engine", choices=ENGINES, help="vLLM, or the model's own `generate` (default: vllm where it is installed)"
     )
@@ -61,24 +61,37 @@ def make_engine(args: argparse.Namespace):
     """The engine that the options ask for, with the model in it."""
     from .arguments import as_dict
     from .loading import check_latent_actions, load_model, load_processor
+    from .plan_loading import check_plans, is_plan_model, load_plans
 
+    has_plans = is_plan_model(args.model)
     name, options = chosen_engine(args.engine), as_dict("engine_options", args.engine_options) or {}
     sizes = {"max_batch_size": args.max_batch_size, "max_completion_length": args.max_completion_length}
     if args.max_model_len is not None:
         sizes["max_model_len"] = args.max_model_len
     if name == "vllm":
+        refuse_backbone(args)
+        options |= sizes | ({"dtype": args.dtype} if args.dtype else {})
+        if has_plans:
+            from ..serving.vllm_plan_engine import VLLMPlanEngine
+
+            check_plans(args.model)
+            return VLLMPlanEngine(args.model, **options)
         from ..serving.vllm_engine import VLLMEngine
 
-        refuse_backbone(args)
         check_latent_actions(args.model)
-        return VLLMEngine(args.model, **sizes, **({"dtype": args.dtype} if args.dtype else {}), **options)
+        return VLLMEngine(args.model, **options)
     if options:
         raise ValueError(f"`--engine-options` are vLLM's, and the engine is `transformers`: {sorted(options)}.")
     from transformers.utils import logging
 
+    logging.set_verbosity_error()
+    if has_plans:
+        from ..serving.plan_engine import TransformersPlanEngine
+
+        plans = load_plans(args.model, args.backbone, dtype=args.dtype)
+        return TransformersPlanEngine(plans, load_processor(plans, args.backbone), **sizes)
     from ..serving.transformers_engine import TransformersEngine
 
-    logging.set_verbosity_error()
     model = load_model(args.model, args.backbone, dtype=args.dtype)
     return TransformersEngine(model, load_processor(model, args.backbone), **sizes)
 

@@ -37,6 +37,14 @@ def main(argv: list[str] | None = None) -> int:
 
     from transformers.utils import logging
 
+    from .plan_loading import is_plan_model
+
+    for name in filter(None, (args.model, args.beside)):
+        if is_plan_model(name):
+            raise ValueError(
+                f"{name!r} holds plans, and the studio shows codes a token. `latent-trl chat` has `/plans` for what "
+                "every plan answers, and `latent-trl atlas` draws a page of them."
+            )
     try:
         from ..studio.app import STYLE, build
     except ModuleNotFoundError as error:

@@ -1,5 +1,6 @@
 """How a training command runs its trainer: progress, resuming, saving, pushing."""
 
+import sys
 import warnings
 from contextlib import nullcontext
 from typing import Any
@@ -52,9 +53,15 @@ def _resume(value: str | bool | None) -> str | bool | None:
 
 
 def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
-    """`latent-trl grpo`, `latent-trl rloo` and `latent-trl ppo`."""
+    """`latent-trl grpo`, `latent-trl rloo` and `latent-trl ppo`, over codes or over plans."""
     from .arguments import RewardArguments, parse_training
+    from .plan_arguments import names_plans
 
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if names_plans(f"latent-trl {algorithm}", argv):
+        from .bandit import run_over_plans
+
+        return run_over_plans(argv, algorithm)
     names = RL_NAMES[algorithm]
     given, args, model_args = parse_training(argv, f"latent-trl {algorithm}", RewardArguments, f"{names}Config")
     quiet(args)

@@ -139,6 +139,9 @@ def field_meanings(docstring: str) -> dict[str, str]:
 def training_help(prog: str, arguments: type, config: str) -> str:
     """The help of a training command: what everyone sets, then the rest, each option once."""
     command = prog.split()[-1]
+    if config.startswith("Plan") and command in ("grpo", "rloo", "ppo"):
+        # What everyone sets over plans.
+        command = "bandit"
     model = MODELS.get(command, MODEL)
     options = {"model_name_or_path": Option("model_name_or_path", model)}
     for one in fields(arguments):

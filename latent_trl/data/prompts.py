@@ -66,10 +66,12 @@ class PromptEncoder:
             row (`dict`): With `prompt`, a list of messages or a text, and `images`, a list, where it has some.
 
         Raises:
-            RowError: For a row that cannot be used, or a longer prompt; it names the row by its `_row`.
+            RowError: For a row that cannot be used, an empty prompt or a longer one; it names the row by its `_row`.
         """
         rendering = self.renderer.prompt(row)
         (encoding,), vision = self.encoder([rendering])
+        if not encoding.ids:
+            raise RowError(f"{rendering.row}: its prompt has no tokens. Say something in it.")
         if self.max_length is not None and len(encoding.ids) > self.max_length:
             raise RowError(
                 f"{rendering.row}: its prompt has {len(encoding.ids)} tokens, more than the limit of "

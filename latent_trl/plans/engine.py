@@ -34,27 +34,62 @@ def engine_arguments(name_or_path: str | Path, revision: str | None = None, **gi
     ```
     """
     config = PlanConfig.load(resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS))
-    if config.has_adapter:
-        raise ValueError(
-            f"The plans of {str(name_or_path)!r} were learned beside a LoRA of the backbone, and an engine gives a "
-            "request one adapter. Merge that LoRA into the backbone, and learn plans there."
-        )
+    check_plans_alone(config, f"The plans of {str(name_or_path)!r}")
     if not (given.get("model") or config.base_model_name_or_path):
         raise ValueError("`model` must be given: the plans were learned on a backbone that has no name.")
-    rank = next((rank for rank in RANKS if rank >= config.rank), None)
-    if rank is None:
-        raise ValueError(f"The plans are of rank {config.rank}, and the engine takes at most {RANKS[-1]}.")
-    slots = {"max_loras": config.num_plans, "max_lora_rank": rank}
-    for name, least in (*slots.items(), ("max_cpu_loras", config.num_plans)):
+    base = {"model": config.base_model_name_or_path, "revision": config.base_model_revision}
+    return {**({} if given.get("model") else base), **adapter_arguments(config, config.num_plans, given), **given}
+
+
+def check_plans_alone(config: PlanConfig, what: str) -> None:
+    """Raises `ValueError` for plans that an engine cannot have: beside a LoRA, or of a higher rank than it takes."""
+    if config.has_adapter:
+        raise ValueError(
+            f"{what} were learned beside a LoRA of the backbone, and an engine gives a request one adapter. Merge that "
+            "LoRA into the backbone, and learn plans there."
+        )
+    if config.rank > RANKS[-1]:
+        raise ValueError(f"{what} are of rank {config.rank}, and an engine takes at most {RANKS[-1]}.")
+
+
+def adapter_arguments(config: PlanConfig, count: int, given: dict[str, Any]) -> dict[str, Any]:
+    """
+    What tells vLLM of adapters.
+
+    Args:
+        config (`PlanConfig`): Of the plans.
+        count (`int`): A slot for each of so many.
+        given (`dict`): Arguments that were given, which are checked.
+
+    Raises:
+        ValueError: For fewer slots (`max_loras`, `max_cpu_loras`), a lower `max_lora_rank`, or `enable_lora=False`.
+    """
+    slots = {"max_loras": count, "max_lora_rank": next(rank for rank in RANKS if rank >= config.rank)}
+    for name, least in (*slots.items(), ("max_cpu_loras", count)):
+        if given.get(name) is not None and type(given[name]) is not int:
+            raise ValueError(f"`{name}` must be an integer, got {given[name]!r}.")
         if given.get(name) is not None and given[name] < least:
             what = f"plans are of rank {config.rank}" if name == "max_lora_rank" else f"there are {least} plans"
             raise ValueError(f"`{name}` is {given[name]}, and {what}: it must be at least {least}.")
     if not given.get("enable_lora", True):
         raise ValueError("`enable_lora` is off, and plans are LoRAs to the engine. Leave it out.")
-    base = {"model": config.base_model_name_or_path, "revision": config.base_model_revision}
-    if given.get("model"):
-        base = {}
-    return {**base, "enable_lora": True, **slots, **given}
+    return {"enable_lora": True, **slots}
+
+
+def check_multi_lora(architectures: list[str]) -> None:
+    """
+    Raises `ValueError` for an architecture whose model in vLLM takes no adapters. Those that vLLM has no model of its
+    own for run in transformers', and take them.
+    """
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import supports_lora
+
+    for name in architectures:
+        known = ModelRegistry.models.get(name)
+        if known is not None and not supports_lora(known.load_model_cls()):
+            raise ValueError(
+                f"vLLM's {name!r} takes no LoRA, and plans are LoRAs to the engine. Answer with transformers."
+            )
 
 
 def plan_requests(name_or_path: str | Path, revision: str | None = None) -> list[Any]:
@@ -69,10 +104,10 @@ def plan_requests(name_or_path: str | Path, revision: str | None = None) -> list
         CheckpointError: When it is no folder of plans.
         ImportError: Without vLLM.
     """
-    from vllm.lora.request import LoRARequest
-
     folder = resolve_folder(name_or_path, revision=revision, patterns=PLAN_PATTERNS)
     count = PlanConfig.load(folder).num_plans
+    from vllm.lora.request import LoRARequest
+
     # An id of 0 is no adapter.
     folders = [check_plan_folder(folder, k).resolve() for k in range(count)]
     return [LoRARequest(plan_folder(k), k + 1, str(path)) for k, path in enumerate(folders)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, check_range, check_weights, has_folder, read_weights
-from ..checkpoint.plan_files import CHOOSER_FILE, plan_folder
+from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_CONFIG, plan_folder, plan_folders
 from ..models.backbone import Backbone
 from ..models.component import check_shapes
 from .adapters import plan_shapes, read_plan
@@ -68,6 +68,12 @@ def read_plans(
         shapes = plan_shapes(targets, sizes, config.rank)
     if not config.has_adapter and has_folder(folder, ADAPTER_FOLDER):
         raise CheckpointError(f"{folder} has a folder {ADAPTER_FOLDER!r} of which its record does not speak.")
+    more = sorted(set(plan_folders(folder)) - {plan_folder(plan) for plan in range(config.num_plans)})
+    if more:
+        raise CheckpointError(
+            f"{folder} has {config.num_plans} plans by its {PLAN_CONFIG}, and the folders {more} besides, which would "
+            "be left out. Remove them, or restore the record that they belong to."
+        )
     folders = [check_plan_folder(folder, plan) for plan in range(config.num_plans)]
     plans = [read_plan(one, shapes, config.rank) for one in folders]
     path = folder / CHOOSER_FILE

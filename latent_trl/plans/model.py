@@ -24,6 +24,9 @@ from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logi
 from .segments import PlannedAnswer, continued, continued_inputs, speak
 from .targets import plan_targets
 
+# Decodes segments: prompts, what was said behind them, plans, the longest segment, its ends, and its length.
+SegmentEngine = Callable[..., GreedyAnswers]
+
 
 class PlanModel(PlanCheckpointMixin, nn.Module):
     """
@@ -151,6 +154,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         max_new_tokens: int,
         ends: list[int],
         batch_size: int = 256,
+        engine: SegmentEngine | None = None,
     ) -> GreedyAnswers:
         """
         The greedy answer to each prompt under its plan.
@@ -162,7 +166,11 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             max_new_tokens (`int`): Longest answer.
             ends (`list[int]`): Tokens that end an answer.
             batch_size (`int`, defaults to `256`): Answers decoded at once.
+            engine (`Callable`, *optional*): What decodes them in the place of this model, as
+                [`~latent_trl.plans.engine_decoder.PlanEngine`].
         """
+        if engine is not None:
+            return engine(prompts, [[]] * len(prompts), plan_ids, max_new_tokens, ends)
         whole = GreedyAnswers([], [], [])
         for start in range(0, len(prompts), batch_size):
             places = slice(start, start + batch_size)
@@ -218,8 +226,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
     def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
         """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
         stops, length = [*ends, *self.segment_ends], self.segment_length
-        return lambda inputs, plans, left, first: self._decode(
-            inputs, plans, left, stops, steps=length, check_positions=first
+        return lambda inputs, plans, left, first, **told: self._decode(
+            inputs, plans, left, stops, steps=length, check_positions=first, **told
         )
 
     @torch.no_grad()
@@ -231,6 +239,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         max_new_tokens: int,
         ends: list[int],
         batch_size: int = 256,
+        engine: SegmentEngine | None = None,
+        tell: Callable[[int, int], bool] | None = None,
     ) -> list[PlannedAnswer]:
         """
         Greedy answers, for each segment of which a plan is chosen. What answers to the same [`EncodedPrompt`] say alike
@@ -238,29 +248,50 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
 
         Args:
             encoder (`PromptEncoder`), prompts (`list[EncodedPrompt]`), max_new_tokens (`int`), ends (`list[int]`),
-            batch_size (`int`): As in [`~PlanModel.answers`].
+            batch_size (`int`), engine (`Callable`, *optional*): As in [`~PlanModel.answers`].
             choose (`Callable`): Plans `[N]` of the segments that begin, given the numbers of their prompts, their
                 answers so far and the backbone's inputs, in which what was said stands behind the prompt.
+            tell (`Callable`, *optional*): Told the number of a prompt and a token of its answer as they come; returns
+                whether the answer ends with it. Not with an engine.
         """
         found: list[PlannedAnswer] = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
+            asked: list[Any] = [[], []]
 
-            def begin(rows: list[int], said: list[list[int]], some=some) -> dict[str, Any]:
+            def begin(rows: list[int], said: list[list[int]], some=some, asked=asked) -> dict[str, Any]:
+                asked[:] = [some[row] for row in rows], said
                 grown = [self.continued(some[row], own) for row, own in zip(rows, said, strict=True)]
                 return {name: value.to(self.device) for name, value in encoder.collate(grown).items()}
 
             def chosen(rows: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any], start=start):
                 return choose([start + row for row in rows], answers, inputs)
 
-            decode, same = self.decode_segments(ends), [id(prompt) for prompt in some]
-            found += speak(len(some), begin, chosen, decode, max_new_tokens, ends, prompt_of=same)
+            found += speak(
+                len(some),
+                begin,
+                chosen,
+                self.decode_segments(ends) if engine is None else self._decode_by(engine, asked, ends),
+                max_new_tokens,
+                ends,
+                prompt_of=[id(prompt) for prompt in some],
+                tell=None if tell is None else _counted_from(start, tell),
+            )
         return found
+
+    def _decode_by(self, engine: SegmentEngine, asked: list[Any], ends: list[int]) -> Callable[..., GreedyAnswers]:
+        """The same by an engine; `asked` holds the prompts that a batch begins with, and what has been said."""
+        stops, length = [*ends, *self.segment_ends], self.segment_length
+        return lambda inputs, plans, left, first: engine(*asked, plans.tolist(), left, stops, length)
 
     @torch.no_grad()
     def plan_logits(self, **inputs: Any) -> torch.Tensor:
         """What the chooser gives `[B, K]` for prompts, given as in [`~PlanModel.generate`]."""
         return self.chooser(prompt_states(self.view, self.chooser_layers, inputs), inputs["attention_mask"])
+
+    def best_plans(self, places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
+        """The plans `[N]` that the chooser finds the best where segments begin, as [`~PlanModel.speak`] takes it."""
+        return self.plan_logits(**inputs).argmax(dim=-1)
 
     @torch.no_grad()
     def generate(
@@ -319,7 +350,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
                 raise ValueError(
                     "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
                 )
-            return lambda _, answers, inputs: self.plan_logits(**inputs).argmax(dim=-1)
+            return self.best_plans
         plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
         plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
         if (
@@ -343,3 +374,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         return lambda places, answers, _: torch.stack(
             [plan_ids[row, min(len(answer.plans), last)] for row, answer in zip(places, answers, strict=True)]
         )
+
+
+def _counted_from(start: int, tell: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
+    return lambda row, token: tell(start + row, token)

@@ -1,6 +1,7 @@
 """Prompts that are encoded once, and continued by many answers."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,7 @@ def decode_greedily(
     top_k: int = 0,
     steps: int | None = None,
     check_positions: bool = True,
+    tell: Callable[[int, int], bool] | None = None,
 ) -> GreedyAnswers:
     """
     The likeliest token at each step, of those that are no placeholder of a picture.
@@ -135,6 +137,8 @@ def decode_greedily(
         steps (`int`, *optional*): Stop after so many tokens, as for a part of an answer of `max_new_tokens`.
         check_positions (`bool`, defaults to `True`): Whether the backbone must have positions for `max_new_tokens`
             behind the longest prompt.
+        tell (`Callable`, *optional*): Told each token as it comes, with the number of its row; returns whether the
+            answer ends with it.
 
     Raises:
         ValueError: When the backbone has no positions for so many tokens.
@@ -163,6 +167,8 @@ def decode_greedily(
             if not ended[row]:
                 answers[row].append(token)
                 ended[row] = token in ends
+                if tell is not None:
+                    ended[row] |= tell(row, token)
         if all(ended) or step == steps - 1:
             break
         prompts.extend(torch.tensor(tokens, device=logits.device)[:, None])

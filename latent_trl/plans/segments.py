@@ -87,11 +87,12 @@ def speak(
     rows: int,
     begin: Callable[[list[int], list[list[int]]], dict[str, Any]],
     choose: Callable[[list[int], list[PlannedAnswer], dict[str, Any]], torch.Tensor],
-    decode: Callable[[dict[str, Any], torch.Tensor, int, bool], GreedyAnswers],
+    decode: Callable[..., GreedyAnswers],
     max_new_tokens: int,
     ends: list[int],
     all_rows: bool = False,
     prompt_of: list[int] | None = None,
+    tell: Callable[[int, int], bool] | None = None,
 ) -> list[PlannedAnswer]:
     """
     Answers segment by segment. Each segment is a request of its own: the prompt and what has been said are read anew
@@ -102,15 +103,17 @@ def speak(
         begin (`Callable`): Inputs of the backbone for rows of these numbers, with what they have said behind them.
         choose (`Callable`): Plans `[N]` of the segments that begin, given the rows, their answers so far and inputs.
         decode (`Callable`): The segments, given inputs, plans, how many tokens an answer may yet take, and whether they
-            are the first.
+            are the first; and `tell`, if there is one, with the places of rows in the batch.
         max_new_tokens (`int`): Longest answer.
         ends (`list[int]`): Tokens that end an answer.
         all_rows (`bool`, defaults to `False`): Whether rows that have ended stay in the batch.
         prompt_of (`list[int]`, *optional*): A number for each row's prompt. Rows that have the same prompt, have said
             the same and have the same plan say the same next, which is decoded once. By default all prompts differ.
+        tell (`Callable`, *optional*): Told each row and token as they come; returns whether the answer ends with it.
     """
     prompt_of = list(range(rows)) if prompt_of is None else prompt_of
     answers = [PlannedAnswer() for _ in range(rows)]
+    told_end: set[int] = set()
     active, first = list(range(rows)), True
     while active:
         batch = list(range(rows)) if all_rows else active
@@ -125,7 +128,11 @@ def speak(
         if len(places) < len(batch):
             some = [batch[place] for place in places]
             inputs, plans = begin(some, [answers[row].token_ids for row in some]), plans[places]
-        segments = dict(zip(places, decode(inputs, plans, left, first).token_ids, strict=True))
+        options = {}
+        if tell is not None:
+            alike = [[row for row, key in zip(batch, keys, strict=True) if firsts[key] == place] for place in places]
+            options["tell"] = _told_of_all(tell, alike, told_end)
+        segments = dict(zip(places, decode(inputs, plans, left, first, **options).token_ids, strict=True))
         first = False
         for place, (row, key) in enumerate(zip(batch, keys, strict=True)):
             answer, segment = answers[row], segments[firsts[key]]
@@ -135,6 +142,19 @@ def speak(
             answer.plans.append(key[-1])
             answer.starts.append(len(answer.token_ids))
             answer.token_ids = [*answer.token_ids, *segment][:max_new_tokens]
-            answer.ended = answer.token_ids[-1] in ends
+            answer.ended = answer.token_ids[-1] in ends or row in told_end
         active = [r for r in active if not answers[r].ended and len(answers[r].token_ids) < max_new_tokens]
     return answers
+
+
+def _told_of_all(
+    tell: Callable[[int, int], bool], rows: list[list[int]], ended: set[int]
+) -> Callable[[int, int], bool]:
+    """Tells a token of a place to all rows that say the same there, and keeps those that end with it in `ended`."""
+
+    def told(place: int, token: int) -> bool:
+        done = [row for row in rows[place] if tell(row, token)]
+        ended.update(done)
+        return len(done) == len(rows[place])
+
+    return told

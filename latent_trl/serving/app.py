@@ -68,7 +68,8 @@ class ChatCompletions:
                     request = await self._read(Request(scope, receive))
                 deadline = asyncio.get_running_loop().time() + self.timeout
                 wanted = await self._wanted(request)
-                completion, answer = Completion(self.name), self._timed(self.engine.generate(wanted), deadline, start)
+                completion = Completion(self.name, self.engine.kind)
+                answer = self._timed(self.engine.generate(wanted), deadline, start)
                 with self._room_for_pictures(wanted):
                     async with aclosing(answer) as pieces:
                         response = await unless_hung_up(_response(request, completion, pieces), receive)
@@ -124,7 +125,7 @@ class ChatCompletions:
             body += part
             if len(body) > self.limits.max_body_bytes:
                 raise RequestError(f"The body has more than {self.limits.max_body_bytes} bytes.", status=413)
-        found = parse_request(bytes(body))
+        found = parse_request(bytes(body), self.engine.kind)
         if found.model != self.name:
             raise RequestError(
                 f"There is no model {short(found.model)} here, only {self.name!r}.", "model", 404, "model_not_found"
@@ -155,7 +156,7 @@ class ChatCompletions:
                     self.metrics.first_token.observe(time.perf_counter() - start)
                     self.metrics.prompt_tokens.inc(piece.prompt_tokens)
                     first = False
-                self.metrics.completion_tokens.inc(len(piece.action_ids))
+                self.metrics.completion_tokens.inc(len(piece.tokens))
                 yield piece
 
 
@@ -266,7 +267,7 @@ def make_app(
         "object": "model",
         "created": int(time.time()),
         "owned_by": "latent_trl",
-        "latent_actions": {"num_codes": engine.num_codes, "special_tokens": engine.special_tokens},
+        engine.kind.field: engine.about(),
     }
 
     async def models(request: Request) -> Response:

@@ -33,15 +33,19 @@ class GrowingAnswer:
         self.ends, self.max_tokens, self.piece = ends, max_tokens, piece
         self.length = 0
 
-    def add(self, token_id: int, action_id: int, log_prob: float) -> None:
+    def choose(self, action_id: int, log_prob: float) -> None:
+        """What the tokens that come next are said under."""
+        self.piece.action_ids.append(action_id)
+        self.piece.log_probs.append(log_prob)
+        self.piece.starts.append(self.length)
+
+    def add(self, token_id: int) -> None:
         self.length += 1
         ended = token_id in self.ends
         last = ended or self.length == self.max_tokens
         piece = self.piece
         piece.text += self.stop.add(self.text.add(token_id, last), last)
         piece.tokens.append(self.tokens.add(token_id, last))
-        piece.action_ids.append(action_id)
-        piece.log_probs.append(log_prob)
         if ended or self.stop.reached:
             piece.finish_reason = "stop"
         elif last:
@@ -85,15 +89,21 @@ class Job:
         self.answers = [GrowingAnswer(tokenizer, ends, self.max_tokens, self.request.stop, p) for p in pieces]
         self.open = set(range(self.request.n))
 
-    def add(self, index: int, token_id: int, action_id: int, log_prob: float) -> bool:
+    def choose(self, index: int, action_id: int, log_prob: float) -> None:
+        """Takes the code or plan of the tokens of one sample that come next."""
+        if self.is_cancelled or index not in self.open:
+            return
+        if math.isfinite(log_prob):
+            self.answers[index].choose(action_id, log_prob)
+        else:
+            self.fail(EngineError("Nothing could be drawn: the probabilities of codes or plans are not finite."))
+
+    def add(self, index: int, token_id: int) -> bool:
         """Takes a token of one sample. Returns whether the sample has ended."""
         if self.is_cancelled or index not in self.open:
             return True
-        if not math.isfinite(log_prob):
-            self.fail(EngineError("No code could be drawn: the policy's probabilities are not finite."))
-            return True
         answer = self.answers[index]
-        answer.add(token_id, action_id, log_prob)
+        answer.add(token_id)
         ended = answer.piece.finish_reason is not None
         if ended:
             self.open.discard(index)

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -21,7 +21,7 @@ from pydantic import (
 from ..data.images import ImageError, load_image
 from ..data.rows import short
 from ..generation.action_law import ActionLaw
-from .engine import Engine, GenerationRequest, RequestError
+from .engine import CODES, PLANS, ActionKind, Engine, GenerationRequest, RequestError
 
 # Whole numbers are taken too.
 Number = Annotated[float, Field(strict=True)]
@@ -36,8 +36,8 @@ STRING = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
 # Far from what would leave the range of float32.
 LARGEST_BIAS = 1e6
 NO_TOKEN_CHOICE = (
-    "is about the choice of tokens, which are the most likely ones given their codes. `latent_actions` has `bias`, "
-    "`banned` and `forced` for codes"
+    "is about the choice of tokens, which are the most likely ones given their {noun}s. `{field}` has `bias`, `banned` "
+    "and `forced` for {noun}s"
 )
 # Fields of OpenAI's that cannot be had: the values that ask for nothing, and why any other is refused.
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
@@ -47,7 +47,7 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "logit_bias": (({},), NO_TOKEN_CHOICE),
     "logprobs": (
         (False,),
-        "would be of tokens, which are not sampled. Those of the codes are in each choice's `latent_actions.log_probs`",
+        "would be of tokens, which are not sampled. Those of the {noun}s are in each choice's `{field}.log_probs`",
     ),
     "top_logprobs": ((0,), "would be of tokens, which are not sampled"),
     "tools": (([],), "is not supported"),
@@ -64,14 +64,18 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 # What is often written in the place of a field.
 MEANT = {
-    "top_k": "latent_actions.top_k",
+    "top_k": "{field}.top_k",
     "max_new_tokens": "max_completion_tokens",
     "max_completion_length": "max_completion_tokens",
-    "action_temperature": "latent_actions.temperature",
-    "action_top_k": "latent_actions.top_k",
-    "action_top_p": "latent_actions.top_p",
-    "action_bias": "latent_actions.bias",
-    "forced_action_ids": "latent_actions.forced",
+    "action_temperature": "{field}.temperature",
+    "action_top_k": "{field}.top_k",
+    "action_top_p": "{field}.top_p",
+    "action_bias": "{field}.bias",
+    "forced_action_ids": "{field}.forced",
+    "plan": "{field}.forced",
+    "plan_ids": "{field}.forced",
+    "latent_actions": "{field}",
+    "plans": "{field}",
 }
 
 
@@ -139,8 +143,8 @@ class _StreamOptions(_Strict):
     include_usage: StrictBool = False
 
 
-class LatentActionsRequest(_Strict):
-    """How codes are chosen; see `docs/serving.md`."""
+class ActionsRequest(_Strict):
+    """How codes or plans are chosen; see `docs/serving.md`."""
 
     temperature: Number | None = None
     top_k: StrictInt | None = None
@@ -150,9 +154,19 @@ class LatentActionsRequest(_Strict):
     bias: dict[int, Number] = {}
 
 
-class ChatRequest(_Strict):
-    """The fields of OpenAI's chat completions that are taken, and `latent_actions`."""
+class PlansRequest(ActionsRequest):
+    """The same of plans."""
 
+    @field_validator("forced", mode="before")
+    @classmethod
+    def _one_plan(cls, value: Any) -> Any:
+        return [value] if isinstance(value, int) else value
+
+
+class ChatRequest(_Strict):
+    """The fields of OpenAI's chat completions that are taken."""
+
+    kind: ClassVar[ActionKind]
     model: StrictStr
     messages: list[_Message] = Field(min_length=1)
     max_completion_tokens: StrictInt | None = Field(None, ge=1)
@@ -166,7 +180,11 @@ class ChatRequest(_Strict):
     top_p: Number | None = None
     stream: StrictBool = False
     stream_options: _StreamOptions | None = None
-    latent_actions: LatentActionsRequest = LatentActionsRequest()
+
+    @property
+    def actions(self) -> ActionsRequest:
+        """What it says of its latent actions."""
+        return getattr(self, self.kind.field)
 
     @model_validator(mode="before")
     @classmethod
@@ -175,6 +193,7 @@ class ChatRequest(_Strict):
             return values
         for name, (neutral, why) in REFUSED.items():
             if values.get(name) is not None and values[name] not in neutral:
+                why = why.format(**vars(cls.kind))
                 raise RequestError(f"`{name}` {why}. Leave it out.", name, code="unsupported_parameter")
         return {name: value for name, value in values.items() if name not in REFUSED}
 
@@ -184,19 +203,34 @@ class ChatRequest(_Strict):
         return [value] if isinstance(value, str) else value
 
 
-def parse_request(body: bytes) -> ChatRequest:
+class CodesChatRequest(ChatRequest):
+    """To a model of codes."""
+
+    kind = CODES
+    latent_actions: ActionsRequest = ActionsRequest()
+
+
+class PlansChatRequest(ChatRequest):
+    """To a model of plans."""
+
+    kind = PLANS
+    plans: PlansRequest = PlansRequest()
+
+
+def parse_request(body: bytes, kind: ActionKind = CODES) -> ChatRequest:
     """
-    The request in a body.
+    The request in a body, to a model of this kind.
 
     Raises:
         RequestError: With the field, what it holds and what works.
     """
     if _holds_too_much(body):
         raise RequestError(f"The body holds more than {MAX_VALUES:,} values.", status=413)
+    form: type[ChatRequest] = PlansChatRequest if kind == PLANS else CodesChatRequest
     try:
-        request = ChatRequest.model_validate_json(body)
+        request = form.model_validate_json(body)
     except ValidationError as error:
-        raise _refusal(error) from error
+        raise _refusal(error, form) from error
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise RequestError("`max_tokens` and `max_completion_tokens` differ. Give the latter.", "max_tokens")
     if request.stream_options is not None and not request.stream:
@@ -213,7 +247,7 @@ def _holds_too_much(body: bytes) -> bool:
     return bare.count(b",") > MAX_VALUES or sum(map(bare.count, MARKS)) > 5 * MAX_VALUES
 
 
-def _refusal(error: ValidationError) -> RequestError:
+def _refusal(error: ValidationError, form: type[ChatRequest]) -> RequestError:
     """The first thing that is wrong, with the field's name as it is written."""
     found = error.errors(include_url=False)
     first = next((each for each in found if each["type"] == "extra_forbidden"), found[0])
@@ -226,8 +260,9 @@ def _refusal(error: ValidationError) -> RequestError:
     if first["type"] == "json_invalid":
         return RequestError(f"The body is no JSON: {first['msg']}.")
     if first["type"] == "extra_forbidden":
-        known = [*ChatRequest.model_fields] if len(place) == 1 else [*LatentActionsRequest.model_fields]
-        near = MEANT.get(place[-1]) or next(iter(get_close_matches(place[-1], known, n=1)), None)
+        known = [*form.model_fields] if len(place) == 1 else [*ActionsRequest.model_fields]
+        meant = MEANT.get(place[-1], "").format(**vars(form.kind))
+        near = meant or next(iter(get_close_matches(place[-1], known, n=1)), None)
         hint = f" Did you mean `{near}`?" if near else ""
         return RequestError(f"There is no field `{name}` here.{hint}", name, code="unknown_parameter")
     what = short(first["input"]) if first["type"] != "missing" else "nothing"
@@ -253,19 +288,20 @@ def generation_request(request: ChatRequest, engine: Engine, limits: RequestLimi
         seed=request.seed,
         do_sample=do_sample,
         law=law,
-        forced=_codes(request.latent_actions.forced, "forced", engine.num_codes, least=-1),
-        bias=_bias(request.latent_actions, engine.num_codes),
+        forced=_chosen(request.actions.forced, "forced", engine, least=-1),
+        bias=_bias(request.actions, engine),
         stream=request.stream,
     )
 
 
 def _law(request: ChatRequest, engine: Engine) -> tuple[bool, ActionLaw]:
-    """Whether codes are sampled, and from which law."""
-    own, (do_sample, law) = request.latent_actions, engine.default_law
+    """Whether codes or plans are sampled, and from which law."""
+    own, kind, (do_sample, law) = request.actions, engine.kind, engine.default_law
     for name in ("temperature", "top_p"):
         outer, inner = getattr(request, name), getattr(own, name)
         if outer is not None and inner not in (None, outer):
-            raise RequestError(f"`{name}` and `latent_actions.{name}` differ. Both are about codes: give one.", name)
+            both = f"`{name}` and `{kind.field}.{name}` differ. Both are about {kind.noun}s: give one."
+            raise RequestError(both, name)
     temperature = request.temperature if own.temperature is None else own.temperature
     top_p = request.top_p if own.top_p is None else own.top_p
     if temperature is not None:
@@ -276,31 +312,33 @@ def _law(request: ChatRequest, engine: Engine) -> tuple[bool, ActionLaw]:
     except ValueError as error:
         name = next(name for name in given if f"`action_{name}`" in str(error))
         message = str(error).replace("`action_", "`").replace("pass `do_sample=False`", "pass 0")
-        raise RequestError(message, name if name in ChatRequest.model_fields else f"latent_actions.{name}") from error
+        message = message.replace("code", kind.noun)
+        raise RequestError(message, f"{kind.field}.{name}" if getattr(own, name) is not None else name) from error
 
 
-def _codes(codes: list[int], name: str, count: int, least: int = 0) -> list[int]:
-    wrong = [code for code in codes if not least <= code < count]
+def _chosen(ids: list[int], name: str, engine: Engine, least: int = 0) -> list[int]:
+    kind, count = engine.kind, engine.num_actions
+    wrong = [one for one in ids if not least <= one < count]
     if wrong:
-        free = ", or -1 for a free step" if least < 0 else ""
-        raise RequestError(
-            f"`latent_actions.{name}`: codes are 0 to {count - 1}{free}, got {wrong[0]}.", f"latent_actions.{name}"
-        )
-    return codes
+        free = f", or -1 for a free {kind.step}" if least < 0 else ""
+        place = f"{kind.field}.{name}"
+        raise RequestError(f"`{place}`: {kind.noun}s are 0 to {count - 1}{free}, got {wrong[0]}.", place)
+    return ids
 
 
-def _bias(own: LatentActionsRequest, count: int) -> dict[int, float]:
-    bias: dict[int, float] = {code: float(own.bias[code]) for code in _codes(list(own.bias), "bias", count)}
-    wrong = [code for code, value in bias.items() if abs(value) > LARGEST_BIAS]
+def _bias(own: ActionsRequest, engine: Engine) -> dict[int, float]:
+    kind, count = engine.kind, engine.num_actions
+    bias: dict[int, float] = {one: float(own.bias[one]) for one in _chosen(list(own.bias), "bias", engine)}
+    wrong = [one for one, value in bias.items() if abs(value) > LARGEST_BIAS]
     if wrong:
         raise RequestError(
-            f"`latent_actions.bias`: at most {LARGEST_BIAS:g} either way, got {bias[wrong[0]]:g} for the code "
-            f"{wrong[0]}. `banned` leaves a code out.",
-            "latent_actions.bias",
+            f"`{kind.field}.bias`: at most {LARGEST_BIAS:g} either way, got {bias[wrong[0]]:g} for the {kind.noun} "
+            f"{wrong[0]}. `banned` leaves a {kind.noun} out.",
+            f"{kind.field}.bias",
         )
-    bias |= dict.fromkeys(_codes(own.banned, "banned", count), -math.inf)
+    bias |= dict.fromkeys(_chosen(own.banned, "banned", engine), -math.inf)
     if len(set(own.banned)) == count:
-        raise RequestError("`latent_actions.banned` must leave at least one code.", "latent_actions.banned")
+        raise RequestError(f"`{kind.field}.banned` must leave at least one {kind.noun}.", f"{kind.field}.banned")
     return bias
 
 

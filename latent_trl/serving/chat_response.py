@@ -6,7 +6,7 @@ import uuid
 from collections.abc import AsyncIterator
 from typing import Any
 
-from .engine import EngineError, Piece, RequestError
+from .engine import CODES, PLANS, ActionKind, EngineError, Piece, RequestError
 
 
 class Completion:
@@ -15,17 +15,19 @@ class Completion:
 
     Args:
         model (`str`): The served name.
+        kind (`ActionKind`, defaults to `CODES`): Of its latent actions.
         status (`int`, *optional*): Of the HTTP response, as it ended; `None` until then.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, kind: ActionKind = CODES):
+        self.kind = kind
         self.id, self.created, self.model = f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), model
         self.prompt_tokens = self.completion_tokens = 0
         self.status: int | None = None
 
     def counted(self, piece: Piece) -> Piece:
         self.prompt_tokens = piece.prompt_tokens
-        self.completion_tokens += len(piece.action_ids)
+        self.completion_tokens += len(piece.tokens)
         return piece
 
     def usage(self) -> dict[str, int]:
@@ -39,13 +41,13 @@ class Completion:
         """The `chat.completion` of all pieces."""
         choices: dict[int, dict[str, Any]] = {}
         async for piece in pieces:
-            part = _choice(self.counted(piece))
+            part, field = self._choice(self.counted(piece)), self.kind.field
             choice = choices.setdefault(piece.index, {**part, "message": {"role": "assistant", "content": ""}})
             choice["message"]["content"] += piece.text
             choice["finish_reason"] = piece.finish_reason
-            if choice["latent_actions"] is not part["latent_actions"]:
-                for name, values in part["latent_actions"].items():
-                    choice["latent_actions"][name] += values
+            if choice[field] is not part[field]:
+                for name, values in part[field].items():
+                    choice[field][name] += values
         self.status = 200
         return self._object("chat.completion", [choices[i] for i in sorted(choices)], self.usage())
 
@@ -58,7 +60,7 @@ class Completion:
                 if piece.index not in begun:
                     begun.add(piece.index)
                     delta = {"role": "assistant", **delta}
-                yield _event(self._object("chat.completion.chunk", [{**_choice(piece), "delta": delta}], None))
+                yield _event(self._object("chat.completion.chunk", [{**self._choice(piece), "delta": delta}], None))
             if include_usage:
                 yield _event(self._object("chat.completion.chunk", [], self.usage()))
             self.status = 200
@@ -66,6 +68,17 @@ class Completion:
         except (RequestError, EngineError) as error:
             self.status = error_status(error)
             yield _event(error_body(error))
+
+    def _choice(self, piece: Piece) -> dict[str, Any]:
+        actions = {"ids": piece.action_ids, "log_probs": piece.log_probs, "tokens": piece.tokens}
+        if self.kind == PLANS:
+            actions["starts"] = piece.starts
+        return {
+            "index": piece.index,
+            "finish_reason": piece.finish_reason,
+            "logprobs": None,
+            self.kind.field: actions,
+        }
 
     def _object(self, kind: str, choices: list[dict[str, Any]], usage: dict[str, int] | None) -> dict[str, Any]:
         return {
@@ -76,15 +89,6 @@ class Completion:
             "choices": choices,
             "usage": usage,
         }
-
-
-def _choice(piece: Piece) -> dict[str, Any]:
-    return {
-        "index": piece.index,
-        "finish_reason": piece.finish_reason,
-        "logprobs": None,
-        "latent_actions": {"ids": piece.action_ids, "log_probs": piece.log_probs, "tokens": piece.tokens},
-    }
 
 
 def _event(content: dict[str, Any]) -> str:

@@ -10,6 +10,27 @@ from ..generation.action_law import ActionLaw
 from ..generation.settings import ACTION_DEFAULTS, settled_choice
 
 
+@dataclass(frozen=True)
+class ActionKind:
+    """
+    What requests and answers call a model's latent actions.
+
+    Args:
+        field (`str`): Of a request's body, and of each choice.
+        noun (`str`): One of them.
+        step (`str`): What it is chosen for.
+    """
+
+    field: str
+    noun: str
+    step: str
+
+
+# One a token; and one for each segment of an answer.
+CODES = ActionKind("latent_actions", "code", "step")
+PLANS = ActionKind("plans", "plan", "segment")
+
+
 class RequestError(ValueError):
     """
     A request that cannot be answered as it is.
@@ -42,10 +63,11 @@ class GenerationRequest:
         stop (`list[str]`): Texts before which an answer ends.
         ignore_eos (`bool`, defaults to `False`): Whether answers go on to `max_tokens`, whatever they say.
         seed (`int`, *optional*): Of the sampling.
-        do_sample (`bool`, defaults to `True`): Sample the codes, or take the most likely.
-        law (`ActionLaw`): The law that codes are sampled from.
-        forced (`list[int]`): Codes of the first steps; -1 leaves a step free.
-        bias (`dict[int, float]`): Added to the policy's logits of these codes; `-inf` bans one.
+        do_sample (`bool`, defaults to `True`): Sample codes or plans, or take the most likely.
+        law (`ActionLaw`): The law that they are sampled from.
+        forced (`list[int]`): Those of the first steps or segments; -1 leaves one free. The last one holds for all later
+            segments.
+        bias (`dict[int, float]`): Added to the logits of these codes or plans; `-inf` bans one.
         stream (`bool`, defaults to `False`): Whether pieces are wanted as they come.
     """
 
@@ -105,7 +127,9 @@ class Piece:
     Args:
         index (`int`): Which of the n answers.
         text (`str`): Special tokens left out, and nothing of a stop text.
-        action_ids (`list[int]`), log_probs (`list[float]`): Codes, and their log-probabilities in nats under the law.
+        action_ids (`list[int]`), log_probs (`list[float]`): Codes or plans, and their log-probabilities in nats under
+            the law.
+        starts (`list[int]`): How many tokens of the answer stand before each of them.
         tokens (`list[str]`): What each token adds to the text, special tokens included.
         finish_reason (`str`, *optional*): `"stop"` or `"length"` with the last piece of an answer.
         prompt_tokens (`int`): Of the conversation.
@@ -115,6 +139,7 @@ class Piece:
     text: str = ""
     action_ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
     tokens: list[str] = field(default_factory=list)
     finish_reason: str | None = None
     prompt_tokens: int = 0
@@ -125,13 +150,15 @@ class Engine(Protocol):
     Answers conversations. Its methods are called in the server's event loop.
 
     Args:
-        num_codes (`int`): K.
+        kind (`ActionKind`): Of its latent actions.
+        num_actions (`int`): K.
         special_tokens (`list[str]`): Tokens that are in no text.
-        default_law (`tuple[bool, ActionLaw]`): Whether codes are sampled, and from which law, by default.
+        default_law (`tuple[bool, ActionLaw]`): Whether they are sampled, and from which law, by default.
         max_batch_size (`int`): Most answers to one conversation.
     """
 
-    num_codes: int
+    kind: ActionKind
+    num_actions: int
     special_tokens: list[str]
     default_law: tuple[bool, ActionLaw]
     max_batch_size: int
@@ -144,6 +171,10 @@ class Engine(Protocol):
             RequestError: Before the first piece, for what this engine cannot do.
             EngineError: When an answer fails.
         """
+        ...
+
+    def about(self) -> dict[str, Any]:
+        """What `/v1/models` says of the latent actions."""
         ...
 
     def problem(self) -> str | None:

@@ -27,7 +27,7 @@ class ServerMetrics:
         # The status of a client that hung up is nginx's, 499.
         self.requests = make(Counter, "requests", "Chat completions by HTTP status; 499 hung up", "status")
         self.prompt_tokens = make(Counter, "prompt_tokens", "Tokens of conversations that were answered")
-        self.completion_tokens = make(Counter, "completion_tokens", "Tokens of answers, each with its code")
+        self.completion_tokens = make(Counter, "completion_tokens", "Tokens of answers")
         self.first_token = make(Histogram, "first_piece_seconds", "Until the first piece was there", buckets=SECONDS)
         self.seconds = make(Histogram, "request_seconds", "Of a chat completion", buckets=SECONDS)
 

@@ -1,34 +1,21 @@
-"""The embedded engine: `generate` of the model itself, in a thread that takes what waits as one batch."""
+"""The embedded engine of codes: `generate` of the model itself."""
 
-import asyncio
-import copy
-import logging
-import threading
-from collections import deque
-from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase, ProcessorMixin, StoppingCriteria, StoppingCriteriaList
 
-from ..data.prompts import EncodedPrompt, PromptEncoder
-from ..data.rows import RowError
 from ..generation.answers import end_tokens
-from ..generation.choice import ActionChoice, code_bias
 from ..generation.row_choices import RowChoices
 from ..models.latent_action_model import LatentActionModel
-from .batches import Job, Pieces, next_batch
-from .engine import EngineError, GenerationRequest, Piece, RequestError, default_law, longest_answer
+from .batched_engine import BatchedEngine
+from .batches import Job
+from .engine import CODES, default_law
 
-logger = logging.getLogger(__name__)
 
-
-class TransformersEngine:
+class TransformersEngine(BatchedEngine):
     """
-    Answers with [`LatentActionModel.generate`]. Requests that come while a batch is being answered wait, and go into
-    the next one together, whatever their laws. An answer that has ended is told at once; the batch ends with its
-    longest.
+    Answers with [`LatentActionModel.generate`].
 
     Args:
         model (`LatentActionModel`): It is put in evaluation mode.
@@ -43,6 +30,8 @@ class TransformersEngine:
         ValueError: For a `max_model_len` that the backbone has no positions for.
     """
 
+    kind = CODES
+
     def __init__(
         self,
         model: LatentActionModel,
@@ -52,148 +41,29 @@ class TransformersEngine:
         max_model_len: int | None = None,
     ):
         model.require("policy", "codebook", "world_model")
+        sizes = (max_batch_size, max_completion_length, max_model_len)
+        super().__init__(model.backbone_view, processing_class, model.config.num_codes, *sizes)
         self.model = model.eval()
-        self.max_batch_size, self.max_completion_length = max_batch_size, max_completion_length
-        self.encoder = PromptEncoder(processing_class)
-        # A tokenizer that encodes cannot decode at the same time, in another thread.
-        self.tokenizer = copy.deepcopy(self.encoder.encoder.tokenizer)
         self.ends = end_tokens(model, self.tokenizer, {}) or []
-        self.max_model_len = _max_model_len(model, max_model_len)
-        self.num_codes = model.config.num_codes
-        self.special_tokens = list(self.tokenizer.all_special_tokens)
         self.default_law = default_law(model.generation_config)
-        self._encoding = threading.Lock()
-        self._encoders = ThreadPoolExecutor(1, thread_name_prefix="latent-trl-prompts")
-        self._waiting: deque[Job] = deque()
-        self._running: list[Job] = []
-        self._wake = threading.Condition()
-        self._closed = False
-        self._worker = threading.Thread(target=self._work, name="latent-trl-answers", daemon=True)
 
-    async def start(self) -> None:
-        self._worker.start()
-
-    async def close(self) -> None:
-        with self._wake:
-            self._closed = True
-            unanswered = [*self._waiting, *self._running]
-            self._waiting.clear()
-            self._wake.notify()
-        for job in unanswered:
-            job.is_cancelled = True
-            job.tell(EngineError("The server is stopping."))
-        self._encoders.shutdown(wait=False, cancel_futures=True)
-        await asyncio.to_thread(self._worker.join)
-
-    def problem(self) -> str | None:
-        return None if self._worker.is_alive() else "the thread that answers is not running"
-
-    def load(self) -> dict[str, int]:
-        return {"waiting": len(self._waiting), "running": sum(len(job.open) for job in self._running)}
-
-    async def generate(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._encoders, self._encode, request)
-        pieces = Pieces()
-        length = longest_answer(request, len(prompt.ids), self.max_completion_length, self.max_model_len)
-        job = Job(request, prompt, length, pieces.tell)
-        with self._wake:
-            if self._closed:
-                raise EngineError("The server is stopping.")
-            self._waiting.append(job)
-            self._wake.notify()
-        unfinished = request.n
-        try:
-            while unfinished:
-                piece = await pieces.get()
-                unfinished -= piece.finish_reason is not None
-                yield piece
-        finally:
-            job.is_cancelled = True
-
-    def _encode(self, request: GenerationRequest) -> EncodedPrompt:
-        try:
-            with self._encoding:
-                return self.encoder({"prompt": request.messages})
-        except RowError as error:
-            raise RequestError(str(error).removeprefix("A row: "), "messages") from error
-
-    def _work(self) -> None:
-        while True:
-            with self._wake:
-                self._running = []
-                self._wake.wait_for(lambda: self._waiting or self._closed)
-                if self._closed:
-                    return
-                self._running = next_batch(self._waiting, self.max_batch_size, self.max_model_len)
-            if self._running:
-                self._answer(self._running)
-
-    def _answer(self, jobs: list[Job]) -> None:
-        """Answers a batch. When it fails, each job of which nothing has been told is tried alone."""
-        try:
-            self._generate(jobs)
-            error: Exception = EngineError("The answer did not end.")
-        except Exception as raised:
-            logger.exception("A batch of %d requests failed.", len(jobs))
-            error = EngineError(f"The answer failed: {type(raised).__name__}.")
-        for job in jobs:
-            if not job.open or job.is_cancelled:
-                continue
-            if len(jobs) > 1 and not job.has_told:
-                self._answer([job])
-            else:
-                job.fail(error)
+    def about(self) -> dict[str, Any]:
+        return {"num_codes": self.num_actions, "special_tokens": self.special_tokens}
 
     def _generate(self, jobs: list[Job]) -> None:
-        samples, device = jobs[0].request.n, self.model.device
-        for job in jobs:
-            job.begin(self.tokenizer, self.ends)
-        choices = RowChoices(self._choices([job.request for job in jobs]))
+        device = self.model.device
+        choices = self._choices([job.request for job in jobs], device)
         with self._encoding:
             inputs = self.encoder.collate([job.prompt for job in jobs])
         self.model.generate(
             **{name: value.to(device) for name, value in inputs.items()},
             action_choice=choices,
             max_new_tokens=max(job.max_tokens for job in jobs),
-            num_return_sequences=samples,
-            # Of each answer its job knows the end.
+            num_return_sequences=jobs[0].request.n,
             eos_token_id=self.model.backbone_view.text_config.vocab_size,
             pad_token_id=self.encoder.encoder.tokenizer.pad_token_id or 0,
             stopping_criteria=StoppingCriteriaList([_Watch(jobs, choices)]),
         )
-
-    def _choices(self, requests: list[GenerationRequest]) -> list[tuple[list[int], ActionChoice]]:
-        """How the codes of each row are chosen. Rows come as all prompts for the first sample, for the second, ..."""
-        alike: dict[Any, list[int]] = {}
-        for place, request in enumerate(requests):
-            key: Any = (request.do_sample, request.law, tuple(sorted(request.bias.items())))
-            if request.forced or (request.seed is not None and request.do_sample):
-                key = place
-            alike.setdefault(key, []).append(place)
-        parts = []
-        for places in alike.values():
-            rows = [copy * len(requests) + place for copy in range(requests[0].n) for place in places]
-            parts.append((rows, self._choice(requests[places[0]], len(rows))))
-        return parts
-
-    def _choice(self, request: GenerationRequest, rows: int) -> ActionChoice:
-        device, forced, generator = self.model.device, None, None
-        bias = code_bias(self.num_codes, added=request.bias, device=device)
-        if request.forced:
-            forced = torch.tensor([request.forced] * rows, device=device)
-        if request.seed is not None:
-            generator = torch.Generator(device=device).manual_seed(request.seed)
-        return ActionChoice(request.law, request.do_sample, forced, bias, generator)
-
-
-def _max_model_len(model: LatentActionModel, wanted: int | None) -> int | None:
-    view = model.backbone_view
-    # Rotary positions go on behind those that were trained; a table of positions has an end.
-    trained, limit = getattr(view.text_config, "max_position_embeddings", None), view.max_positions
-    if wanted is not None and limit is not None and wanted > limit:
-        raise ValueError(f"`max_model_len` is at most {limit}, the positions of the backbone; got {wanted}.")
-    return wanted or limit or trained
 
 
 class _Watch(StoppingCriteria):
@@ -206,6 +76,9 @@ class _Watch(StoppingCriteria):
         rows = zip(
             input_ids[:, -1].tolist(), self.choices.action_ids.tolist(), self.choices.log_probs.tolist(), strict=True
         )
-        count = len(self.jobs)
-        done = [self.jobs[row % count].add(row // count, *values) for row, values in enumerate(rows)]
+        count, done = len(self.jobs), []
+        for row, (token, code, log_prob) in enumerate(rows):
+            job, index = self.jobs[row % count], row // count
+            job.choose(index, code, log_prob)
+            done.append(job.add(index, token))
         return torch.tensor(done, device=input_ids.device)

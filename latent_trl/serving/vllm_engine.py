@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 from vllm import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.sampling_params import RequestOutputKind
@@ -22,36 +23,40 @@ from ..generation.answers import end_tokens
 from ..vllm.engine import answer_of, engine_arguments, sampling_params
 from ..vllm.folders import folders_of_checkpoint
 from .batches import Pieces
-from .engine import EngineError, GenerationRequest, Piece, RequestError, default_law, longest_answer
+from .engine import CODES, EngineError, GenerationRequest, Piece, RequestError, default_law, longest_answer
 from .text_stream import TextStream
 
 logger = logging.getLogger(__name__)
 
 
-class VLLMEngine:
+class VLLMServing:
     """
-    Answers with vLLM, which takes requests into its batch as they come.
+    What the engines of codes and of plans share: requests go to vLLM as they come, one for each answer.
 
     Args:
-        model (`str`): Folder or Hub id of latent actions.
-        max_batch_size (`int`, defaults to `32`): Most answers at once.
-        max_completion_length (`int`, defaults to `1024`): Longest answer, and where a request names no length the one
-            that it gets, as far as there is room.
-        options: Further arguments of vLLM's, such as `dtype`, `max_model_len`, `gpu_memory_utilization`.
+        processor (`ProcessorMixin` or `PreTrainedTokenizerBase`): The backbone's.
+        config (`GenerationConfig`): The backbone's.
+        num_actions (`int`): K, of codes or plans.
+        arguments (`dict`): Of `vllm.AsyncEngineArgs`.
+        max_batch_size (`int`), max_completion_length (`int`): As the engines have them.
     """
 
-    def __init__(self, model: str, max_batch_size: int = 32, max_completion_length: int = 1024, **options: Any):
-        folders = folders_of_checkpoint(model)
+    def __init__(
+        self,
+        processor: Any,
+        config: GenerationConfig,
+        num_actions: int,
+        arguments: dict[str, Any],
+        max_batch_size: int,
+        max_completion_length: int,
+    ):
         self.max_batch_size, self.max_completion_length = max_batch_size, max_completion_length
-        self.num_codes = folders.config.num_codes
-        self.encoder = PromptEncoder(folders.load_processor())
+        self.num_actions = num_actions
+        self.encoder = PromptEncoder(processor)
         self.tokenizer = self.encoder.encoder.tokenizer
         self.special_tokens = list(self.tokenizer.all_special_tokens)
-        config = folders.generation_config()
         self.ends = end_tokens(SimpleNamespace(generation_config=config), self.tokenizer, {}) or []
-        self.default_law = default_law(config)
-        arguments = engine_arguments(folders, **{"max_num_seqs": max_batch_size, **options})
-        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+        self.llm = AsyncLLM.from_engine_args(AsyncEngineArgs(**{"max_num_seqs": max_batch_size, **arguments}))
         self.max_model_len = self.llm.model_config.max_model_len
         self._numbers = itertools.count()
         self._running = 0
@@ -71,15 +76,15 @@ class VLLMEngine:
         return {"running": self._running}
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Piece, None]:
-        loop = asyncio.get_running_loop()
-        prompt = await loop.run_in_executor(self._encoders, self._encode, request)
-        # Without its pictures' tokens, which vLLM fills in and checks.
-        known = len(prompt["prompt_token_ids"])
-        length = longest_answer(request, known, self.max_completion_length, self.max_model_len)
+        self._check(request)
+        prompt = await self._in_thread(self._encoded, request)
+        length = longest_answer(request, self._length(prompt), self.max_completion_length, self.max_model_len)
         pieces, unfinished = Pieces(), request.n
         # A request of vLLM's for each: children of one request would share a seed.
-        params = [self._params(request, length, seed) for seed in _seeds(request)]
-        tasks = [asyncio.ensure_future(self._answer(prompt, p, i, pieces.tell)) for i, p in enumerate(params)]
+        tasks = [
+            asyncio.ensure_future(self._told(prompt, request, length, seed, index, pieces.tell))
+            for index, seed in enumerate(_seeds(request))
+        ]
         self._running += request.n
         try:
             while unfinished:
@@ -92,14 +97,11 @@ class VLLMEngine:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _answer(
-        self, prompt: dict[str, Any], params: Any, index: int, tell: Callable[[Piece | Exception], None]
-    ) -> None:
-        stream = TextStream(self.tokenizer)
+    async def _told(self, *asked: Any) -> None:
+        """Answers once; what fails is told."""
+        *_, tell = asked
         try:
-            async with aclosing(self.llm.generate(prompt, params, f"chat-{next(self._numbers)}")) as outputs:
-                async for output in outputs:
-                    tell(_piece(output, index, stream))
+            await self._answer(*asked)
         except EngineDeadError:
             tell(EngineError("vLLM's engine has died."))
         except (ValueError, VLLMClientError) as error:
@@ -109,13 +111,81 @@ class VLLMEngine:
             logger.exception("A request failed in vLLM.")
             tell(EngineError(f"The answer failed: {type(error).__name__}."))
 
-    def _encode(self, request: GenerationRequest) -> dict[str, Any]:
+    def _check(self, request: GenerationRequest) -> None:
+        """Raises [`RequestError`] for what this model cannot do."""
+
+    def _encoded(self, request: GenerationRequest) -> Any:
         try:
-            rendering = self.encoder.renderer.prompt({"prompt": request.messages})
+            return self._encode({"prompt": request.messages})
         except RowError as error:
             raise RequestError(str(error).removeprefix("A row: "), "messages") from error
+
+    def _encode(self, row: dict[str, Any]) -> Any:
+        """The prompt, in the worker's thread."""
+        raise NotImplementedError
+
+    def _length(self, prompt: Any) -> int:
+        """Of a prompt, in tokens."""
+        raise NotImplementedError
+
+    async def _answer(
+        self,
+        prompt: Any,
+        request: GenerationRequest,
+        length: int,
+        seed: int | None,
+        index: int,
+        tell: Callable[[Piece | Exception], None],
+    ) -> None:
+        """Tells the pieces of one answer."""
+        raise NotImplementedError
+
+    async def _in_thread(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._encoders, call, *arguments)
+
+    def _number(self) -> str:
+        return f"chat-{next(self._numbers)}"
+
+
+class VLLMEngine(VLLMServing):
+    """
+    Answers with vLLM, which takes requests into its batch as they come.
+
+    Args:
+        model (`str`): Folder or Hub id of latent actions.
+        max_batch_size (`int`, defaults to `32`): Most answers at once.
+        max_completion_length (`int`, defaults to `1024`): Longest answer, and where a request names no length the one
+            that it gets, as far as there is room.
+        options: Further arguments of vLLM's, such as `dtype`, `max_model_len`, `gpu_memory_utilization`.
+    """
+
+    kind = CODES
+
+    def __init__(self, model: str, max_batch_size: int = 32, max_completion_length: int = 1024, **options: Any):
+        folders = folders_of_checkpoint(model)
+        config = folders.generation_config()
+        self.default_law = default_law(config)
+        sizes = (max_batch_size, max_completion_length)
+        arguments = engine_arguments(folders, **options)
+        super().__init__(folders.load_processor(), config, folders.config.num_codes, arguments, *sizes)
+
+    def about(self) -> dict[str, Any]:
+        return {"num_codes": self.num_actions, "special_tokens": self.special_tokens}
+
+    def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        rendering = self.encoder.renderer.prompt(row)
         prompt: dict[str, Any] = {"prompt_token_ids": self.encoder.encoder.unfilled(rendering)}
         return {**prompt, "multi_modal_data": {"image": rendering.images}} if rendering.images else prompt
+
+    def _length(self, prompt: dict[str, Any]) -> int:
+        # Without its pictures' tokens, which vLLM fills in and checks.
+        return len(prompt["prompt_token_ids"])
+
+    async def _answer(self, prompt, request, length, seed, index, tell) -> None:
+        stream, params = TextStream(self.tokenizer), self._params(request, length, seed)
+        async with aclosing(self.llm.generate(prompt, params, self._number())) as outputs:
+            async for output in outputs:
+                tell(_piece(output, index, stream))
 
     def _params(self, request: GenerationRequest, max_tokens: int, seed: int | None) -> Any:
         settings = {

@@ -40,15 +40,11 @@ class EngineFolders:
     @property
     def dtype(self) -> str:
         """That of the backbone's checkpoint, in which transformers loads it."""
-        return str(self.backbone_config().dtype or "float32").removeprefix("torch.")
+        return dtype_of(self.backbone, self.revision)
 
     def generation_config(self) -> GenerationConfig:
         """The backbone's, which names the tokens that end a text."""
-        try:
-            return GenerationConfig.from_pretrained(self.backbone, revision=self.revision)
-        except OSError:
-            # A folder without one.
-            return GenerationConfig.from_model_config(self.backbone_config())
+        return load_generation_config(self.backbone, self.revision)
 
     def load_processor(self) -> Any:
         """The processor or tokenizer, which pads and cuts on the left."""
@@ -56,6 +52,20 @@ class EngineFolders:
         if self.processor is not None:
             return AutoProcessor.from_pretrained(self.processor, **options)
         return AutoProcessor.from_pretrained(self.backbone, revision=self.revision, **options)
+
+
+def dtype_of(backbone: str, revision: str | None) -> str:
+    """The dtype of a checkpoint; an engine would take a shorter one in the place of float32."""
+    return str(AutoConfig.from_pretrained(backbone, revision=revision).dtype or "float32").removeprefix("torch.")
+
+
+def load_generation_config(backbone: str, revision: str | None) -> GenerationConfig:
+    """The defaults of a backbone: those saved with it, or those of its configuration."""
+    try:
+        return GenerationConfig.from_pretrained(backbone, revision=revision)
+    except OSError:
+        # A folder without one.
+        return GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone, revision=revision))
 
 
 def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:

@@ -275,11 +275,15 @@ def test_training_says_what_a_folder_is(plans, checkpoint, tmp_path, capsys):
         (["bandit"], "nowhere/at/all", "There is no model 'nowhere/at/all'"),
         (["learn", "--kind", "plans"], checkpoint, "holds codes a token. Plans are learned on a backbone"),
         (["learn", "--kind", "plans", "--num_plans", "5"], str(plans / "bare"), "{'num_plans': 5} cannot be changed"),
-        (["grpo"], str(plans / "bare"), "holds plans, and this command is for codes a token"),
-        (["ppo"], str(plans / "bare"), "RL over plans is `latent-trl bandit`"),
+        (["grpo"], str(plans / "bare" / "plan_01"), "is no model. `latent-trl learn` makes latent actions"),
     ):
         assert main([*command, "--model_name_or_path", model, *shared, "--output_dir", str(tmp_path / "o")]) == 1
         assert said in capsys.readouterr().err, (command, said)
+    words = ["--dataset_name", "chitchat", "--dataset_limit", "4", "--output_dir", str(tmp_path / "o")]
+    assert main(["sft", "--model_name_or_path", str(plans / "bare"), *words]) == 1
+    assert "holds plans, and this command is for codes a token. For plans there are" in capsys.readouterr().err
+    assert main(["studio", str(plans / "bare")]) == 1
+    assert "holds plans, and the studio shows codes a token. `latent-trl chat`" in capsys.readouterr().err
     (tmp_path / "rows.jsonl").write_text('{"prompt": "what?", "answer": "that."}\n')
     words = ["--dataset_name", str(tmp_path / "rows.jsonl"), "--model_name_or_path", POCKET]
     assert main(["learn", "--kind", "plans", *words, "--output_dir", str(tmp_path / "o")]) == 1
@@ -287,6 +291,21 @@ def test_training_says_what_a_folder_is(plans, checkpoint, tmp_path, capsys):
         "is a file, which has no split 'test'. Give held-out prompts with `--eval_dataset_name`"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize("command, name", [("grpo", "PlanGRPO"), ("rloo", "PlanGRPO"), ("ppo", "PlanPPO")])
+def test_policy_gradients_take_plans(plans, command, name, tmp_path, capsys):
+    words = ["--model_name_or_path", str(plans / "bare"), "--dataset_name", "shapes", "--dataset_limit", "4"]
+    words += ["--reward_funcs", "exact_match", "--max_steps", "2", "--num_iterations", "2", "--rollout_prompts", "4"]
+    words += ["--num_generations", "2", "--max_completion_length", "4", "--output_dir", str(tmp_path / "out"), *QUIET]
+    assert main([command, *words]) == 0
+    assert (tmp_path / "out" / "chooser.safetensors").is_file()
+    with pytest.raises(SystemExit):
+        main([command, *words, "--action_temperature", "2"])
+    assert "no option `--action_temperature`" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main([command, *words[:2], "--help"])
+    assert f"training, of {name}Config:" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -298,3 +317,8 @@ def test_the_demo_of_plans_gains(tmp_path, capsys):
     assert reward["after RL"] >= reward["backbone"] + 0.15
     assert 'id="plan-15"' in (tmp_path / "report.html").read_text()
     assert main(["inspect", str(tmp_path / "model")]) == 0
+
+
+def test_a_check_of_a_backbone_names_it(plans, capsys):
+    assert main(["check-backbone", str(plans / "bare")]) == 1
+    assert "holds plans, and a backbone is asked for" in " ".join(capsys.readouterr().out.replace("│", " ").split())

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from latent_trl.commands.chat import Chat, parse
 from latent_trl.commands.main import main
-from latent_trl.commands.remote import RemoteAnswerer, whole_url
+from latent_trl.commands.remote import remote_answerer, whole_url
 from latent_trl.commands.replies import load_answerer
 
 
 def remote(url, *words):
-    return RemoteAnswerer(url, None, parse(["--url", url, "--max-new-tokens", "12", *words]))
+    return remote_answerer(url, None, parse(["--url", url, "--max-new-tokens", "12", *words]))
 
 
 def test_a_server_answers_as_the_model(url, tmp_path):

@@ -22,7 +22,7 @@ def test_the_code_of_the_page_runs(url, tmp_path, monkeypatch, capsys):
 
 
 def test_the_page_names_options_and_fields_that_there_are(capsys):
-    from latent_trl.serving.chat_request import REFUSED, ChatRequest, LatentActionsRequest
+    from latent_trl.serving.chat_request import REFUSED, ActionsRequest, CodesChatRequest
 
     try:
         main(["serve", "--help"])
@@ -33,8 +33,8 @@ def test_the_page_names_options_and_fields_that_there_are(capsys):
     table = PAGE.split("## Requests")[1].split("\n\n")[1]
     rows = [line.split("|")[1] for line in table.splitlines()[2:]]
     names = {name.split(".")[0] for row in rows for name in re.findall(r"`([a-z_.]+)`", row)}
-    assert names >= {"messages", "seed"} and {n for n in names if n} <= set(ChatRequest.model_fields)
-    assert set(ChatRequest.model_fields) - names == {"model"}
+    assert names >= {"messages", "seed"} and {n for n in names if n} <= set(CodesChatRequest.model_fields)
+    assert set(CodesChatRequest.model_fields) - names == {"model"}
     own = {name for row in rows for name in re.findall(r"`(?:latent_actions)?\.([a-z_]+)`", row)}
-    assert own == set(LatentActionsRequest.model_fields)
+    assert own == set(ActionsRequest.model_fields)
     assert {"logit_bias", "presence_penalty", "frequency_penalty", "logprobs", "tools"} <= set(REFUSED)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loopback import serving
 
 from latent_trl.generation.action_law import ActionLaw
+from latent_trl.serving.engine import CODES
 
 BODY = {"model": "pocket", "messages": asked("what color is it?"), "temperature": 0, "max_completion_tokens": 3}
 
@@ -162,7 +163,7 @@ def test_the_client_raises_its_own_errors(url):
 class Codes:
     """What a request is checked against, without a model."""
 
-    num_codes, max_batch_size, special_tokens = 128, 32, []
+    kind, num_actions, max_batch_size, special_tokens = CODES, 128, 32, []
     default_law = (True, ActionLaw())
 
 

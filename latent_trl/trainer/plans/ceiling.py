@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ...data.prompts import EncodedPrompt, PromptEncoder
-from ...plans.model import PlanModel
+from ...plans.model import PlanModel, SegmentEngine
 from ...plans.segments import PlannedAnswer
 from ...rewards.calling import RewardCaller
 from .processes import shared
@@ -56,6 +56,7 @@ class Judge:
         model (`PlanModel`), encoder (`PromptEncoder`): The model, and what encodes its prompts.
         caller (`RewardCaller`): Rewards are the sum of its functions.
         max_new_tokens (`int`), ends (`list[int]`), batch_size (`int`): Of decoding.
+        engine (`Callable`, *optional*): What decodes in the place of the model.
     """
 
     model: PlanModel
@@ -64,10 +65,13 @@ class Judge:
     max_new_tokens: int
     ends: list[int]
     batch_size: int
+    engine: SegmentEngine | None = None
 
     def spoken(self, prompts: list[EncodedPrompt], choose: Any) -> list[PlannedAnswer]:
         """Greedy answers under the plans that `choose` gives, as [`PlanModel.speak`] takes it."""
-        return self.model.speak(self.encoder, prompts, choose, self.max_new_tokens, self.ends, self.batch_size)
+        return self.model.speak(
+            self.encoder, prompts, choose, self.max_new_tokens, self.ends, self.batch_size, self.engine
+        )
 
     def rewards(self, rows: list[dict[str, Any]], answers: list[PlannedAnswer], **context: Any) -> torch.Tensor:
         """Rewards `[N]` of answers, NaN where no function could score."""

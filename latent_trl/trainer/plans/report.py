@@ -10,7 +10,7 @@ import torch
 
 from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...hub.facts import PlansReport
-from ...plans.model import PlanModel
+from ...plans.model import PlanModel, SegmentEngine
 from ...rewards.calling import RewardCaller
 from ...rewards.conversation import as_completion
 from .processes import shared
@@ -115,6 +115,7 @@ def report_plans(
     alternatives: list[list[str]] | None = None,
     is_fluent: Callable[[str], bool] | None = None,
     batch_size: int = 512,
+    engine: SegmentEngine | None = None,
 ) -> PlanReport:
     """
     Lets every plan answer every prompt greedily, and the backbone without one. Processes share the prompts.
@@ -122,14 +123,15 @@ def report_plans(
     Args:
         model (`PlanModel`), encoder (`PromptEncoder`): The model, and what encodes its prompts.
         rows (`list[dict]`): With `prompt`, `images` and the columns that the reward reads.
-        max_new_tokens (`int`), ends (`list[int]`), batch_size (`int`): Of decoding.
+        max_new_tokens (`int`), ends (`list[int]`), batch_size (`int`), engine (`Callable`, *optional*): Of decoding, as
+            in [`~PlanModel.answers`].
         reward (`RewardCaller`, *optional*): Rewards are the sum of its functions.
         alternatives (`list[list[str]]`, *optional*), is_fluent (`Callable`, *optional*): As [`PlanReport`] has them.
     """
     tokenizer, plans = encoder.encoder.tokenizer, model.plan_config.num_plans
 
     def answers(of: list[EncodedPrompt], plan_ids: list[int] | None) -> tuple[list[list[int]], list[str]]:
-        ids = model.answers(encoder, of, plan_ids, max_new_tokens, ends, batch_size).token_ids
+        ids = model.answers(encoder, of, plan_ids, max_new_tokens, ends, batch_size, engine).token_ids
         return ids, [tokenizer.decode(one, skip_special_tokens=True).strip() for one in ids]
 
     def told(places: range) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """What the configurations of RL over plans share."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .training_config import PlanTrainingConfig
 
@@ -38,6 +38,17 @@ class PlanRLConfig(PlanTrainingConfig):
             No plans are added beyond so many.
         rollout_batch_size (`int`, defaults to `256`):
             Answers decoded at once. Lower it to save memory.
+        use_vllm (`bool`, defaults to `False`):
+            Whether vLLM decodes the answers, of rollouts and of evaluations: each names its plan as an adapter. The
+            chooser stays in this process. The engine starts with the first answer.
+        vllm_mode (`str`, defaults to `"colocate"`):
+            The engine runs in the trainer's process; there is no other mode over plans.
+        vllm_max_model_length (`int`, *optional*):
+            Most tokens of prompt and answer; the backbone's by default.
+        vllm_gpu_memory_utilization (`float`, defaults to `0.3`):
+            Share of the GPU's memory for the engine.
+        vllm_enable_sleep_mode (`bool`, defaults to `False`):
+            Whether the engine's memory is given back while it does not decode. It needs a GPU.
     """
 
     max_steps: int = 300
@@ -51,6 +62,11 @@ class PlanRLConfig(PlanTrainingConfig):
     grow_plans: int = 0
     max_plans: int = 64
     rollout_batch_size: int = 256
+    use_vllm: bool = False
+    vllm_mode: str = "colocate"
+    vllm_max_model_length: int | None = None
+    vllm_gpu_memory_utilization: float = 0.3
+    vllm_enable_sleep_mode: bool = False
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     logging_steps: float = 20
@@ -75,4 +91,23 @@ class PlanRLConfig(PlanTrainingConfig):
             raise ValueError(
                 f"`grow_plans={self.grow_plans}` needs `ceiling_prompts`, on which it is seen that the chooser stands "
                 "at the ceiling. Set it, 32 say."
+            )
+        self._check_engine()
+
+    def _check_engine(self) -> None:
+        if self.vllm_mode != "colocate":
+            raise ValueError(
+                f"`vllm_mode={self.vllm_mode!r}` cannot be had over plans: the engine runs in the trainer's process. "
+                "Leave it out."
+            )
+        if not self.use_vllm:
+            of_engine = [field for field in fields(PlanRLConfig) if field.name.startswith("vllm_")]
+            given = [field.name for field in of_engine if getattr(self, field.name) != field.default]
+            if given:
+                raise ValueError(f"`{given[0]}` is about vLLM. Set `use_vllm=True`, or leave it out.")
+        longest = self.vllm_max_model_length
+        if longest is not None and longest <= self.max_completion_length:
+            raise ValueError(
+                f"`vllm_max_model_length` is {longest}, and leaves no room for a prompt before the longest answer "
+                f"(`max_completion_length={self.max_completion_length}`)."
             )

@@ -20,10 +20,12 @@ from ...plans.configuration import PlanConfig
 from ...plans.model import PlanModel
 from ...plans.segments import PlannedAnswer
 from ...rewards.calling import RewardCaller
+from ..rollout.engine_source import check_engine
 from ..rollout.metrics import length_figures, reward_figures
 from ..run.loading import own_config
 from .ceiling import Ceiling, Judge
 from .choosing import RolloutChoices
+from .engine_source import EngineSource
 from .growth import add_learned_plans
 from .plan_training import PlanTrainer, PromptRows
 from .processes import process, shared
@@ -78,6 +80,8 @@ class PlanRLTrainer(PlanTrainer):
         space_args: PlanSpaceConfig | None = None,
     ):
         args = own_config(args, self.config_class, self.run_name)
+        if args.use_vllm:
+            check_engine(args, args.world_size)
         self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.reward_func_names = self.caller.names
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
@@ -99,7 +103,8 @@ class PlanRLTrainer(PlanTrainer):
             raise ValueError("`space_args` is not read without `grow_plans`. Set it, or leave `space_args` out.")
         self.space_args = space_args
         longest, size = args.max_completion_length, args.rollout_batch_size
-        self.judge = Judge(self.model, self.encoder, self.caller, longest, self.ends, size)
+        self.engine_source = EngineSource(self) if args.use_vllm else None
+        self.judge = Judge(self.model, self.encoder, self.caller, longest, self.ends, size, self.engine_source)
         self.replay = Replay()
         self.rows = PromptRows(train_dataset, args.image_root)
         self.ceiling: Ceiling | None = None
@@ -365,6 +370,7 @@ class PlanRLTrainer(PlanTrainer):
             self.ends,
             reward=self.caller,
             batch_size=args.rollout_batch_size,
+            engine=self.engine_source,
         )
         if self.model.plan_config.segment == "answer":
             return self.report.metrics()["ceiling"]

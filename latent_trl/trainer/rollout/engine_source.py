@@ -148,24 +148,33 @@ class EngineSource:
                 sample.position_ids = None if positions is None else positions[i, ..., own]
 
 
-def _started(model: Any, trainer: Any) -> Any:
+def engine_options(args: Any, backbone: Any) -> dict[str, Any]:
+    """
+    Arguments of `vllm.LLM` that a trainer's say, and what the environment must say of an engine in its process.
+
+    Args:
+        args (`TrainingArguments`): With TRL's fields of vLLM.
+        backbone (`PreTrainedModel`): Whose precision the engine has.
+    """
     # In this process, as TRL's own colocated engine; its workers bind no thread of the trainer to a core.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-    from ...vllm.engine import LatentActionEngine
-
-    args = trainer.args
-    options: dict[str, Any] = {
-        "dtype": str(model.backbone.dtype).removeprefix("torch."),
+    options = {
+        "dtype": str(backbone.dtype).removeprefix("torch."),
         "max_model_len": args.vllm_max_model_length,
         "gpu_memory_utilization": args.vllm_gpu_memory_utilization,
-        "enable_sleep_mode": args.vllm_enable_sleep_mode,
-        "skip_tokenizer_init": not model.config.vision_token_ids,
     }
-    options = {name: value for name, value in options.items() if value is not None}
     if not torch.cuda.is_available():
         # Of the memory of the host it would ask for more than is free.
         options.pop("gpu_memory_utilization")
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _started(model: Any, trainer: Any) -> Any:
+    options = engine_options(trainer.args, model.backbone)
+    from ...vllm.engine import LatentActionEngine
+
+    sleeps, has_pictures = trainer.args.vllm_enable_sleep_mode, bool(model.config.vision_token_ids)
     # vLLM seeds the generators of its process.
     with torch.random.fork_rng():
-        return LatentActionEngine(model, **options)
+        return LatentActionEngine(model, enable_sleep_mode=sleeps, skip_tokenizer_init=not has_pictures, **options)

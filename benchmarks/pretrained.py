@@ -60,7 +60,10 @@ class Size:
         bandit_prompts (`int`): Prompts of a batch of the bandit's rollouts, two of each.
         rates (`tuple`): Of every arm.
         space_steps, cloning_steps (`int`): Of the codes' two stages of learning.
-        plans, plan_steps, plan_prompts (`int`): Number of plans, steps of their learning, and prompts of a step.
+        plans, plan_rows, branches (`int`): Number of plans, prompts that they are learned from, a quarter of them small
+            talk, and alternatives of a sentence beside the greedy one.
+        plan_steps, plan_prompts (`int`): Steps of learning plans, and prompts of a step.
+        answers_per_prompt (`int`): Own answers to a prompt that codes are learned from.
         sampled (`int`): Test prompts that are sampled, `samples` times each.
         held_out_talk (`int`): Rows of small talk whose perplexity is measured.
     """
@@ -70,7 +73,7 @@ class Size:
     rl: int = 256
     validation: int = 24
     test: int = 48
-    rollouts: int = 512
+    rollouts: int = 384
     step_rollouts: int = 32
     generations: int = 8
     bandit_prompts: int = 64
@@ -78,7 +81,9 @@ class Size:
     space_steps: int = 24
     cloning_steps: int = 32
     plans: int = 8
-    plan_steps: int = 40
+    plan_rows: int = 32
+    branches: int = 6
+    plan_steps: int = 24
     plan_prompts: int = 4
     answers_per_prompt: int = 2
     sampled: int = 24
@@ -99,6 +104,8 @@ SIZES = {
         space_steps=300,
         cloning_steps=400,
         plans=16,
+        plan_rows=400,
+        branches=16,
         plan_steps=200,
         plan_prompts=10,
         answers_per_prompt=4,

@@ -123,7 +123,10 @@ class CodeSpeaker(Speaker):
 
 
 class PlanSpeaker(Speaker):
-    """A model of plans. Before its chooser is trained, plans are drawn evenly."""
+    """
+    A model of plans. Before its chooser is trained, plans are drawn evenly. Samples are answers under the plans that
+    are the best for the first sentence, held throughout; so is a text whose likelihood is asked for.
+    """
 
     def _plans(self, rows: list[dict[str, Any]], count: int, seed: int) -> torch.Tensor:
         """Different plans `[N, count]`, the best first."""
@@ -137,16 +140,18 @@ class PlanSpeaker(Speaker):
             found.append(logits.topk(min(count, plans)).indices.cpu())
         return torch.cat(found)
 
-    def _spoken(self, rows: list[dict[str, Any]], plans: torch.Tensor) -> list[str]:
+    def _spoken(self, rows: list[dict[str, Any]], plans: torch.Tensor | None) -> list[str]:
+        """Answers under plans that are held throughout, or under one that is chosen for each sentence."""
         texts = []
         for start in range(0, len(rows), ROWS):
             inputs = self.inputs(rows[start : start + ROWS])
-            ids = self.model.generate(**inputs, plan_ids=plans[start : start + ROWS], max_new_tokens=ANSWER_TOKENS)
+            own = None if plans is None else plans[start : start + ROWS]
+            ids = self.model.generate(**inputs, plan_ids=own, max_new_tokens=ANSWER_TOKENS)
             texts += self.decoded(ids, inputs)
         return texts
 
     def say(self, rows):
-        return self._spoken(rows, self._plans(rows, 1, 0)[:, 0])
+        return self._spoken(rows, None if self.model.chooser_is_trained else self._plans(rows, 1, 0)[:, 0])
 
     def samples(self, rows, count, seed):
         plans = self._plans(rows, count, seed)
@@ -192,7 +197,7 @@ def quiet(bench: Any, name: str) -> dict[str, Any]:
 def grpo_options(bench: Any, name: str, rate: float) -> dict[str, Any]:
     """Of GRPO over tokens and over codes."""
     size = bench.size
-    rows = min(size.step_rollouts, 16)
+    rows = min(size.step_rollouts, 8)
     return {
         **quiet(bench, name),
         "max_steps": size.rollouts // size.step_rollouts,
@@ -291,17 +296,20 @@ def learned_plans(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
     """The space of plans, and the rewards `[prompts, K]` of all plans on validation prompts."""
     set_seed(bench.seed)
     backbone, tokenizer = bench.backbone()
-    size, rows = bench.size, [*bench.task.learn, *({"prompt": row["prompt"]} for row in bench.talk[0])]
+    size = bench.size
+    rows = bench.task.learn[: size.plan_rows * 3 // 4]
+    rows = [*rows, *({"prompt": row["prompt"]} for row in bench.talk[0][: size.plan_rows // 4])]
     trainer = PlanSpaceTrainer(
-        PlanModel(backbone, PlanConfig(num_plans=size.plans, seed=bench.seed)),
+        PlanModel(backbone, PlanConfig(num_plans=size.plans, segment="sentence", seed=bench.seed)),
         PlanSpaceConfig(
             **quiet(bench, "plans"),
             max_steps=size.plan_steps,
             per_device_train_batch_size=size.plan_prompts,
             answers_per_prompt=min(5, size.plans // 2),
-            max_branches=size.plans,
+            max_branches=size.branches,
+            segment_starts=2,
             max_completion_length=ANSWER_TOKENS,
-            scoring_batch_size=256,
+            scoring_batch_size=128,
             eval_strategy="no",
             early_stopping_patience=None,
         ),
@@ -317,7 +325,7 @@ def learned_plans(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
 
 
 def train_plans(bench: Any, reward: Any, rate: float) -> tuple[Speaker, dict[str, Any]]:
-    """A bandit over plans: two rollouts a prompt."""
+    """A bandit over plans, one a sentence: two rollouts a prompt."""
     set_seed(bench.seed)
     backbone, tokenizer = bench.backbone()
     model, size = PlanModel.from_pretrained(bench.folder / "plans", backbone=backbone), bench.size

@@ -10,7 +10,8 @@ Prompts are opening questions to a character (`role_play.py`). Tokens are a LoRA
 published codebook of this model, which goes on learning from the model's own answers before GRPO; plans are learned
 from the model's own alternatives before the bandit. No arm sees a reference but through the reward. Every arm has as
 many rollouts and is run at the same rates; the rate with the best greedy reward on validation prompts is the arm's.
-Every run leaves a file in `--output_dir`; one that is there is not done again.
+Every run leaves a file in `--output_dir`, and so do codes and plans that have been learned; what is there is not done
+again.
 """
 
 import argparse
@@ -71,12 +72,12 @@ class Size:
     learn: int = 48
     talk: int = 16
     rl: int = 256
-    validation: int = 24
-    test: int = 48
-    rollouts: int = 384
-    step_rollouts: int = 32
+    validation: int = 16
+    test: int = 32
+    rollouts: int = 128
+    step_rollouts: int = 16
     generations: int = 8
-    bandit_prompts: int = 64
+    bandit_prompts: int = 16
     rates: tuple[float, ...] = (1e-3, 3e-4)
     space_steps: int = 24
     cloning_steps: int = 32
@@ -84,11 +85,11 @@ class Size:
     plan_rows: int = 32
     branches: int = 6
     plan_steps: int = 24
-    plan_prompts: int = 4
+    plan_prompts: int = 2
     answers_per_prompt: int = 2
-    sampled: int = 24
+    sampled: int = 12
     samples: int = 4
-    held_out_talk: int = 48
+    held_out_talk: int = 24
 
 
 SIZES = {
@@ -101,6 +102,7 @@ SIZES = {
         test=400,
         rollouts=4096,
         step_rollouts=64,
+        bandit_prompts=64,
         space_steps=300,
         cloning_steps=400,
         plans=16,
@@ -313,12 +315,39 @@ def figures_of(runs: list[dict[str, Any]]) -> dict[str, Any]:
     keys = ("reward", "similar", "recognised", "sampled_reward", "best_of_samples", "ended")
     figures: dict[str, Any] = {key: str(bootstrap_interval(over_seeds(runs, key))) for key in keys}
     figures["of_seeds"] = [round(mean(run["reward"]), 4) for run in runs]
-    figures["talk_perplexity"] = mean([perplexity(run["talk_nats"]) for run in runs])
-    figures["answer_perplexity"] = mean([perplexity(run["answer_nats"]) for run in runs])
+    figures["talk"] = mean([perplexity(run["talk_nats"]) for run in runs])
+    figures["own"] = mean([perplexity(run["answer_nats"]) for run in runs])
     figures["diversity"] = mean([1 / mean(run["sampled_cosine"]) for run in runs])
     figures["seconds"] = mean([run["train_seconds"] for run in runs])
     figures["rates"] = [run["rate"] for run in runs if "rate" in run]
     return figures
+
+
+COLUMNS = {
+    "reward": "reward, greedy",
+    "similar": "gold: other embedder",
+    "recognised": "gold: character recognised",
+    "sampled_reward": "reward, sampled",
+    "best_of_samples": "best of samples",
+    "ended": "ends a sentence",
+    "talk": "perplexity, small talk",
+    "own": "perplexity, own answers",
+    "diversity": "diversity",
+    "seconds": "seconds",
+}
+
+
+def table(found: dict[str, Any]) -> str:
+    """A row an arm, and the differences to tokens over the same prompts."""
+    lines = ["| | " + " | ".join(COLUMNS.values()) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for arm, own in found.items():
+        cells = [own["figures"][key] for key in COLUMNS]
+        cells = [cell if isinstance(cell, str) else f"{cell:.4g}" for cell in cells]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    for arm, own in found.items():
+        for key, difference in own.get("over_tokens", {}).items():
+            lines.append(f"\n{arm} less tokens, {COLUMNS[key]}: {difference}")
+    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -346,8 +375,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
             do(Bench(size, seed, task, small_talk(size), folder / f"seed-{seed}", args.models, args.device), args.arms)
     found = summary(folder, size, args.seeds)
     (folder / "summary.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
-    for arm, own in found.items():
-        print(arm, json.dumps({**own["figures"], **own.get("over_tokens", {})}, indent=1))
+    print(table(found))
     return found
 
 

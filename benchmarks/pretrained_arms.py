@@ -197,7 +197,8 @@ def quiet(bench: Any, name: str) -> dict[str, Any]:
 def grpo_options(bench: Any, name: str, rate: float) -> dict[str, Any]:
     """Of GRPO over tokens and over codes."""
     size = bench.size
-    rows = min(size.step_rollouts, 8)
+    # Of one pass: memory is short without a GPU.
+    rows = min(size.step_rollouts, 4 if bench.device == "cpu" else 64)
     return {
         **quiet(bench, name),
         "max_steps": size.rollouts // size.step_rollouts,
@@ -244,6 +245,8 @@ def learned_codes(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
     """The codebook, gone on from the published one where it is of this backbone."""
     set_seed(bench.seed)
     backbone, tokenizer = bench.backbone()
+    if (bench.folder / "codes").is_dir():
+        return CodeSpeaker(LatentActionModel.from_pretrained(bench.folder / "codes", backbone=backbone), tokenizer), {}
     model = published_codebook(backbone)
     rows, size = bench.answers(), bench.size
     trainer = LatentActionSpaceTrainer(
@@ -297,6 +300,8 @@ def learned_plans(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
     set_seed(bench.seed)
     backbone, tokenizer = bench.backbone()
     size = bench.size
+    if (bench.folder / "plans").is_dir():
+        return PlanSpeaker(PlanModel.from_pretrained(bench.folder / "plans", backbone=backbone), tokenizer), {}
     rows = bench.task.learn[: size.plan_rows * 3 // 4]
     rows = [*rows, *({"prompt": row["prompt"]} for row in bench.talk[0][: size.plan_rows // 4])]
     trainer = PlanSpaceTrainer(
@@ -309,7 +314,7 @@ def learned_plans(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
             max_branches=size.branches,
             segment_starts=2,
             max_completion_length=ANSWER_TOKENS,
-            scoring_batch_size=128,
+            scoring_batch_size=ROWS,
             eval_strategy="no",
             early_stopping_patience=None,
         ),

@@ -166,7 +166,9 @@ class PlanSpeaker(Speaker):
             ids, mask = batch["input_ids"], batch["loss_mask"]
             own = plans[start : start + len(ids)]
             start += len(ids)
-            log_probs = self.model(ids, batch["attention_mask"], mask, own)
+            log_probs = self.model.log_probs(
+                input_ids=ids, attention_mask=batch["attention_mask"], completion_mask=mask, plan_ids=own
+            )
             found += [[-float(a), float(n)] for a, n in zip(log_probs.sum(1), mask[:, 1:].sum(1), strict=True)]
         return found
 

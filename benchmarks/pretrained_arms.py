@@ -326,8 +326,9 @@ def learned_plans(bench: Any, reward: Any) -> tuple[Speaker, dict[str, Any]]:
     )
     trainer.train()
     gains = [row["assignment/gain"] for row in trainer.state.log_history if "assignment/gain" in row]
-    figures = trainer.evaluate(bench.task.validation)
+    # Before the figures, which may take as long as learning.
     trainer.save_model(str(bench.folder / "plans"))
+    figures = trainer.evaluate(bench.task.validation)
     return PlanSpeaker(trainer.model, tokenizer), {"figures": figures, "gain": gains}
 
 

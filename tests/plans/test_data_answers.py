@@ -144,7 +144,7 @@ def test_pictures_and_text_alone_are_learned_from_together(tmp_path, make_tiny):
         (
             [{"prompt": "a", "answer": "b"}] * 4,
             {"max_completion_length": 1},
-            "no answer of at most `max_completion_length=1`",
+            "no answer of at most `max_completion_length=1` tokens that is not empty. Raise it.$",
         ),
     ],
 )

@@ -189,7 +189,7 @@ def test_a_space_that_gains_nothing_sounds_an_alarm(tmp_path, caplog):
     "options, message",
     [
         ({"branch_min_prob": 0.99}, "one answer to each of the 12 prompts"),
-        ({"max_completion_length": 1}, "no answer of at most `max_completion_length=1`"),
+        ({"max_completion_length": 1}, "no answer of at most `max_completion_length=1`.*segment='sentence'"),
         ({"model": "many"}, r"400 plans, and the alternatives to all prompts have \d+ different texts"),
     ],
 )

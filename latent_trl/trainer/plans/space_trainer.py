@@ -360,9 +360,12 @@ def check_alternatives(found: list[list[SegmentStart]], kept: int, num_plans: in
     """Raises `ValueError` for alternatives from which no plans could be learned, and warns of few."""
     cut = sum(not starts for starts in found)
     if cut > len(found) / 2:
+        # Answers of data are whole.
+        remedy = "Raise it, or hold a plan for a part of an answer: `PlanConfig(segment='sentence')`."
         raise ValueError(
             f"{cut} of {len(found)} prompts have no answer of at most `max_completion_length="
-            f"{args.max_completion_length}` tokens that is not empty. Raise it."
+            f"{args.max_completion_length}` tokens that is not empty. "
+            f"{remedy if args.answers_column is None else 'Raise it.'}"
         )
     if not kept and args.answers_column is None:
         raise ValueError(

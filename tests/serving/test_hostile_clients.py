@@ -12,7 +12,7 @@ from loopback import serving
 from latent_trl.generation.action_law import ActionLaw
 from latent_trl.serving import app
 from latent_trl.serving.chat_request import MAX_VALUES, parse_request
-from latent_trl.serving.engine import Piece, RequestError
+from latent_trl.serving.engine import CODES, Piece, RequestError
 
 MESSAGE = {"role": "user", "content": "hi"}
 BODY = {"model": "pocket", "messages": [MESSAGE]}
@@ -21,7 +21,7 @@ BODY = {"model": "pocket", "messages": [MESSAGE]}
 class Engine:
     """Answers `answer` pieces at once."""
 
-    num_codes, special_tokens, default_law, max_batch_size = 128, [], (True, ActionLaw()), 32
+    kind, num_actions, special_tokens, default_law, max_batch_size = CODES, 128, [], (True, ActionLaw()), 32
 
     def __init__(self, pieces=1, length=1):
         self.pieces, self.length = pieces, length
@@ -29,13 +29,16 @@ class Engine:
     async def generate(self, request):
         for i in range(self.pieces):
             ended = "stop" if i == self.pieces - 1 else None
-            yield Piece(0, "x" * self.length, [1], [0.0], ["x"], finish_reason=ended, prompt_tokens=3)
+            yield Piece(0, "x" * self.length, [1], [0.0], [0], ["x"], finish_reason=ended, prompt_tokens=3)
 
     async def start(self): ...
 
     async def close(self): ...
 
     def problem(self): ...
+
+    def about(self):
+        return {}
 
     def load(self):
         return {}

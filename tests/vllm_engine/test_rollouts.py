@@ -101,7 +101,8 @@ def test_what_is_learned_is_the_optimum(tmp_path, close, kind):
     options = {"max_completion_length": 4, "beta": 0.0, "learning_rate": 3e-3, "seed": 1, "max_steps": 60}
     options |= {"num_generations": 1 if kind == "ppo" else 16, "per_device_train_batch_size": 64, "num_iterations": 2}
     if kind != "ppo":
-        options["entropy_coef"] = 0.02
+        # With less, one seed in three stops at three tokens of four, with and without an engine.
+        options["entropy_coef"] = 0.1
     else:
         options |= {"value_learning_rate": 1e-2, "num_iterations": 4, "max_steps": 120}
     trainer = build(tmp_path, kind, model, target_reward(ids), target_prompts(64), tokenizer, **options, **ENGINE)

@@ -161,6 +161,9 @@ class PlanSpeaker(Speaker):
     @torch.no_grad()
     def nats(self, rows, texts):
         collate, found = LatentActionDataCollator(self.tokenizer), []
+        # Batches are of the texts that there are.
+        rows = [row for row, text in zip(rows, texts, strict=True) if text.strip()]
+        texts = [text for text in texts if text.strip()]
         plans, start = self._plans(rows, 1, 0)[:, 0], 0
         for batch in _batches(collate, rows, texts, self.model.device):
             ids, mask = batch["input_ids"], batch["loss_mask"]

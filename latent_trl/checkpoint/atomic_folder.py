@@ -45,7 +45,8 @@ def atomic_folder(folder: Path, owned: Set[str] = frozenset()) -> Iterator[Path]
         for path in staging.rglob("*"):
             if path.is_file():
                 # Some libraries write files that nobody else may read.
-                os.chmod(path, mode)
+                if stat.S_IMODE(path.stat().st_mode) != mode:
+                    os.chmod(path, mode)
                 with open(path, "rb") as file:
                     os.fsync(file.fileno())
         saved = staging.with_name(staging.name.replace(SAVING, SAVED, 1))

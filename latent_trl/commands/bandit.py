@@ -1,6 +1,6 @@
 """`latent-trl bandit`, and `grpo`, `rloo` and `ppo` of a model of plans: learn which plan to hold for a prompt."""
 
-from .arguments import parse_training
+from .arguments import UsageError, parse_training
 from .plan_arguments import HeldOutArguments, refuse_peft
 from .training import quiet, run_training
 
@@ -17,7 +17,11 @@ TRAINERS: dict[str, tuple[str, list[str]]] = {
 def run_over_plans(argv: list[str] | None, algorithm: str) -> int:
     """RL over plans by one of [`TRAINERS`]."""
     prog, (names, more) = f"latent-trl {algorithm}", TRAINERS[algorithm]
-    argv = argv if not more else [*(argv or []), *more]
+    if more:
+        given_words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv or []]
+        if "advantage_estimator" in given_words:
+            raise UsageError(prog, "`--advantage_estimator` is that of `rloo`. Leave it out, or run `latent-trl grpo`.")
+        argv = [*(argv or []), *more]
     given, args, model_args = parse_training(argv, prog, HeldOutArguments, f"{names}Config")
     refuse_peft(prog, model_args)
     quiet(args)

@@ -50,6 +50,22 @@ def check_engine(args: argparse.Namespace) -> bool:
     return False
 
 
+def engine_options(args: argparse.Namespace, **own: Any) -> dict[str, Any]:
+    """
+    Arguments of an engine: `--engine-options`, and options of the command's `own`, which are `None` where not given.
+
+    Raises:
+        ValueError: For one that is given twice.
+    """
+    from .arguments import as_dict
+
+    options = as_dict("engine_options", args.engine_options) or {}
+    own = {name: value for name, value in own.items() if value is not None}
+    if twice := sorted(own.keys() & options.keys()):
+        raise ValueError(f"`{twice[0]}` is in `--engine-options`, and is an option of the command too. Give one.")
+    return {**options, **own}
+
+
 def load_engine_answers(args: argparse.Namespace, **options: Any):
     """
     An engine that answers in the place of the model that `args` names.
@@ -64,11 +80,8 @@ def load_engine_answers(args: argparse.Namespace, **options: Any):
     from ..data.prompts import PromptEncoder
     from ..vllm.answers import EngineAnswers
     from ..vllm.engine import LatentActionEngine
-    from .arguments import as_dict
     from .loading import check_latent_actions
 
     check_latent_actions(args.model)
-    if args.dtype:
-        options["dtype"] = args.dtype
-    engine = LatentActionEngine(args.model, **{**options, **(as_dict("engine_options", args.engine_options) or {})})
+    engine = LatentActionEngine(args.model, **{**options, **engine_options(args, dtype=args.dtype)})
     return EngineAnswers(engine, PromptEncoder(engine.folders.load_processor()))

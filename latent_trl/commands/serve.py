@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .arguments import CommandParser, above_zero, at_least
-from .engines import ENGINES, named_engine, refuse_backbone
+from .engines import ENGINES, engine_options, named_engine, refuse_backbone
 
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
 
@@ -70,7 +70,7 @@ def make_engine(args: argparse.Namespace):
         sizes["max_model_len"] = args.max_model_len
     if name == "vllm":
         refuse_backbone(args)
-        options |= sizes | ({"dtype": args.dtype} if args.dtype else {})
+        options = engine_options(args, **sizes, dtype=args.dtype)
         if has_plans:
             from ..serving.vllm_plan_engine import VLLMPlanEngine
 

@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     from ..serving.server import allowed_hosts, make_rollout_server
     from ..vllm.identity import identity_of_checkpoint
     from ..vllm.wire import PolicyFile
-    from .arguments import as_dict
+    from .engines import engine_options
     from .loading import check_latent_actions
 
     key = read_key(args.api_key_file)
@@ -51,9 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     from ..vllm.engine import LatentActionEngine
 
-    own = {"dtype": args.dtype, "max_model_len": args.max_model_len}
-    options = as_dict("engine_options", args.engine_options) or {}
-    engine = LatentActionEngine(args.model, **{k: v for k, v in own.items() if v is not None}, **options)
+    engine = LatentActionEngine(args.model, **engine_options(args, dtype=args.dtype, max_model_len=args.max_model_len))
     folder = engine.folders.checkpoint
     policy = PolicyFile.of(LatentActionPolicy.from_pretrained(folder, subfolder="policy"))
     ready = "Rollouts of {} are served at {}"

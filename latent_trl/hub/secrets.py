@@ -11,14 +11,14 @@ from ..checkpoint.files import CheckpointError, check_file
 # JSON web tokens, and private keys.
 KINDS = (
     r"hf_[A-Za-z0-9]{20,}",
-    r"sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{20,400}",
+    r"sk-(?=[A-Za-z_-]{0,200}[0-9])[A-Za-z0-9_-]{20,400}[A-Za-z0-9_-]*",
     r"(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
     r"gh[opsur]_[A-Za-z0-9]{36,}|github_pat_[A-Za-z0-9_]{40,}",
     r"glpat-[A-Za-z0-9_-]{20,}",
     r"xox[abeprs]-[0-9A-Za-z-]{10,}",
     r"AIza[0-9A-Za-z_-]{35}(?![A-Za-z0-9])",
     r"eyJ[A-Za-z0-9_-]{10,400}\.eyJ[A-Za-z0-9_-]{10,4000}\.[A-Za-z0-9_-]{10,}",
-    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----",
+    r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY(?: BLOCK)?-----[A-Za-z0-9+/=\s\\]*",
 )
 PATTERN = rf"(?<![A-Za-z0-9])(?:{'|'.join(KINDS)})"
 SECRET = re.compile(PATTERN)
@@ -47,7 +47,7 @@ def check_no_secret(path: Path) -> None:
     if path.suffix == ".png":
         content += "\n".join(_texts_of(path)).encode("utf-8", "replace")
     # Letters that JSON has spelled.
-    if b"\\u" in content:
+    if path.suffix in (".json", ".jsonl") and b"\\u" in content:
         content += SPELLED.sub(lambda match: bytes([int(match[1], 16)]), content)
     if SECRET_BYTES.search(content):
         raise CheckpointError(

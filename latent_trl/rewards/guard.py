@@ -84,8 +84,11 @@ def process_as_it_was() -> Iterator[None]:
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
         if _working_directory() != folder:
-            os.chdir(folder)
-            logger.warning_once(f"A reward function has changed the working directory; it is {folder!r} again.")
+            try:
+                os.chdir(folder)
+                logger.warning_once(f"A reward function has changed the working directory; it is {folder!r} again.")
+            except OSError as error:
+                logger.warning_once(f"A reward function has left the working directory, which is gone: {error}.")
         changed = sorted(
             name for name in environment.keys() | os.environ if environment.get(name) != os.environ.get(name)
         )

@@ -104,6 +104,8 @@ class VLLMServing:
             await self._answer(*asked)
         except EngineDeadError:
             tell(EngineError("vLLM's engine has died."))
+        except EngineError as error:
+            tell(error)
         except (ValueError, VLLMClientError) as error:
             # vLLM refuses prompts and settings with them.
             tell(RequestError(str(error)))

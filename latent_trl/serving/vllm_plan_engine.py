@@ -1,5 +1,6 @@
 """The engine of vLLM behind the server, with plans as its adapters."""
 
+import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -20,7 +21,7 @@ from ..plans.model import PlanModel
 from ..vllm.folders import dtype_of, load_generation_config
 from .batched_engine import action_choice
 from .batches import GrowingAnswer
-from .engine import PLANS, GenerationRequest, Piece
+from .engine import PLANS, EngineError, GenerationRequest, Piece
 from .plan_engine import DEFAULT_LAW, about_plans, check_plans, held
 from .vllm_engine import VLLMServing
 
@@ -107,6 +108,8 @@ class VLLMPlanEngine(VLLMServing):
             logits = await self._in_thread(self._logits, prompt.prompt, said) if said else prompt.logits
             plans, log_probs, _ = choice.choose(logits, segments)
             plan = int(plans)
+            if self.chooser is not None and not math.isfinite(float(log_probs)):
+                raise EngineError("No plan could be drawn: the chooser's probabilities are not finite.")
             answer.choose(plan, float(log_probs) if self.chooser is not None else 0.0)
             segment = self._segment(prompt.prompt, list(said), plan, request, length - len(said), ends)
             async with aclosing(segment) as parts:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..generation.answers import GeneratedAnswer, end_tokens
+from ..generation.settings import ACTION_DEFAULTS, settled_choice
 from .engine import LatentActionEngine
 from .prompts import check_prompts, request_of
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
     from ..data.prompts import PromptEncoder
 
 # Settings of `generate` that an engine has too, under the same names.
-SHARED = ("action_do_sample", "action_temperature", "action_top_k", "action_top_p", "action_sampling", "action_bias")
+SHARED = (*ACTION_DEFAULTS, "action_bias")
 OWN = ("forced_action_ids", "action_generator", "eos_token_id")
 
 
@@ -27,8 +28,8 @@ class EngineAnswers:
     Args:
         engine (`LatentActionEngine`): Whose answers they are.
         encoder (`PromptEncoder`): Of the rows' prompts.
-        generation_config (`GenerationConfig`, *optional*): Whose `eos_token_id` ends answers, beside the tokenizer's;
-            by default that of the engine's checkpoint.
+        generation_config (`GenerationConfig`, *optional*): Whose `eos_token_id` ends answers, beside the tokenizer's,
+            and whose law of codes holds where none is given; by default that of the engine's checkpoint.
     """
 
     # Of the generators that settings may have.
@@ -55,7 +56,9 @@ class EngineAnswers:
             raise ValueError(f"`{wrong[0]}` cannot be had of an engine. Leave it out, or answer without one.")
         tokenizer = self.encoder.encoder.tokenizer
         prompts = [self.encoder({"_row": i, **row}) for i, row in enumerate(rows)]
-        options = {name: settings[name] for name in SHARED if settings.get(name) is not None}
+        options = settled_choice(self.generation_config, {name: settings.get(name) for name in ACTION_DEFAULTS})
+        if settings.get("action_bias") is not None:
+            options["action_bias"] = settings["action_bias"]
         forced, generator = settings.get("forced_action_ids"), settings.get("action_generator")
         answers = self.engine.generate(
             [request_of(self.encoder, prompt) for prompt in prompts],

@@ -144,9 +144,12 @@ def plan_trainers(folder) -> set[str]:
 
 
 def engine() -> set[str]:
-    """What a rollout on an engine adds; the engine itself needs an environment of its own."""
-    source = (ROOT / "latent_trl" / "vllm" / "engine.py").read_text(encoding="utf-8")
-    (told,) = re.findall(r"        return (\{.*perf_counter\(\) - start.*\})", source)
+    """What a rollout on an engine, or on servers, adds; the engine itself needs an environment of its own."""
+    told = ""
+    for name in ("engine.py", "servers.py"):
+        source = (ROOT / "latent_trl" / "vllm" / name).read_text(encoding="utf-8")
+        (costs,) = re.findall(r"        return (\{.*perf_counter\(\) - start.*\})", source)
+        told += costs
     zeros = torch.zeros(2, 3)
     figures = difference_figures(zeros, zeros, zeros + 1, zeros + 1)
     return {f"engine/sync_{name}" for name in re.findall(r'"(\w+)":', told)} | set(figures)

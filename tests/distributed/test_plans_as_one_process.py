@@ -29,6 +29,8 @@ KINDS = {
     "ppo": {"num_generations": 1},
     "bandit, answers": {"replay_batch_size": 3},
     "shared, answers": {"replay_batch_size": 3, "share_rewards": True},
+    # One process has no prompt of a batch.
+    "alone, answers": {"replay_batch_size": 3, "share_rewards": True, "rollout_prompts": 1},
 }
 FIGURES = ("reward", "reward_std", "entropy", "clip_ratio", "plans/entropy", "ppo/value_loss", "ceiling/reward")
 
@@ -111,7 +113,7 @@ def compare(folder: Path, kinds: list[str]) -> None:
 
 @pytest.mark.distributed
 def test_two_processes_are_one(tmp_path):
-    compare(tmp_path, ["space", "ppo", "bandit, answers", "shared, answers"])
+    compare(tmp_path, ["space", "ppo", "bandit, answers", "shared, answers", "alone, answers"])
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from latent_trl.hub import card
 from latent_trl.hub.card import write_card
 from latent_trl.hub.facts import TrainingRun
 from latent_trl.hub.push import published_files
+from latent_trl.hub.secrets import hide_secrets
 from latent_trl.trainer.run.completions_table import CompletionRow, terminal_table
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\x9b31m\u202e"
@@ -149,6 +150,23 @@ KEYS = ["hf_" + "a1" * 15, "sk-proj-" + "a1" * 15, "sk-" + "A1b2" * 8]
 KEYS += ["AKIA" + "A1B2" * 4, "ghp_" + "a1" * 18, "github_pat_" + "a1" * 30, "glpat-" + "a1" * 12, "AIza" + "a1b2c" * 7]
 KEYS += ["xoxb-" + "1" * 12 + "-" + "a1" * 12, "eyJ" + "a1" * 9 + ".eyJ" + "b2" * 30 + "." + "c3" * 20]
 KEYS += ["-----BEGIN OPENSSH PRIVATE KEY-----"]
+
+
+BODY = "MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSj"
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        f"-----BEGIN RSA PRIVATE KEY-----\n{BODY}\n{BODY}=\n-----END RSA PRIVATE KEY-----",
+        f"-----BEGIN PRIVATE KEY-----\\n{BODY}\\n-----END PRIVATE KEY-----",
+        f"-----BEGIN PGP PRIVATE KEY BLOCK-----\n\n{BODY}",
+        "sk-" + "A1b2" * 200,
+    ],
+)
+def test_a_key_is_hidden_whole(key):
+    hidden = hide_secrets(f"note: {key}")
+    assert BODY not in hidden and "A1b2" not in hidden and hidden.startswith("note: ")
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -13,7 +13,7 @@ from tiny_models import llama, make_tokenizer
 from latent_trl import PlanBanditConfig, PlanBanditTrainer, PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer
 from latent_trl.data.prompts import PromptEncoder
 from latent_trl.rewards.calling import RewardError
-from latent_trl.trainer.plans.choosing import explored
+from latent_trl.trainer.plans.choosing import perturbed
 from latent_trl.trainer.plans.replay import Replay
 from latent_trl.trainer.plans.report import PlanReport
 
@@ -285,7 +285,7 @@ def test_pictures_are_learned_from(tmp_path, make_tiny):
 def test_plans_are_tried_without_replacement_and_by_their_law():
     generator = torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]]).expand(40_000, -1)
-    found = explored(logits, 2, 2.0, generator)
+    found = perturbed(logits, 2.0, generator).topk(2, dim=1).indices
     assert (found[:, 0] != found[:, 1]).all()
     law = (logits[0] / 2).softmax(0)
     first = torch.bincount(found[:, 0], minlength=4) / len(found)

@@ -107,3 +107,11 @@ def test_a_resumed_run_is_the_same(tmp_path):
 def test_segments_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`share_rewards` needs plans that are held for the answer"):
         policy_trainer("bandit", tmp_path, plan_model(segment=2), share_rewards=True)
+
+
+def test_an_answer_that_is_asked_twice_counts_once(tmp_path):
+    """Two different answers at most, three rollouts: no plan learns twice of one answer."""
+    found = bandit_trainer(tmp_path, with_twins(), measure_ceiling=False, **{**BATCH, "num_generations": 3})
+    found.train()
+    pairs = list(zip(found.replay.prompts, found.replay.plans, strict=True))
+    assert len(pairs) == len(set(pairs)) == 12 * 4

@@ -75,6 +75,9 @@ def test_surprise_of_answers_is_that_of_the_plain_backbone(tmp_path, pictures, s
     found = trainer.guard.surprises(trainer.model, rollout, samples)
     np.testing.assert_allclose(found.numpy(), brute_force(trainer, samples), atol=1e-4)
     assert found.std() > 0.05
+    # Answers that ran out of room, which `mask_truncated_completions` leaves out of the rollout, are told too.
+    rollout.completion_mask = torch.zeros_like(rollout.completion_mask)
+    torch.testing.assert_close(trainer.guard.surprises(trainer.model, rollout, samples), found, atol=1e-4, rtol=1e-4)
     # A part at a time, and with the backbone run again.
     trainer.guard.rows, trainer.guard.objective.encode = 3, True
     torch.testing.assert_close(trainer.guard.surprises(trainer.model, rollout, samples), found, atol=1e-4, rtol=1e-4)
@@ -89,6 +92,10 @@ def test_fence_is_of_the_first_answers_alone():
     assert guard.fence == pytest.approx(high + 3 * (high - low), abs=1e-4)
     assert guard.broken(torch.tensor([guard.fence - 0.1, guard.fence + 0.1])).tolist() == [False, True]
     assert len(guard.seen) == 64
+    assert guard.broken(torch.tensor([float("nan"), float("inf"), 0.0])).tolist() == [True, True, False]
+    unread = LanguageGuard(encoder=None, rows=4)
+    unread.broken(torch.tensor([float("nan"), *first[:63].tolist()]))
+    assert unread.fence is None and len(unread.seen) == 63
     narrow = LanguageGuard(encoder=None, rows=4)
     narrow.broken(torch.full((64,), 0.5))
     assert narrow.fence == 0.5 + language_guard.LEAST_DISTANCE

@@ -323,7 +323,14 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
     def load_run_state(self, state: dict[str, Any]) -> None:
         super().load_run_state(state)
         if self.guard is not None:
-            self.guard.seen = state["language_guard"]
+            # Of a checkpoint without the guard there are none: the fence is set by the answers that follow.
+            self.guard.seen = state.get("language_guard", [])
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self.engine_source is not None:
+            # Other weights at the same step.
+            self.engine_source.policy_state = ()
 
     def evaluation_loop(self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any):
         rows = len(dataloader.dataset) * self.num_generations_eval if isinstance(dataloader.dataset, Sized) else None

@@ -21,9 +21,10 @@ class PlanBanditConfig(PlanRLConfig):
             keep others from being tried. `"thompson"`: those with the greatest logits, of which the last layer's
             weights are drawn from their posterior (Laplace's approximation) times `exploration_temperature`.
         share_rewards (`bool`, defaults to `False`):
-            Whether all K plans answer each prompt of a batch, so that its rollouts have different answers, and a reward
-            counts for every plan that gives the answer. K answers are decoded for `num_generations` rewards: it pays
-            where a reward costs more than answers do (a judge, people), and plans often say the same.
+            Whether all K plans answer each prompt of a batch, so that its rollouts have different answers, as far as
+            there are so many, and a reward counts for every plan that gives the answer. K answers are decoded for
+            `num_generations` rewards: it pays where a reward costs more than answers do (a judge, people), and plans
+            often say the same.
     """
 
     replay_batch_size: int = 256

@@ -78,6 +78,8 @@ class PlanBanditTrainer(PlanRLTrainer):
     def rollouts(self, prompts: list[EncodedPrompt], choices: RolloutChoices) -> list[PlannedAnswer]:
         if not self.args.share_rewards:
             return super().rollouts(prompts, choices)
+        if not prompts:
+            return []
         plans, found = choices(list(range(len(prompts))), [PlannedAnswer() for _ in prompts], {}), []
         for row, plan in enumerate(plans.tolist()):
             under = self._under_every_plan[(choices.first + row) // choices.size]
@@ -127,18 +129,24 @@ class PlanBanditTrainer(PlanRLTrainer):
         return list(torch.linalg.solve_triangular(roots, asked.T, upper=False).norm(dim=1).T)
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:
+        counted: set[tuple[int, int]] = set()
         for one in made:
             reward = rewards[one["rollout"]].item()
             if reward == reward:
-                for plan in self._with_same_answer(one):
+                for plan in self._with_same_answer(one, counted):
                     self.replay.add(one["prompt"], plan, reward, one["said"], one["owner"])
 
-    def _with_same_answer(self, choice: dict[str, Any]) -> list[int]:
-        """Plans for which the reward of a choice counts."""
+    def _with_same_answer(self, choice: dict[str, Any], counted: set[tuple[int, int]]) -> list[int]:
+        """Plans for which the reward of a choice counts; of the same answer of a prompt once, which `counted` knows."""
         if not self.args.share_rewards:
             return [choice["plan"]]
-        own = self._answer_numbers[choice["rollout"] // self.args.num_generations]
-        return (own == own[choice["plan"]]).nonzero()[:, 0].tolist()
+        place = choice["rollout"] // self.args.num_generations
+        own = self._answer_numbers[place]
+        answer = int(own[choice["plan"]])
+        if (place, answer) in counted:
+            return []
+        counted.add((place, answer))
+        return (own == answer).nonzero()[:, 0].tolist()
 
     def update_loss(self, model: PlanModel, step: int) -> torch.Tensor:
         drawn = self.replay.drawn(self.args.replay_batch_size, self.generator(step, 1))

@@ -91,14 +91,10 @@ def gumbel(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return -(-torch.rand(shape, generator=generator).clamp(min=1e-20).log()).log()
 
 
-def explored(logits: torch.Tensor, count: int, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """
-    Different plans `[B, count]`, drawn one after the other without replacement from the softmax of `logits` `[B, K]`
-    over `temperature` (the Gumbel-top-k trick, [Kool et al., 2019](https://huggingface.co/papers/1903.06059)).
-    """
-    return perturbed(logits, temperature, generator).topk(count, dim=1).indices
-
-
 def perturbed(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> torch.Tensor:
-    """Logits `[B, K]` over `temperature` with Gumbel noise."""
+    """
+    Logits `[B, K]` over `temperature` with Gumbel noise. The plans with the greatest are drawn one after the other
+    without replacement from the softmax of the logits over `temperature` (the Gumbel-top-k trick, [Kool et al.,
+    2019](https://huggingface.co/papers/1903.06059)).
+    """
     return logits / temperature + gumbel(tuple(logits.shape), generator)

@@ -47,13 +47,17 @@ def shared(count: int, work: Callable[[range], list[Found]]) -> list[Found]:
     Raises:
         Exception: That of `work`. The other processes end with the same message, and the number of the process.
     """
-    rank, processes = process()
-    if processes == 1:
-        return work(range(count))
-    found: list[Found] = []
+    return [one for own in worked(lambda: work(own_rows(count))) for one in own]
+
+
+def worked(work: Callable[[], Found]) -> list[Found]:
+    """What comes of the processes' own `work`, in their order. Raises as [`shared`] does."""
+    if process()[1] == 1:
+        return [work()]
+    found: Any = None
     error: Exception | None = None
     try:
-        found = work(own_rows(count))
+        found = work()
     except Exception as caught:
         error = caught
     told = everywhere((_told(error), found))
@@ -63,7 +67,7 @@ def shared(count: int, work: Callable[[range], list[Found]]) -> list[Found]:
         if failure is not None:
             place, message = failure
             raise (*KINDS, RuntimeError)[place](f"On process {number}: {message}")
-    return [one for _, own in told for one in own]
+    return [own for _, own in told]
 
 
 def _told(error: Exception | None) -> tuple[int, str] | None:

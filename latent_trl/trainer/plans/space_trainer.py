@@ -21,7 +21,7 @@ from ...rewards.calling import RewardCaller
 from ..run.loading import own_config
 from .ceiling import Judge
 from .plan_training import PlanTrainer
-from .processes import everywhere, process, shared
+from .processes import everywhere, process, shared, worked
 from .report import report_plans
 from .space_config import PlanSpaceConfig
 
@@ -219,12 +219,15 @@ class PlanSpaceTrainer(PlanTrainer):
             start = starts[int(torch.randint(len(starts), (1,), generator=generator))] if len(starts) > 1 else starts[0]
             said.append(start.said)
             answers.append(self._some_answers(start.answers, generator))
-        prompts = [
-            self.model.continued(self.encoder(row), said[place]) for row, place in zip(inputs["rows"], own, strict=True)
-        ]
-        asked = [answers[place] for place in own]
-        scored = log_likelihoods(self.model, self.encoder, prompts, asked, self.args.scoring_batch_size)
-        scores = [one for of_process in everywhere(scored) for one in of_process]
+        prompts: list[EncodedPrompt] = []
+
+        def scored() -> list[torch.Tensor]:
+            for row, place in zip(inputs["rows"], own, strict=True):
+                prompts.append(self.model.continued(self.encoder(row), said[place]))
+            asked = [answers[place] for place in own]
+            return log_likelihoods(self.model, self.encoder, prompts, asked, self.args.scoring_batch_size)
+
+        scores = [one for of_process in worked(scored) for one in of_process]
         pairs, gains = [], []
         for row, answer, plan in assigned_pairs(scores, self.args.assignment_temperature):
             # Plans that are not learned have their share of the answers, so that new ones get what those do not say.

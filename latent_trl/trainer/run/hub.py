@@ -31,6 +31,8 @@ ALWAYS_SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumu
 # Where and how it ran is nobody's business, and tokens least of all.
 NEVER_SHOWN = ("_dir", "_token", "_root", "_path", "push_to_hub", "hub_", "report_to", "run_name", "tqdm", "use_cpu")
 EVALUATED = ("eval_reward", "eval_loss")
+# Of states in a checkpoint.
+TENSOR_FILES = (".pt", ".pth", ".bin", ".distcp")
 
 
 def shown_settings(args: TrainingArguments) -> dict[str, Any]:
@@ -249,9 +251,9 @@ class HubTrainingMixin(WholeCheckpointMixin):
         try:
             push_folder(folder, self.hub_model_id, commit_message=message, **shared)
             if path_in_repo is not None:
-                # States too, which `push_folder` leaves out.
+                # States too, which `push_folder` leaves out. Tensors in PyTorch's own files hold no text.
                 for path in Path(folder).rglob("*"):
-                    if path.is_file() and not path.is_symlink():
+                    if path.is_file() and not path.is_symlink() and path.suffix not in TENSOR_FILES:
                         check_no_secret(path)
                 HfApi(library_name="latent-trl").upload_folder(
                     repo_id=self.hub_model_id,

@@ -5,6 +5,7 @@ import math
 import re
 from pathlib import Path
 
+import engine_step
 import four_bit_step
 import learn_step
 import measuring
@@ -144,7 +145,7 @@ def test_page_names_what_the_benchmarks_take():
     """Each command of docs/speed.md is one that the scripts parse, and each key has its row."""
     page = DOCS.read_text(encoding="utf-8")
     assert all(f"`{key}`" in page for key in KEYS)
-    scripts = (rl_step, learn_step, scaling, four_bit_step, rollout)
+    scripts = (rl_step, learn_step, scaling, four_bit_step, rollout, engine_step)
     parsers = {script.__name__: script.parse for script in scripts}
     commands = re.findall(r"python benchmarks/(\w+)\.py([^\n#`]*)", page)
     assert {name for name, _ in commands} == set(parsers)

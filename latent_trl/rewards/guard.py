@@ -18,7 +18,8 @@ logger = logging.get_logger(__name__)
 SLOW_AFTER = 600.0
 # How settings are read, and put back.
 SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [
-    (torch.get_default_device, torch.set_default_device),
+    # A default device that is set, the CPU too, slows down every call into PyTorch.
+    (torch.get_default_device, lambda device: torch.set_default_device(None if device.type == "cpu" else device)),
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_num_threads, torch.set_num_threads),

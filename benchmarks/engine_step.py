@@ -26,8 +26,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 import torch
-from measuring import CLOCKS, facts, median, seconds, spread, table, use_clock, use_device, write
-from presets import PRESETS, Preset, build_backbone, processing_class
+from measuring import facts, median, seconds, spread, table, use_clock, use_device, write
+from presets import PRESETS, Preset, add_options, build_backbone, processing_class
 from rl_step import Arm, batch_rows, shared_arguments, trainer_options
 from tqdm.auto import tqdm
 from transformers import LlamaForCausalLM
@@ -127,13 +127,7 @@ def report(result: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="micro")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
-    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
+    add_options(parser, preset="micro", repeats=3)
     for name in ("prompts", "generations", "completion-length", "policy-layers"):
         parser.add_argument(f"--{name}", type=int)
     return parser.parse_args(arguments)
@@ -141,10 +135,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
-    preset, device = PRESETS[options.preset], use_device(options.device)
+    preset, device = PRESETS[options.preset].of_text(), use_device(options.device)
     use_clock(options.clock)
-    text = {name: value for name, value in preset.text.items() if name != "rope_parameters"}
-    preset = replace(preset, text=text, vision=None)
     if options.quick:
         preset = preset.scaled_down()
         # The smallest heads that vLLM has kernels for on a CPU.

@@ -17,7 +17,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from measuring import (
-    CLOCKS,
     MIB,
     facts,
     median,
@@ -30,7 +29,7 @@ from measuring import (
     use_device,
     write,
 )
-from presets import PRESETS, Preset, answered_rows, build_backbone, processing_class
+from presets import PRESETS, Preset, add_options, answered_rows, build_backbone, processing_class
 from tqdm.auto import tqdm
 
 from latent_trl import LatentActionConfig, LatentActionModel
@@ -103,16 +102,10 @@ def measure(preset: Preset, device: torch.device, rows: int, repeats: int, warmu
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
+    add_options(parser, preset="small", repeats=5)
     parser.add_argument("--rows", type=int, default=4, help="rows a batch")
     parser.add_argument("--stages", nargs="+", choices=list(STAGE_COMPONENTS), default=list(STAGE_COMPONENTS))
     parser.add_argument("--completion-length", type=int, help="tokens of each answer")
-    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
     return parser.parse_args(arguments)
 
 

@@ -1,5 +1,6 @@
 """Backbones and batches of the benchmarks: real layouts with random weights, made from configurations, no downloads."""
 
+import argparse
 import tempfile
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,6 +9,7 @@ import numpy as np
 import torch
 import transformers
 from datasets import Dataset
+from measuring import CLOCKS
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin, Qwen2VLImageProcessorPil
@@ -51,6 +53,11 @@ class Preset:
     image_size: int = 224
     dtype: torch.dtype = torch.float32
     policy_layers: int = 8
+
+    def of_text(self) -> "Preset":
+        """The text model alone, with the usual positions."""
+        text = {name: value for name, value in self.text.items() if name != "rope_parameters"}
+        return replace(self, text=text, vision=None)
 
     def scaled_down(self) -> "Preset":
         """The same layout with tiny sizes, to see that a benchmark runs."""
@@ -127,6 +134,17 @@ PRESETS = {
         qwen2_5_vl(3584, 18_944, 28, 28, 4, vocab_size=152_064, tie_word_embeddings=False), dict(REAL_VISION), **GPU
     ),
 }
+
+
+def add_options(parser: argparse.ArgumentParser, preset: str, repeats: int) -> None:
+    """What the benchmarks of steps and rollouts are told alike; `preset` and `repeats` are defaults."""
+    parser.add_argument("--preset", choices=sorted(PRESETS), default=preset)
+    parser.add_argument("--json", help="file to write")
+    parser.add_argument("--repeats", type=int, default=repeats)
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
+    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -25,7 +25,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import torch
 import torch.nn.functional as F
 from measuring import (
-    CLOCKS,
     MIB,
     facts,
     median,
@@ -41,7 +40,7 @@ from measuring import (
     write,
 )
 from peft import LoraConfig
-from presets import PRESETS, Preset, build_backbone, processing_class, prompt_rows
+from presets import PRESETS, Preset, add_options, build_backbone, processing_class, prompt_rows
 from tqdm.auto import tqdm
 from trl import GRPOConfig, GRPOTrainer
 
@@ -343,14 +342,8 @@ def report(result: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="small")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
+    add_options(parser, preset="small", repeats=5)
     parser.add_argument("--beta", type=float, default=0.0, help="KL weight of the latent side; TRL's default is 0")
-    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
     parser.add_argument("--no-cuda-graphs", action="store_true", help="the latent side decodes without them")
     parser.add_argument("--no-lora", action="store_true", help="without TRL's trainer with LoRA")
     for name in ("prompts", "generations", "prompt-characters", "completion-length", "image-size", "policy-layers"):

@@ -26,8 +26,8 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch
-from measuring import CLOCKS, facts, median, seconds, spread, table, use_clock, use_device, write
-from presets import EOS, PRESETS, Preset, build_backbone, processing_class, prompt_rows
+from measuring import facts, median, seconds, spread, table, use_clock, use_device, write
+from presets import EOS, PRESETS, Preset, add_options, build_backbone, processing_class, prompt_rows
 from tqdm.auto import tqdm
 from transformers import LogitsProcessor, PreTrainedModel
 
@@ -195,13 +195,7 @@ def ratios(speeds: dict[str, dict[str, list[float]]]) -> list[list[Any]]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="micro")
-    parser.add_argument("--json", help="file to write")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
-    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
+    add_options(parser, preset="micro", repeats=3)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--generations", type=int, default=8)
     parser.add_argument("--completion-length", type=int, default=64, help="mixed lengths go up to twice that")
@@ -211,10 +205,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     options = parse(arguments)
-    preset, device = PRESETS[options.preset], use_device(options.device)
+    preset, device = PRESETS[options.preset].of_text(), use_device(options.device)
     use_clock(options.clock)
-    text = {name: value for name, value in preset.text.items() if name != "rope_parameters"}
-    preset = replace(preset, text=text, vision=None)
     if options.quick:
         preset = preset.scaled_down()
     sizes = {name: getattr(options, name) for name in ("prompts", "generations", "completion_length")}

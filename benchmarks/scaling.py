@@ -20,8 +20,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
 from cost_model import Layout, Step, fit_seconds, predicted, work
-from measuring import CLOCKS, MIB, facts, median, peak_memory, seconds, table, use_clock, use_device, write
-from presets import PRESETS, Preset, build_backbone
+from measuring import MIB, facts, median, peak_memory, seconds, table, use_clock, use_device, write
+from presets import PRESETS, Preset, add_options, build_backbone
 from rl_step import latent_arm
 from tqdm.auto import tqdm
 
@@ -138,14 +138,8 @@ def report(curves: dict[str, Any]) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=sorted(PRESETS), default="mini")
-    parser.add_argument("--json", help="file to write")
+    add_options(parser, preset="mini", repeats=5)
     parser.add_argument("--plot", help="picture to write")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
-    parser.add_argument("--clock", choices=sorted(CLOCKS), default="wall", help="cpu: processor time, for one thread")
-    parser.add_argument("--quick", action="store_true", help="the preset's layout with tiny sizes")
     parser.add_argument("--only", nargs="+", choices=list(SIZES), default=list(SIZES), help="sizes to vary")
     for name, sizes in SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, nargs="+", default=sizes, help=LABELS[name])

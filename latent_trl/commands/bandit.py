@@ -1,7 +1,7 @@
 """`latent-trl bandit`, and `grpo`, `rloo` and `ppo` of a model of plans: learn which plan to hold for a prompt."""
 
 from .arguments import UsageError, parse_training
-from .plan_arguments import HeldOutArguments, refuse_peft
+from .plan_arguments import HeldOutArguments, asked_value, refuse_peft
 from .training import quiet, run_training
 
 FIGURES = {"reward": "reward", "plans/entropy": "entropy", "eval_reward": "eval", "eval_ceiling": "ceiling"}
@@ -18,8 +18,7 @@ def run_over_plans(argv: list[str] | None, algorithm: str) -> int:
     """RL over plans by one of [`TRAINERS`]."""
     prog, (names, more) = f"latent-trl {algorithm}", TRAINERS[algorithm]
     if more:
-        given_words = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in argv or []]
-        if "advantage_estimator" in given_words:
+        if asked_value(prog, argv or [], "advantage_estimator") is not None:
             raise UsageError(prog, "`--advantage_estimator` is that of `rloo`. Leave it out, or run `latent-trl grpo`.")
         argv = [*(argv or []), *more]
     given, args, model_args = parse_training(argv, prog, HeldOutArguments, f"{names}Config")

@@ -13,6 +13,19 @@ from .rendering import Renderer, Rendering
 from .rows import RowError
 
 
+def check_prompts(dataset: Any, name: str) -> None:
+    """Raises `ValueError` unless a data set, given as the argument `name`, has a length, rows, and `prompt`."""
+    if dataset is None:
+        raise ValueError(f"`{name}` must be given.")
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise ValueError(f"`{name}` is a {type(dataset).__name__}, which has no length. Give a `datasets.Dataset`.")
+    if len(dataset) == 0:
+        raise ValueError(f"`{name}` is empty.")
+    columns = getattr(dataset, "column_names", None) or list(dataset[0])
+    if "prompt" not in columns:
+        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")
+
+
 @dataclass
 class EncodedPrompt:
     """

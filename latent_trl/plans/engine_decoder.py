@@ -1,7 +1,6 @@
 """Segments under plans from an engine of vLLM, in the place of those that `PlanModel` decodes itself."""
 
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import torch
 
 from ..checkpoint.plan_files import plan_folder
 from ..data.prompts import EncodedPrompt, PromptEncoder
+from ..vllm.prompts import check_prompt, request_of
 from .configuration import PlanConfig
 from .engine import adapter_arguments, check_multi_lora, check_plans_alone
 from .model import PlanModel
@@ -29,15 +29,6 @@ def check_decodable(model: PlanModel) -> None:
             "`quantization_config`, or answer with transformers."
         )
     check_multi_lora(model.backbone.config.architectures or [type(model.backbone).__name__])
-
-
-def engine_request(encoder: PromptEncoder, prompt: EncodedPrompt, said: Sequence[int] = ()) -> dict[str, Any]:
-    """What vLLM takes of a prompt and the beginning `said` of its answer: pictures stand beside their placeholders."""
-    images = prompt.rendering.images
-    if not images:
-        return {"prompt_token_ids": [*prompt.ids, *said]}
-    ids = [*encoder.encoder.unfilled(prompt.rendering), *said]
-    return {"prompt_token_ids": ids, "multi_modal_data": {"image": images}}
 
 
 def never_tokens(config: PlanConfig, model_config: Any) -> dict[int, float] | None:
@@ -112,6 +103,7 @@ class PlanEngine:
         shortest = min(map(len, said))
         limits = [max_new_tokens + shortest - len(own) for own in said]
         self._check_lengths(prompts, said, limits)
+        never = never_tokens(self.model.plan_config, self.llm.model_config)
         params = [
             SamplingParams(
                 temperature=0,
@@ -119,12 +111,13 @@ class PlanEngine:
                 stop_token_ids=ends,
                 ignore_eos=True,
                 detokenize=False,
-                logit_bias=never_tokens(self.model.plan_config, self.llm.model_config),
+                logit_bias=never,
             )
             for limit in limits
         ]
-        adapters = None if plan_ids is None else [self._adapters()[plan] for plan in plan_ids]
-        asked = [engine_request(self.encoder, *one) for one in zip(prompts, said, strict=True)]
+        requests = [] if plan_ids is None else self._adapters()
+        adapters = None if plan_ids is None else [requests[plan] for plan in plan_ids]
+        asked = [request_of(self.encoder, *one) for one in zip(prompts, said, strict=True)]
         if self._is_asleep:
             self.llm.wake_up()
         outputs = self.llm.generate(asked, params, lora_request=adapters, use_tqdm=False)
@@ -138,12 +131,7 @@ class PlanEngine:
     ) -> GreedyAnswers:
         found = GreedyAnswers([], [], [])
         for output, prompt, own in zip(outputs, prompts, said, strict=True):
-            if list(output.prompt_token_ids) != [*prompt.ids, *own]:
-                raise ValueError(
-                    f"{prompt.rendering.row}: vLLM reads its prompt as {len(output.prompt_token_ids) - len(own)} "
-                    f"tokens, and the processor of the trainer as {len(prompt.ids)}, which differ. Leave `use_vllm` "
-                    "out."
-                )
+            check_prompt(prompt, output.prompt_token_ids, own)
             ids = list(output.outputs[0].token_ids)
             found.token_ids.append(ids)
             found.ended.append(bool(ids) and ids[-1] in ends)

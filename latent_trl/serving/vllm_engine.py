@@ -22,6 +22,7 @@ from ..data.rows import RowError
 from ..generation.answers import end_tokens
 from ..vllm.engine import answer_of, engine_arguments, sampling_params
 from ..vllm.folders import folders_of_checkpoint
+from ..vllm.prompts import as_request
 from .batches import Pieces
 from .engine import CODES, EngineError, GenerationRequest, Piece, RequestError, default_law, longest_answer
 from .text_stream import TextStream
@@ -175,9 +176,9 @@ class VLLMEngine(VLLMServing):
         return {"num_codes": self.num_actions, "special_tokens": self.special_tokens}
 
     def _encode(self, row: dict[str, Any]) -> dict[str, Any]:
+        # Without the processor's tokens, which vLLM makes itself.
         rendering = self.encoder.renderer.prompt(row)
-        prompt: dict[str, Any] = {"prompt_token_ids": self.encoder.encoder.unfilled(rendering)}
-        return {**prompt, "multi_modal_data": {"image": rendering.images}} if rendering.images else prompt
+        return as_request(self.encoder.encoder.unfilled(rendering), rendering.images)
 
     def _length(self, prompt: dict[str, Any]) -> int:
         # Without its pictures' tokens, which vLLM fills in and checks.

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from transformers import AutoProcessor
 from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind
 
@@ -16,9 +15,10 @@ from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_PATTERNS
 from ..data.prompts import EncodedPrompt
 from ..plans.configuration import PlanConfig
 from ..plans.engine import engine_arguments, plan_requests
-from ..plans.engine_decoder import engine_request, never_tokens
+from ..plans.engine_decoder import never_tokens
 from ..plans.model import PlanModel
-from ..vllm.folders import dtype_of, load_generation_config
+from ..vllm.folders import dtype_of, load_generation_config, load_processor
+from ..vllm.prompts import request_of
 from .batched_engine import action_choice
 from .batches import GrowingAnswer
 from .engine import PLANS, EngineError, GenerationRequest, Piece
@@ -61,9 +61,7 @@ class VLLMPlanEngine(VLLMServing):
         backbone, revision = arguments["model"], arguments.get("revision")
         arguments.setdefault("dtype", dtype_of(backbone, revision))
         own = any((folder / name).is_file() for name in PROCESSOR_RECORDS)
-        processor = (
-            AutoProcessor.from_pretrained(folder) if own else AutoProcessor.from_pretrained(backbone, revision=revision)
-        )
+        processor = load_processor(folder) if own else load_processor(backbone, revision)
         config = load_generation_config(backbone, revision)
         self.adapters = plan_requests(model)
         super().__init__(processor, config, self.config.num_plans, arguments, max_batch_size, max_completion_length)
@@ -142,7 +140,7 @@ class VLLMPlanEngine(VLLMServing):
             # Stop texts are looked for as tokens come.
             output_kind=RequestOutputKind.DELTA if request.stream or request.stop else RequestOutputKind.FINAL_ONLY,
         )
-        asked = engine_request(self.encoder, prompt, said)
+        asked = request_of(self.encoder, prompt, said)
         outputs = self.llm.generate(asked, params, self._number(), lora_request=self.adapters[plan])
         async with aclosing(outputs):
             async for output in outputs:

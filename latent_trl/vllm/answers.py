@@ -6,13 +6,13 @@ import torch
 
 from ..generation.answers import GeneratedAnswer, end_tokens
 from ..generation.settings import ACTION_DEFAULTS, settled_choice
-from .engine import LatentActionEngine
-from .prompts import check_prompts, request_of
+from .prompts import check_prompt, request_of
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from ..data.prompts import PromptEncoder
+    from .engine import LatentActionEngine
 
 # Settings of `generate` that an engine has too, under the same names.
 SHARED = (*ACTION_DEFAULTS, "action_bias")
@@ -37,7 +37,7 @@ class EngineAnswers:
 
     def __init__(
         self,
-        engine: LatentActionEngine,
+        engine: "LatentActionEngine",
         encoder: "PromptEncoder",
         generation_config: "GenerationConfig | None" = None,
     ):
@@ -69,7 +69,8 @@ class EngineAnswers:
             stop_token_ids=end_tokens(self, tokenizer, settings) or [],
             **options,
         )
-        check_prompts(prompts, answers, copies)
+        for i, answer in enumerate(answers):
+            check_prompt(prompts[i // copies], answer.prompt_ids)
         return [
             GeneratedAnswer(
                 tokenizer.decode(answer.token_ids, skip_special_tokens=True).strip(),

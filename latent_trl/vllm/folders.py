@@ -47,11 +47,10 @@ class EngineFolders:
         return load_generation_config(self.backbone, self.revision)
 
     def load_processor(self) -> Any:
-        """The processor or tokenizer, which pads and cuts on the left."""
-        options: dict[str, Any] = {"padding_side": "left", "truncation_side": "left"}
+        """The processor or tokenizer that was saved with the model, or the backbone's."""
         if self.processor is not None:
-            return AutoProcessor.from_pretrained(self.processor, **options)
-        return AutoProcessor.from_pretrained(self.backbone, revision=self.revision, **options)
+            return load_processor(self.processor)
+        return load_processor(self.backbone, self.revision)
 
 
 def dtype_of(backbone: str, revision: str | None) -> str:
@@ -66,6 +65,12 @@ def load_generation_config(backbone: str, revision: str | None) -> GenerationCon
     except OSError:
         # A folder without one.
         return GenerationConfig.from_model_config(AutoConfig.from_pretrained(backbone, revision=revision))
+
+
+def load_processor(name_or_path: str | Path, revision: str | None = None) -> Any:
+    """A processor or tokenizer, which pads and cuts on the left."""
+    options: dict[str, Any] = {"padding_side": "left", "truncation_side": "left"}
+    return AutoProcessor.from_pretrained(name_or_path, revision=revision, **options)
 
 
 def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:

@@ -7,20 +7,22 @@ if TYPE_CHECKING:
     from ..data.prompts import EncodedPrompt, PromptEncoder
 
 
-def request_of(encoder: "PromptEncoder", prompt: "EncodedPrompt") -> Any:
-    """A prompt as vLLM takes it: without the tokens of its pictures, which vLLM fills in."""
+def as_request(ids: list[int], images: list[Any]) -> dict[str, Any]:
+    """Tokens as vLLM takes them, in which each picture is its one placeholder, and the pictures."""
+    return {"prompt_token_ids": ids, **({"multi_modal_data": {"image": images}} if images else {})}
+
+
+def request_of(encoder: "PromptEncoder", prompt: "EncodedPrompt", said: Sequence[int] = ()) -> dict[str, Any]:
+    """A prompt as vLLM takes it, with the beginning `said` of its answer."""
     images = prompt.rendering.images
-    if not images:
-        return prompt.ids
-    return {"prompt_token_ids": encoder.encoder.unfilled(prompt.rendering), "multi_modal_data": {"image": images}}
+    ids = encoder.encoder.unfilled(prompt.rendering) if images else prompt.ids
+    return as_request([*ids, *said], images)
 
 
-def check_prompts(prompts: Sequence["EncodedPrompt"], answers: Sequence[Any], copies: int) -> None:
-    """Raises `ValueError` where vLLM read another prompt than the processor, of pictures that is."""
-    for i, answer in enumerate(answers):
-        prompt = prompts[i // copies]
-        if answer.prompt_ids != prompt.ids:
-            raise ValueError(
-                f"{prompt.rendering.row}: vLLM reads its prompt as {len(answer.prompt_ids)} tokens, and the processor "
-                f"as {len(prompt.ids)}, which differ. Answer without an engine (`use_vllm=False`, no `--engine vllm`)."
-            )
+def check_prompt(prompt: "EncodedPrompt", read: Sequence[int], said: Sequence[int] = ()) -> None:
+    """Raises `ValueError` where vLLM has `read` another prompt than the processor, of pictures that is."""
+    if list(read) != [*prompt.ids, *said]:
+        raise ValueError(
+            f"{prompt.rendering.row}: vLLM reads its prompt as {len(read) - len(said)} tokens, and the processor as "
+            f"{len(prompt.ids)}, which differ. Answer without an engine (`use_vllm=False`, no `--engine vllm`)."
+        )

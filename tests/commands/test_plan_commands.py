@@ -293,6 +293,16 @@ def test_training_says_what_a_folder_is(plans, checkpoint, tmp_path, capsys):
     )
 
 
+@pytest.mark.parametrize("given", ["words", "file"])
+def test_rloo_has_one_estimator(plans, given, tmp_path, capsys):
+    words = ["rloo", "--model_name_or_path", str(plans / "bare"), "--dataset_name", "shapes"]
+    (tmp_path / "run.yaml").write_text("advantage_estimator: grpo\n")
+    more = {"words": ["--advantage_estimator=grpo"], "file": ["--config", str(tmp_path / "run.yaml")]}[given]
+    with pytest.raises(SystemExit) as stop:
+        main([*words, *more])
+    assert stop.value.code == 2 and "`--advantage_estimator` is that of `rloo`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("command, name", [("grpo", "PlanGRPO"), ("rloo", "PlanGRPO"), ("ppo", "PlanPPO")])
 def test_policy_gradients_take_plans(plans, command, name, tmp_path, capsys):
     words = ["--model_name_or_path", str(plans / "bare"), "--dataset_name", "shapes", "--dataset_limit", "4"]

@@ -14,7 +14,9 @@ import test_plan_policy as policy  # noqa: E402
 import test_plan_trainers as plans  # noqa: E402
 from engines import has_deepspeed, launch  # noqa: E402
 
+from latent_trl.plans.scoring import log_likelihoods  # noqa: E402
 from latent_trl.rewards.calling import RewardError  # noqa: E402
+from latent_trl.trainer.plans import space_trainer  # noqa: E402
 
 # Without its large epsilon, Adam turns rounding errors of gradients near zero into whole steps.
 EXACT = {"adam_epsilon": 1e-3, "max_grad_norm": 0.5, "logging_steps": 1}
@@ -130,6 +132,12 @@ def failing(completion_ids, trainer_state=None, **columns):
     return by_length(completion_ids)
 
 
+def fails_on_the_second(model, encoder, prompts, answers, batch_size):
+    if torch.distributed.get_rank() == 1:
+        raise MemoryError("no room")
+    return log_likelihoods(model, encoder, prompts, answers, batch_size)
+
+
 def fail(folder: str) -> None:
     torch.set_num_threads(1)
     told = []
@@ -148,6 +156,12 @@ def fail(folder: str) -> None:
         trainer.train()
     except ValueError as error:
         told.append(str(error))
+    scored, space_trainer.log_likelihoods = space_trainer.log_likelihoods, fails_on_the_second
+    try:
+        plans.space_trainer(f"{folder}/space", **EXACT, per_device_train_batch_size=2).train()
+    except (MemoryError, RuntimeError) as error:
+        told.append(f"{type(error).__name__}: {error}")
+    space_trainer.log_likelihoods = scored
     for options in ({**policy.GROWING, "reward": by_length},):
         try:
             policy.trainer("bandit", f"{folder}/growing", **options)
@@ -159,9 +173,10 @@ def fail(folder: str) -> None:
 @pytest.mark.distributed
 def test_all_processes_end_with_the_error_of_one(tmp_path):
     debug_launcher(fail, (str(tmp_path),), num_processes=2)
-    (judge, row, growth), (own_judge, own_row, own_growth) = (
+    (judge, row, space, growth), (own_judge, own_row, own_space, own_growth) = (
         torch.load(tmp_path / f"told_{rank}.pt") for rank in (0, 1)
     )
+    assert own_space == "MemoryError: no room" and space == f"RuntimeError: On process 1: {own_space}"
     assert own_judge.startswith(
         "The reward function 'failing' raised ConnectionError: the judge is gone on sample 0 of "
     )

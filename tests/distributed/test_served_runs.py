@@ -64,6 +64,8 @@ def test_two_trainers_and_two_servers_of_which_one_is_killed(model, servers, tmp
 def ask(model: str, urls: list[str], server_pids: list[int], folder: str) -> None:
     """A process that asks servers for rows: of one that is refused on the second process, and of servers that end."""
     torch.set_num_threads(1)
+    # A fork has what an earlier test left: one process, in the place of two.
+    PartialState._reset_state()
     rank, loaded = PartialState(cpu=True).process_index, LatentActionModel.from_pretrained(model, dtype=torch.float32)
     servers = RolloutServers(loaded, urls, 20.0)
     servers.update(loaded)

@@ -150,6 +150,8 @@ def test_a_function_that_does_not_return_is_named(monkeypatch, asynchronous):
 def settings():
     found = (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_num_threads(), torch.get_default_device())
     found += (torch.get_deterministic_debug_mode(), torch.is_anomaly_enabled(), sys.getrecursionlimit(), os.getcwd())
+    # A default device that is set, if only to the CPU, is a mode that every call passes.
+    found += (torch._C._len_torch_function_stack(),)
     return found, signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT), drawn_without_trace()
 
 
@@ -192,6 +194,20 @@ def test_what_a_run_relies_on_is_put_back(change, raises):
     else:
         assert call.score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[0.0, 0.0]]
     assert settings() == before
+
+
+def test_the_own_directory_that_a_reward_removes_is_named(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(guard.logger, "warning_once", told.append)
+    (tmp_path / "own").mkdir()
+    monkeypatch.chdir(tmp_path / "own")
+
+    def removes(completions, **columns):
+        os.rmdir(tmp_path / "own")
+        return [0.0] * len(completions)
+
+    assert RewardCaller(removes).score(ROWS, PROMPTS, COMPLETIONS, IDS) == [[0.0, 0.0]]
+    assert len(told) == 1 and "which is gone" in told[0]
 
 
 def test_environment_variables_that_change_are_named(monkeypatch):

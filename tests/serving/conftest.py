@@ -69,3 +69,46 @@ def alone(pocket):
         return generated_answers(output, inputs["input_ids"].shape[1], processor.tokenizer, ends)
 
     return answer
+
+
+@pytest.fixture(scope="module")
+def rollout_model(tmp_path_factory):
+    """The folder of a tiny model, whose rollouts are served."""
+    from stand_in_engine import make_model
+
+    folder = tmp_path_factory.mktemp("model")
+    make_model().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def three(rollout_model):
+    from stand_in_engine import make_model, served
+
+    with served(make_model, rollout_model, 3) as started:
+        yield started
+
+
+@pytest.fixture
+def running(three):
+    """Three rollout servers, all of them there."""
+    for server in three:
+        if server.server is None:
+            server.start()
+        server.engine.before_step = lambda: None
+        server.engine.answered.clear()
+    return three
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Lost rollout servers are tried again at once."""
+    monkeypatch.setattr("latent_trl.vllm.servers.RETRY_SECONDS", 0.05)
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """What is said of rollout servers."""
+    found = []
+    monkeypatch.setattr("latent_trl.vllm.servers.logger.warning", found.append)
+    return found

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from safetensors.torch import load
+from tiny_models import latent, latent_config
 
 from latent_trl.generation.action_law import ActionLaw
 from latent_trl.generation.choice import draw, masked_law
@@ -120,6 +121,16 @@ class Served:
             self.thread.join(20)
             assert not self.thread.is_alive()
             self.server = None
+
+
+def make_model(seed=0):
+    model, _ = latent("llama", latent_config(use_projector=False))
+    if seed:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.policy.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
 
 
 @contextmanager

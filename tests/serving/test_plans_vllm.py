@@ -141,9 +141,22 @@ def test_what_it_cannot_take_is_refused(ask):
         ask(text="why " * 40)
 
 
+def test_a_chooser_that_is_not_finite_is_an_error(served, ask):
+    output = served[2].chooser.chooser.output
+    before = output.bias.detach().clone()
+    try:
+        torch.nn.init.constant_(output.bias, float("nan"))
+        with pytest.raises(openai.InternalServerError, match="the chooser's probabilities are not finite"):
+            ask()
+    finally:
+        with torch.no_grad():
+            output.bias.copy_(before)
+
+
 @pytest.mark.parametrize(
     "words, said",
     [
+        (["--engine-options", '{"dtype": "float16"}', "--dtype", "float32"], "`dtype` is in `--engine-options`"),
         (["--engine-options", '{"max_loras": 2}'], "`max_loras` is 2, and there are 4 plans"),
         (["--engine-options", '{"max_lora_rank": 1}'], "`max_lora_rank` is 1, and plans are of rank 4"),
         (["--backbone", "elsewhere"], "`--backbone` is for `--engine transformers`"),

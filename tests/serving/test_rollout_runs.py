@@ -4,43 +4,14 @@ import threading
 
 import pytest
 from every_trainer import build, logs
-from stand_in_engine import served
-from test_rollout_server import make_model
 
 from latent_trl.trainer.run.manifest import newest_whole_checkpoint
 from latent_trl.vllm import servers as servers_module
 from latent_trl.vllm.servers import RolloutServersError
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 # Rollout batches of 8 rows, each for four steps.
 STEPS = 8
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(servers_module, "RETRY_SECONDS", 0.05)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def three(folder):
-    with served(make_model, folder, 3) as started:
-        yield started
-
-
-@pytest.fixture
-def running(three):
-    for server in three:
-        if server.server is None:
-            server.start()
-        server.engine.before_step = lambda: None
-        server.engine.answered.clear()
-    return three
 
 
 def trainer(kind, folder, servers, steps=STEPS, **options):

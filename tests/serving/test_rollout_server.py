@@ -10,8 +10,7 @@ import requests
 import torch
 from PIL import Image
 from safetensors.torch import load, save
-from stand_in_engine import Served, StandInEngine, served
-from tiny_models import latent, latent_config
+from stand_in_engine import Served, StandInEngine, make_model, served
 
 from latent_trl.serving.rollout_app import rollout_request
 from latent_trl.serving.server import make_rollout_server
@@ -22,26 +21,9 @@ from latent_trl.vllm.wire import PolicyFile, packed, rollout_body, unpacked
 PROMPTS = [[20, 30, 40], [21, 31]]
 
 
-def make_model(seed=0):
-    model, _ = latent("llama", latent_config(use_projector=False))
-    if seed:
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.policy.parameters():
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
-    return model.eval()
-
-
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def shared(folder):
-    with served(make_model, folder) as (server,):
+def shared(rollout_model):
+    with served(make_model, rollout_model) as (server,):
         yield server
 
 
@@ -268,8 +250,8 @@ def test_a_client_that_hangs_up_ends_its_rows(client, server):
     wait_for(lambda: not server.engine.requests, 5)
 
 
-def test_an_engine_that_failed_answers_nothing(folder):
-    with served(make_model, folder) as (server,):
+def test_an_engine_that_failed_answers_nothing(rollout_model):
+    with served(make_model, rollout_model) as (server,):
         client = RolloutServer(server.url, 20.0)
         version = client.describe()["policy"]
         assert requests.get(f"{server.url}/health").json() == {"status": "ok"}
@@ -286,15 +268,15 @@ def test_an_engine_that_failed_answers_nothing(folder):
         assert requests.get(f"{server.url}/health").status_code == 503
 
 
-def test_a_key_is_asked_for(folder):
-    with served(make_model, folder, key="right") as (server,):
+def test_a_key_is_asked_for(rollout_model):
+    with served(make_model, rollout_model, key="right") as (server,):
         assert RolloutServer(server.url, 20.0, "right").describe()["policy"]
         for wrong in (None, "wrong"):
             with pytest.raises(WrongRequest, match=r"refuses this \(401\): The API key is missing or wrong"):
                 RolloutServer(server.url, 20.0, wrong).describe()
         assert requests.get(f"{server.url}/health").json() == {"status": "ok"}
     with pytest.raises(ValueError, match="At '0.0.0.0' other machines are served, so there must be an API key"):
-        Served(make_model, folder, host="0.0.0.0").start()
+        Served(make_model, rollout_model, host="0.0.0.0").start()
 
 
 def test_something_else_at_the_address_is_no_server():
@@ -354,21 +336,21 @@ def test_the_servers_address_needs_no_engine_to_be_refused():
 # The command and its page
 
 
-def test_the_command_says_what_is_missing_before_it_loads_anything(folder, monkeypatch, capsys):
+def test_the_command_says_what_is_missing_before_it_loads_anything(rollout_model, monkeypatch, capsys):
     from latent_trl.commands import vllm_serve
     from latent_trl.commands.main import main
 
     monkeypatch.delenv("LATENT_TRL_API_KEY", raising=False)
     for missing, said in (("uvicorn", "A server needs uvicorn: pip install uvicorn"), ("vllm", "needs vLLM: see docs")):
         monkeypatch.setattr(vllm_serve, "find_spec", lambda name, missing=missing: None if name == missing else name)
-        assert main(["vllm-serve", folder]) == 1 and said in capsys.readouterr().err
+        assert main(["vllm-serve", rollout_model]) == 1 and said in capsys.readouterr().err
     monkeypatch.setattr(vllm_serve, "find_spec", lambda name: name)
-    assert main(["vllm-serve", folder, "--host", "0.0.0.0"]) == 1
+    assert main(["vllm-serve", rollout_model, "--host", "0.0.0.0"]) == 1
     assert "there must be an API key: set LATENT_TRL_API_KEY" in capsys.readouterr().err
     assert main(["vllm-serve", "nowhere/at/all"]) == 1 and "nowhere/at/all" in capsys.readouterr().err
 
 
-def test_the_page_names_options_routes_and_fields_that_there_are(folder, server, capsys):
+def test_the_page_names_options_routes_and_fields_that_there_are(rollout_model, server, capsys):
     import re
     from dataclasses import fields
     from pathlib import Path

@@ -6,53 +6,17 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from stand_in_engine import served
-from test_rollout_server import PROMPTS, make_model, wait_for
+from stand_in_engine import make_model
+from test_rollout_server import PROMPTS, wait_for
 
 from latent_trl import LatentActionGRPOConfig, LatentActionModel, LatentActionPPOConfig, LatentActionRLOOConfig
 from latent_trl.trainer.rollout.engine_options import server_urls
-from latent_trl.vllm import servers as servers_module
 from latent_trl.vllm.client import WrongRequest
 from latent_trl.vllm.identity import differences, identity_of_checkpoint, identity_of_model
 from latent_trl.vllm.servers import RolloutServers, RolloutServersError, divided
 
+pytestmark = pytest.mark.usefixtures("no_waiting")
 LAW = {"n": 3, "seed": 5, "max_new_tokens": 6, "stop_token_ids": [2], "action_sampling": "arithmetic"}
-
-
-@pytest.fixture(autouse=True)
-def no_waiting(monkeypatch):
-    monkeypatch.setattr(servers_module, "RETRY_SECONDS", 0.05)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    make_model().save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def three(folder):
-    with served(make_model, folder, 3) as started:
-        yield started
-
-
-@pytest.fixture
-def running(three):
-    """Three servers, all of them there."""
-    for server in three:
-        if server.server is None:
-            server.start()
-        server.engine.before_step = lambda: None
-        server.engine.answered.clear()
-    return three
-
-
-@pytest.fixture
-def warnings(monkeypatch):
-    found = []
-    monkeypatch.setattr(servers_module.logger, "warning", found.append)
-    return found
 
 
 def pool(started, timeout=20.0, model=None):
@@ -230,7 +194,7 @@ def test_another_backbone_or_package_is_refused_at_the_start(running, monkeypatc
         RolloutServers(make_model(), [running[0].url], 5.0)
 
 
-def test_a_server_that_comes_back_with_another_model_has_no_work(running, folder, warnings, tmp_path, expected):
+def test_a_server_that_comes_back_with_another_model_has_no_work(running, rollout_model, warnings, tmp_path, expected):
     servers = pool(running[:2])
     other = make_model()
     with torch.no_grad():
@@ -245,12 +209,12 @@ def test_a_server_that_comes_back_with_another_model_has_no_work(running, folder
         assert running[1].engine.answered == [] and "with another model" in servers.lost[running[1].url]
     finally:
         running[1].stop()
-        running[1].folder = folder
+        running[1].folder = rollout_model
 
 
-def test_the_identity_is_that_of_the_checkpoint(folder, tmp_path):
-    own = identity_of_checkpoint(folder)
-    loaded = LatentActionModel.from_pretrained(folder, backbone=make_model().backbone)
+def test_the_identity_is_that_of_the_checkpoint(rollout_model, tmp_path):
+    own = identity_of_checkpoint(rollout_model)
+    loaded = LatentActionModel.from_pretrained(rollout_model, backbone=make_model().backbone)
     assert differences(identity_of_model(loaded), own) == []
     # RL changes the policy and the value head.
     changed = make_model(1)

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -178,3 +179,13 @@ def test_a_repetition_penalty_is_honoured_where_it_is_asked_for(tmp_path):
     penalised = repetitive(tmp_path, 5.0, of_checkpoint=1.0)
     kinds = [sum(len(set(row)) for row in ids.tolist()) for ids in (plain, penalised)]
     assert kinds[1] > kinds[0]
+
+
+def test_an_engine_gets_the_best_checkpoint(tmp_path):
+    """Other weights at the same step, which an engine cannot tell where layers are sharded."""
+    trainer = build(tmp_path / "run")
+    trainer.save_model(str(tmp_path / "best"))
+    trainer.state.best_model_checkpoint = str(tmp_path / "best")
+    trainer.engine_source = SimpleNamespace(policy_state=(3,))
+    trainer._load_best_model()
+    assert trainer.engine_source.policy_state == ()

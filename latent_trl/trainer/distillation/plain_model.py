@@ -8,15 +8,6 @@ from ...checkpoint.configuration import STAGES
 from ...models.latent_action_model import LatentActionModel
 
 
-def check_prompts(dataset: Any, name: str) -> None:
-    """Raises `ValueError` unless `dataset` has a length and `prompt`."""
-    if dataset is None or not hasattr(dataset, "__len__") or len(dataset) == 0:
-        raise ValueError(f"`{name}` must be a data set of prompts, with at least one row.")
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "prompt" not in columns:
-        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")
-
-
 def check_model(model: LatentActionModel, args: Any) -> None:
     """
     Raises `ValueError` for a model that has no policy to be taught, or whose backbone cannot be taught it.

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging
 
+from ...data.prompts import check_prompts
 from ...generation.answers import end_tokens, evaluation_mode
 from ...models.cross_entropy import mean_part
 from ...models.latent_action_model import LatentActionModel
@@ -30,7 +31,7 @@ from ..run.loading import load_model, load_processing_class, own_config
 from ..run.output_folder import check_writable
 from .config import LatentActionDistillationConfig
 from .objective import DistillationLosses
-from .plain_model import check_model, check_prompts, save_plain
+from .plain_model import check_model, save_plain
 
 logger = logging.get_logger(__name__)
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProcessorMixin, Trainer, Train
 
 from ...checkpoint.plan_files import PLAN_CONFIG
 from ...data.bad_rows import BadRows
-from ...data.prompts import PromptEncoder
+from ...data.prompts import PromptEncoder, check_prompts
 from ...data.reading import OpenedRows, StoredRows
 from ...generation.answers import end_tokens
 from ...hub.facts import CodebookReport, Evaluation
@@ -232,16 +232,3 @@ class PlanTrainer(HubTrainingMixin, Trainer):
 
     def _load_best_model(self) -> None:
         self.model.load_folder(self.state.best_model_checkpoint)
-
-
-def check_prompts(dataset: Any, name: str) -> None:
-    """Raises `ValueError` unless `dataset` has rows with `prompt`."""
-    if dataset is None:
-        raise ValueError(f"`{name}` must be given.")
-    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-        raise ValueError(f"`{name}` is a {type(dataset).__name__}, which has no length. Give a `datasets.Dataset`.")
-    if len(dataset) == 0:
-        raise ValueError(f"`{name}` is empty.")
-    columns = getattr(dataset, "column_names", None) or list(dataset[0])
-    if "prompt" not in columns:
-        raise ValueError(f"`{name}` has the columns {sorted(columns)}; it needs `prompt`.")

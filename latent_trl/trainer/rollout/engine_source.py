@@ -9,7 +9,7 @@ from transformers.utils import logging
 
 from ...api_key import read_key
 from ...data.prompts import EncodedPrompt
-from ...vllm.prompts import check_prompts, request_of
+from ...vllm.prompts import check_prompt, request_of
 from ...vllm.servers import RolloutServers
 from ..run.engines import shards_layers, whole_tensors
 from .engine_options import server_urls
@@ -92,7 +92,8 @@ class EngineSource:
             )
         if trainer.args.vllm_enable_sleep_mode:
             self.engine.sleep()
-        check_prompts(prompts, answers, copies)
+        for i, answer in enumerate(answers):
+            check_prompt(prompts[i // copies], answer.prompt_ids)
         samples = [
             Sample(
                 row=rows[i // copies],

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset
 from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub.utils import filter_repo_objects
 from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import PushInProgress, logging
@@ -32,7 +33,7 @@ ALWAYS_SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumu
 NEVER_SHOWN = ("_dir", "_token", "_root", "_path", "push_to_hub", "hub_", "report_to", "run_name", "tqdm", "use_cpu")
 EVALUATED = ("eval_reward", "eval_loss")
 # Of states in a checkpoint.
-TENSOR_FILES = (".pt", ".pth", ".bin", ".distcp")
+TENSOR_FILES = ("*.pt", "*.pth", "*.bin", "*.distcp")
 
 
 def shown_settings(args: TrainingArguments) -> dict[str, Any]:
@@ -252,15 +253,17 @@ class HubTrainingMixin(WholeCheckpointMixin):
             push_folder(folder, self.hub_model_id, commit_message=message, **shared)
             if path_in_repo is not None:
                 # States too, which `push_folder` leaves out. Tensors in PyTorch's own files hold no text.
-                for path in Path(folder).rglob("*"):
-                    if path.is_file() and not path.is_symlink() and path.suffix not in TENSOR_FILES:
-                        check_no_secret(path)
+                ignored = ["training_args.*", CARD_FILE, *PLOT_FILES]
+                found = [path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink()]
+                names = [str(path.relative_to(folder)) for path in found]
+                for name in filter_repo_objects(names, ignore_patterns=[*ignored, *TENSOR_FILES]):
+                    check_no_secret(Path(folder) / name)
                 HfApi(library_name="latent-trl").upload_folder(
                     repo_id=self.hub_model_id,
                     folder_path=folder,
                     path_in_repo=path_in_repo,
                     commit_message=f"{message}, checkpoint",
-                    ignore_patterns=["training_args.*", CARD_FILE, *PLOT_FILES],
+                    ignore_patterns=ignored,
                     **shared,
                 )
         except Exception as error:

@@ -115,3 +115,23 @@ def test_an_answer_that_is_asked_twice_counts_once(tmp_path):
     found.train()
     pairs = list(zip(found.replay.prompts, found.replay.plans, strict=True))
     assert len(pairs) == len(set(pairs)) == 12 * 4
+
+
+@pytest.mark.parametrize("exploration", ["softmax", "thompson"])
+def test_rollouts_of_a_prompt_have_different_answers(tmp_path, exploration):
+    """Of two pairs of plans that say the same, one of each is tried."""
+    asked = []
+
+    def reward(completions, number, **columns):
+        asked.extend(zip(number, completions, strict=True))
+        return even_length(completions)
+
+    options = {**BATCH, "max_steps": 16, "measure_ceiling": False, "exploration": exploration}
+    found = bandit_trainer(tmp_path, with_twins(), reward, **options)
+    found.eval_dataset = None
+    found.train()
+    assert len(asked) == 4 * 24
+    for first, second in zip(asked[::2], asked[1::2], strict=True):
+        encoded = found.encoder({"_row": 0, **prompts()[first[0]]})
+        ids = found.model.answers(found.encoder, [encoded] * 2, [0, 1], 4, found.ends).token_ids
+        assert first[0] == second[0] and (first[1] != second[1]) == (ids[0] != ids[1])

@@ -19,7 +19,7 @@ ALLOWED = {
     "data": {"models"},
     "sizing": {"checkpoint", "generation", "models"},
     "rewards": {"data"},
-    "plans": {"checkpoint", "data", "generation", "hub", "models"},
+    "plans": {"checkpoint", "data", "generation", "hub", "models", "vllm"},
     "search": {"data", "generation", "models", "rewards"},
     "evaluation": {"checkpoint", "data", "generation", "hub", "models", "rewards", "search"},
     "trainer": {"checkpoint", "data", "evaluation", "generation", "hub", "models", "plans", "rewards", "search"},

@@ -16,6 +16,7 @@ Tokens beside it are the runs of `benchmarks/reproduction` on the same backbones
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -69,6 +70,7 @@ def learned_space(size: str, seed: int, args: argparse.Namespace, folder: Path) 
     processor = AutoProcessor.from_pretrained(SIZES[size].backbone)
     if (folder / "model").is_dir():
         return PlanModel.from_pretrained(folder / "model", backbone=backbone), processor, float("nan")
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     set_seed(seed)
     pairs = shape_pairs("base", args.prompts, seed=seed)
     rows = [{"prompt": row["messages"][:-1], "images": row["images"]} for row in pairs]

@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import re
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -141,6 +142,8 @@ def learned_space(segment: str, args: argparse.Namespace, folder: Path) -> tuple
     where = backbone_folder(args)
     backbone = AutoModelForImageTextToText.from_pretrained(where, dtype="float32")
     kept = (folder / "model").is_dir()
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     trainer = PlanSpaceTrainer(
         PlanModel.from_pretrained(folder / "model", backbone=backbone)
         if kept

@@ -64,6 +64,7 @@ STAGES_BEFORE = ("inverse_dynamics", "projector", "joint")
 
 def cloned(space: Path, layers: int, width: int, seed: int, folder: Path) -> dict[str, Any]:
     """A fresh policy of that size on the space, cloned, and the backbone tuned to follow codes; saved in `folder`."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     set_seed(seed)
     model = LatentActionModel.from_pretrained(space, backbone=load_backbone(SIZE))
     text_config = model.config.text_config
@@ -135,6 +136,7 @@ def run(folder: Path, policy: tuple[int, int], seed: int, rate: float) -> dict[s
     space, start = work / f"space-{seed}" / "model", work / f"{layers}x{width}-{seed}"
     tasks = Tasks.load(SIZE.questions, SIZE.others)
     if not space.is_dir():
+        shutil.rmtree(space.parent, ignore_errors=True)
         learn(Cell("space", "learn", seed, {"coverage_coef": 0.0, "stages": STAGES_BEFORE}), SIZE, space.parent)
     before = before_rl(folder, policy, seed)
     if not before.is_file() or not (start / "model").is_dir():

@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -169,6 +170,7 @@ def learn_space(folder: Path, seed: int, space: str) -> Path:
 
     model = folder / "spaces" / str(seed) / "model"
     if not model.is_dir():
+        shutil.rmtree(model.parent, ignore_errors=True)  # of a run that was stopped
         with contextlib.redirect_stdout(io.StringIO()):
             learn(Cell("space", "learn", seed, dict(SPACES["space"])), LEARNING[space], model.parent)
     return model

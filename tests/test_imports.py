@@ -193,3 +193,9 @@ def test_what_points_the_right_way_is_not(file, source):
 )
 def test_files_that_break_the_rules_are_found(file, source):
     assert len(style_faults(file, source)) == 1
+
+
+def test_names_of_test_files_differ():
+    """Folders of tests are no packages: pytest imports each file by its name alone."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(names) == sorted(set(names))

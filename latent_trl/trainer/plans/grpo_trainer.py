@@ -131,7 +131,8 @@ class PlanGRPOTrainer(PlanRLTrainer):
             self.replay.noted(name, places).to(device) for name in ("log_prob", "advantage", "weight")
         )
         gains, clipped = self._clipped_gains(log_probs, old, advantages)
-        entropies = torch.special.entr(laws.exp()).sum(dim=1)
+        # `torch.special.entr` has no gradient where a probability is 0 in float32.
+        entropies = -(laws.exp() * laws).sum(dim=1)
         step = self.state.global_step
         self.shares["entropy"][step] = entropies.sum().item() / count
         self.shares["clip_ratio"][step] = clipped / count

@@ -288,6 +288,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.size == "reduced":
         args.space_steps, args.rollouts, args.pictures = 20, 512, 40
+    if "switch" in args.segments and any(arm.startswith("bandit") for arm in args.arms):
+        parser.error("A bandit does not learn a switch: take `--arms grpo ppo`.")
     torch.set_num_threads(1)
     test, found = pictures("test", args.pictures, 0), {}
     for segment in args.segments:

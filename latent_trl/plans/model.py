@@ -284,7 +284,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             tell (`Callable`, *optional*): Told the number of a prompt and a token of its answer as they come; returns
                 whether the answer ends with it. Not with an engine.
             switch (`Callable`, *optional*): Ends segments, as [`~latent_trl.plans.segments.speak`] takes it; by default
-                [`~PlanModel.likely_ends`], where there is a learned switch.
+                [`~PlanModel.likely_ends`], where there is a learned switch. Not with an engine.
 
         Raises:
             ValueError: For an engine where there is a learned switch.

@@ -136,6 +136,8 @@ def forget(model: PlanModel, seed: int) -> None:
         if isinstance(module, torch.nn.Linear):
             module.reset_parameters()
     torch.nn.init.zeros_(model.chooser.attended.weight)
+    for parameter in model.chooser.switch.parameters() if model.has_switch else ():
+        torch.nn.init.zeros_(parameter)
 
 
 def curve(

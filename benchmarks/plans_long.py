@@ -1,7 +1,9 @@
 """
 A plan for each sentence beside one for the whole answer, where an answer is worth something only if all of it is right.
+With `switch` a learned switch ends segments of the space of sentences.
 
     python benchmarks/plans_long.py --segments answer sentence --arms bandit "bandit, T = 0.3" grpo ppo --tokens
+    python benchmarks/plans_long.py --segments sentence switch --arms grpo ppo
     python benchmarks/plans_long.py --size reduced
 
 The backbone is the pocket VLM, taught to describe a picture in three sentences: its shape, its colour, its size. Its
@@ -17,6 +19,7 @@ import re
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,8 +140,16 @@ def backbone_folder(args: argparse.Namespace) -> Path:
     return folder
 
 
-def learned_space(segment: str, args: argparse.Namespace, folder: Path) -> tuple[PlanSpaceTrainer, float]:
+def learned_space(segment: str, args: argparse.Namespace) -> tuple[PlanSpaceTrainer, float]:
     """A space of plans for whole answers or sentences, learned where it is not there, and the seconds that it took."""
+    if segment == "switch":
+        # Its space is that of sentences.
+        trainer, spent = learned_space("sentence", args)
+        model = PlanModel(trainer.model.backbone, replace(trainer.model.plan_config, segment=segment))
+        model.plans.load_state_dict(trainer.model.plans.state_dict())
+        trainer.model = model
+        return trainer, spent
+    folder = args.output_dir / segment
     where = backbone_folder(args)
     backbone = AutoModelForImageTextToText.from_pretrained(where, dtype="float32")
     kept = (folder / "model").is_dir()
@@ -277,11 +288,13 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(arguments)
     if args.size == "reduced":
         args.space_steps, args.rollouts, args.pictures = 20, 512, 40
+    if "switch" in args.segments and any(arm.startswith("bandit") for arm in args.arms):
+        parser.error("A bandit does not learn a switch: take `--arms grpo ppo`.")
     torch.set_num_threads(1)
     test, found = pictures("test", args.pictures, 0), {}
     for segment in args.segments:
         folder = args.output_dir / segment
-        space, seconds = learned_space(segment, args, folder)
+        space, seconds = learned_space(segment, args)
         report = report_plans(
             space.model,
             space.encoder,

@@ -52,10 +52,11 @@ def code_facts(record) -> dict[str, object]:
 
 
 def plan_facts(record) -> dict[str, object]:
-    held = {"answer": "the answer", "sentence": "a sentence"}.get(record.get("segment"), record.get("segment"))
+    from ..hub.plan_card import held_for
+
     return {
         "plans": f"{record.get('num_plans')} of rank {record.get('rank')}, from layer {record.get('depth')} on",
-        "held for": held if isinstance(held, str) else f"{held} tokens",
+        "held for": held_for(record.get("segment")),
         "LoRA below them": "in the folder `adapter`" if record.get("has_adapter") else "none",
     }
 

@@ -50,7 +50,9 @@ class PlanLearnArguments(HeldOutArguments):
     chooser_layers: int = field(default=4, metadata={"help": "decoder layers that the chooser reads"})
     chooser_size: int = field(default=256, metadata={"help": "width of the chooser"})
 
-    segment: str = field(default="answer", metadata={"help": "how long a plan is held: answer, sentence, or tokens"})
+    segment: str = field(
+        default="answer", metadata={"help": "how long a plan is held: answer, sentence, switch (learned), or tokens"}
+    )
 
     def model_fields(self) -> dict[str, Any]:
         """Keyword arguments of `PlanConfig`."""

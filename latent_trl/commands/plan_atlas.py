@@ -7,7 +7,9 @@ from typing import Any
 from .arguments import refuse_given
 
 
-def made_plan_atlas(report: Any, rows: Any, chosen: list[int] | None, name: str, data: str, shown: int = 6) -> Any:
+def made_plan_atlas(
+    report: Any, rows: Any, chosen: list[int] | None, name: str, data: str, shown: int = 6, segment: Any = "answer"
+) -> Any:
     """
     A page's content from what all plans answered.
 
@@ -17,8 +19,10 @@ def made_plan_atlas(report: Any, rows: Any, chosen: list[int] | None, name: str,
         chosen (`list[int]`, *optional*): `[B]`, the plan of each prompt, where there is a chooser.
         name (`str`), data (`str`): Of the model and of the data.
         shown (`int`, defaults to `6`): Prompts that are shown with all answers.
+        segment (`str` or `int`, defaults to `"answer"`): For what the model holds a plan.
     """
     from ..evaluation.plan_atlas import PlanAtlas, PlanEntry, plan_example
+    from ..hub.plan_card import held_for
 
     summary, figures = report.summary(chosen, per_plan=8), report.metrics()
     entries = [PlanEntry(one["plan"], one["answers"], one["chosen"], one["reward"]) for one in summary.plans]
@@ -28,7 +32,7 @@ def made_plan_atlas(report: Any, rows: Any, chosen: list[int] | None, name: str,
     ]
     names = {"ceiling": "best plan a prompt", "best_single_plan": "one plan for all", "backbone": "backbone"}
     told = {label: figures[key] for key, label in names.items() if key in figures}
-    return PlanAtlas(name, data, len(rows), figures["distinct"], entries, examples, told)
+    return PlanAtlas(name, data, len(rows), figures["distinct"], entries, examples, told, held_for(segment))
 
 
 def chosen_plans(model: Any, encoder: Any, prompts: list[Any], batch_size: int) -> list[int] | None:
@@ -62,6 +66,12 @@ def draw_plans(args: argparse.Namespace, rows: Any) -> Path:
     report = report_plans(model, encoder, every, args.max_new_tokens, ends, batch_size=args.batch_size)
     chosen = chosen_plans(model, encoder, [encoder(row) for row in every], args.batch_size)
     atlas = made_plan_atlas(
-        report, rows, chosen, args.model, f"{args.dataset}, {args.split}", shown=args.forced_prompts
+        report,
+        rows,
+        chosen,
+        args.model,
+        f"{args.dataset}, {args.split}",
+        shown=args.forced_prompts,
+        segment=model.plan_config.segment,
     )
     return write_plan_atlas(atlas, args.output)

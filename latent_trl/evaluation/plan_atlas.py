@@ -58,6 +58,7 @@ class PlanAtlas:
         distinct (`float`): Different answers of the plans to a prompt, on average.
         entries (`list[PlanEntry]`), examples (`list[PlanExample]`): What is shown.
         figures (`dict[str, float]`): Further ones for the top of the page, by name.
+        held (`str`): For what a plan is held.
     """
 
     model: str
@@ -67,6 +68,7 @@ class PlanAtlas:
     entries: list[PlanEntry]
     examples: list[PlanExample]
     figures: dict[str, float] = field(default_factory=dict)
+    held: str = "the whole answer"
 
 
 def plan_example(row: dict[str, Any], texts: list[str], backbone: str, chosen: int | None) -> PlanExample:

@@ -12,13 +12,20 @@ PURPOSE = {"chooser": "which plan to hold for a prompt", "adapter": "PEFT adapte
 SHOWN = 3
 
 
+def held_for(segment: Any) -> str:
+    """For what a plan is held, as `segment` of a record says."""
+    held = {"answer": "the whole answer", "sentence": "a sentence", "switch": "a segment that a learned switch ends"}
+    return held.get(str(segment)) or f"{segment} tokens"
+
+
 def plan_summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> str:
     """What it is, and on what it was learned."""
     kind = "vision-language" if record.get("vision_token_ids") else "language"
     lines = [
-        f"**{cell(record.get('num_plans'))} plans** for a {kind} model: latent actions that are held for a whole "
-        f"answer, each a LoRA of rank {cell(record.get('rank'))} on the layers from {cell(record.get('depth'))} on. "
-        f"Learned on {base_model_link(record)}, whose weights are not in this repository."
+        f"**{cell(record.get('num_plans'))} plans** for a {kind} model: latent actions that are held for "
+        f"{cell(held_for(record.get('segment')))}, each a LoRA of rank {cell(record.get('rank'))} on the layers from "
+        f"{cell(record.get('depth'))} on. Learned on {base_model_link(record)}, whose weights are not in this "
+        "repository."
     ]
     if "chooser" not in parts:
         lines.append("There is no chooser here: a plan is picked by hand, or a chooser trained by `PlanBanditTrainer`.")

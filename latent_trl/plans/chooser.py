@@ -7,6 +7,7 @@ from torch import nn
 
 from ..models.backbone import Backbone
 from ..models.decoder_stack import decoder_layers
+from .switch import PlanSwitch
 
 HEADS = 4
 
@@ -20,9 +21,10 @@ class PlanChooser(nn.Module):
         input_size (`int`): Width of the states that [`prompt_states`] gives.
         num_plans (`int`): K.
         size (`int`): Width of the hidden layer.
+        switch_size (`int`, *optional*): Width of the states that a switch of segments reads; by default there is none.
     """
 
-    def __init__(self, input_size: int, num_plans: int, size: int):
+    def __init__(self, input_size: int, num_plans: int, size: int, switch_size: int | None = None):
         super().__init__()
         self.last = nn.Linear(input_size, size)
         self.queries = nn.Linear(input_size, HEADS, bias=False)
@@ -30,6 +32,7 @@ class PlanChooser(nn.Module):
         self.attended = nn.Linear(HEADS * (size // HEADS), size, bias=False)
         nn.init.zeros_(self.attended.weight)
         self.output = nn.Linear(size, num_plans)
+        self.switch = None if switch_size is None else PlanSwitch(switch_size)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

@@ -40,7 +40,8 @@ class PlanConfig:
         chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
         chooser_size (`int`, defaults to `256`): Width of the chooser.
         segment (`str` or `int`, defaults to `"answer"`): How long a plan is held: for the whole `"answer"`, for a
-            `"sentence"`, or for so many tokens. A long answer needs a plan a sentence.
+            `"sentence"`, for so many tokens, or until a learned `"switch"` ends it. A long answer needs a plan a
+            sentence.
         segment_end_token_ids (`list[int]`, *optional*): Tokens that end a sentence. Filled in by the trainers from the
             tokenizer.
         seed (`int`, defaults to `0`): Of the start of plans and chooser.
@@ -76,13 +77,14 @@ class PlanConfig:
                 raise ValueError(f"`{name}` must be an integer from {least} to {most}, got {value!r:.100}.")
         if self.depth is not None and (type(self.depth) is not int or not 0 <= self.depth <= MAX_INT):
             raise ValueError(f"`depth` must be a number of layers, or None; got {self.depth!r:.100}.")
-        if self.segment not in ("answer", "sentence") and (
+        if self.segment not in ("answer", "sentence", "switch") and (
             type(self.segment) is not int or not 1 <= self.segment <= MAX_INT
         ):
             raise ValueError(
-                "`segment` must be 'answer', 'sentence' or a number of tokens of at least 1, got "
+                "`segment` must be 'answer', 'sentence', 'switch' or a number of tokens of at least 1, got "
                 f"{self.segment!r:.100}."
             )
+        self.check_switch()
         is_number = type(self.init_std) in (int, float)
         if not (is_number and 0 < self.init_std <= MAX_INT):
             raise ValueError(
@@ -99,6 +101,14 @@ class PlanConfig:
         if not _are(self.target_modules, lambda end: isinstance(end, str)) or self.target_modules == []:
             raise ValueError(
                 f"`target_modules` must be a list of ends of names, or None; got {self.target_modules!r:.100}."
+            )
+
+    def check_switch(self) -> None:
+        """Raises `ValueError` for a switch that has no states below the plans to read."""
+        if self.segment == "switch" and self.depth == 0:
+            raise ValueError(
+                "`segment='switch'` reads the states below the plans, and `depth` is 0: there are none. Take a `depth` "
+                "of at least 1, or `segment='sentence'`."
             )
 
     def save(self, folder: str | Path) -> None:

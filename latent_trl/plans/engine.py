@@ -52,6 +52,16 @@ def check_plans_alone(config: PlanConfig, what: str) -> None:
         raise ValueError(f"{what} are of rank {config.rank}, and an engine takes at most {RANKS[-1]}.")
 
 
+def check_no_switch(config: PlanConfig) -> None:
+    """Raises `ValueError` for plans whose segments a learned switch ends: an engine cannot ask it behind each token."""
+    if config.segment == "switch":
+        raise ValueError(
+            "These plans are held until a learned switch ends the segment (`segment='switch'`). It reads the states of "
+            "each token, which vLLM does not give. Answer with transformers (without `use_vllm`, or with `--engine "
+            "transformers`), or learn plans with `segment='sentence'`."
+        )
+
+
 def adapter_arguments(config: PlanConfig, count: int, given: dict[str, Any]) -> dict[str, Any]:
     """
     What tells vLLM of adapters.

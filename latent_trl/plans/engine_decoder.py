@@ -10,7 +10,7 @@ from ..checkpoint.plan_files import plan_folder
 from ..data.prompts import EncodedPrompt, PromptEncoder
 from ..vllm.prompts import check_prompt, request_of
 from .configuration import PlanConfig
-from .engine import adapter_arguments, check_multi_lora, check_plans_alone
+from .engine import adapter_arguments, check_multi_lora, check_no_switch, check_plans_alone
 from .model import PlanModel
 from .prompt_cache import GreedyAnswers
 
@@ -19,9 +19,11 @@ def check_decodable(model: PlanModel) -> None:
     """
     Raises:
         ImportError: Where vLLM is not installed.
-        ValueError: For a model that an engine does not answer as: with a LoRA below its plans, of a quantised backbone,
-            of plans of a high rank, or of an architecture whose model in vLLM takes no adapters.
+        ValueError: For a model that an engine does not answer as: with a learned switch of segments, a LoRA below its
+            plans, of a quantised backbone, of plans of a high rank, or of an architecture whose model in vLLM takes no
+            adapters.
     """
+    check_no_switch(model.plan_config)
     check_plans_alone(model.plan_config, "These plans")
     if model.view.fingerprint() is None:
         raise ValueError(

@@ -82,7 +82,8 @@ def read_plans(
         return PlanTensors(plans, None)
     with torch.device("meta"):
         width = len(chosen_layers(view, config.chooser_layers)) * view.hidden_size
-        planned = PlanChooser(width, config.num_plans, config.chooser_size)
+        switch_size = view.hidden_size if config.segment == "switch" else None
+        planned = PlanChooser(width, config.num_plans, config.chooser_size, switch_size)
     check_shapes(planned, check_weights(path), str(path))
     chooser = read_weights(path)
     check_range(chooser, dict.fromkeys(chooser, torch.float32), path)

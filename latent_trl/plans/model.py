@@ -20,8 +20,10 @@ from .base_adapter import BaseAdapter
 from .checkpoint import PlanCheckpointMixin
 from .chooser import PlanChooser, chosen_layers, prompt_states
 from .configuration import PlanConfig
+from .engine import check_no_switch
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
-from .segments import PlannedAnswer, continued, continued_inputs, speak
+from .segments import PlannedAnswer, Switch, continued, continued_inputs, settled_choice, speak
+from .shared_layers import record_lower
 from .targets import plan_targets
 
 # Decodes segments: prompts, what was said behind them, plans, the longest segment, its ends, and its length.
@@ -61,6 +63,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         self.view = Backbone(backbone)
         if config.depth is None:
             config.depth = self.view.text_config.num_hidden_layers // 2
+        config.check_switch()
         self.depth = config.depth
         targets = plan_targets(self.view, self.depth, config.target_modules)
         config.base_model_name_or_path = backbone.config._name_or_path or config.base_model_name_or_path
@@ -75,7 +78,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             width = len(self.chooser_layers) * self.view.hidden_size
-            self.chooser = PlanChooser(width, config.num_plans, config.chooser_size).to(backbone.device)
+            switch_size = self.view.hidden_size if config.segment == "switch" else None
+            self.chooser = PlanChooser(width, config.num_plans, config.chooser_size, switch_size).to(backbone.device)
         self.chooser_is_trained = False
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}
@@ -187,26 +191,50 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         plan_ids: torch.Tensor | None,
         max_new_tokens: int,
         ends: list[int],
+        stop: Callable[[list[int], list[list[int]], torch.Tensor], list[bool]] | None = None,
         **options: Any,
     ) -> GreedyAnswers:
         with nullcontext() if plan_ids is None else self.plans.active(plan_ids):
-            return decode_greedily(PromptCache.encode(self.view, inputs), max_new_tokens, ends, **options)
+            cache = PromptCache.encode(self.view, inputs)
+            if stop is None:
+                return decode_greedily(cache, max_new_tokens, ends, **options)
+            with record_lower(self.view, self.depth) as lower:
+                options["stop"] = lambda rows, said: stop(rows, said, lower.states[rows, -1])
+                return decode_greedily(cache, max_new_tokens, ends, **options)
 
     @property
     def segment_ends(self) -> list[int]:
         """
-        Tokens that end a segment and not the answer.
+        Tokens that end a segment and not the answer; where there is a switch, they do as long as it is not trained.
 
         Raises:
-            ValueError: Where a plan is held for a sentence, and no trainer has filled them in.
+            ValueError: Where segments are of sentences, and no trainer has filled them in.
         """
         config = self.plan_config
-        if config.segment == "sentence" and config.segment_end_token_ids is None:
+        if config.segment not in ("sentence", "switch"):
+            return []
+        if config.segment_end_token_ids is None:
             raise ValueError(
-                "`segment_end_token_ids` of the PlanConfig must be given for `segment='sentence'`: "
+                f"`segment_end_token_ids` of the PlanConfig must be given for `segment={config.segment!r}`: "
                 "`sentence_ends(tokenizer)` of `latent_trl.plans.segments`."
             )
-        return list(config.segment_end_token_ids or []) if config.segment == "sentence" else []
+        return list(config.segment_end_token_ids)
+
+    @property
+    def has_switch(self) -> bool:
+        """Whether a learned switch ends segments."""
+        return self.chooser.switch is not None
+
+    def behind_sentence(self, said: list[list[int]]) -> torch.Tensor:
+        """Whether the last token of each of N texts ends a sentence, `[N]`, on the CPU."""
+        ends = set(self.segment_ends)
+        return torch.tensor([own[-1] in ends for own in said])
+
+    def likely_ends(
+        self, rows: list[int], answers: list[PlannedAnswer], said: list[list[int]], states: torch.Tensor
+    ) -> torch.Tensor:
+        """Whether segments rather end than go on `[N]`, as [`~latent_trl.plans.segments.speak`] takes it."""
+        return self.chooser.switch(states, self.behind_sentence(said).to(states.device)) > 0
 
     @property
     def segment_length(self) -> int | None:
@@ -225,9 +253,10 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
 
     def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
         """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
-        stops, length = [*ends, *self.segment_ends], self.segment_length
-        return lambda inputs, plans, left, first, **told: self._decode(
-            inputs, plans, left, stops, steps=length, check_positions=first, **told
+        of_segment, length = self.segment_ends, self.segment_length
+        stops = ends if self.has_switch else [*ends, *of_segment]
+        return lambda inputs, plans, left, first, **options: self._decode(
+            inputs, plans, left, stops, steps=length, check_positions=first, **options
         )
 
     @torch.no_grad()
@@ -241,6 +270,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         batch_size: int = 256,
         engine: SegmentEngine | None = None,
         tell: Callable[[int, int], bool] | None = None,
+        switch: Switch | None = None,
     ) -> list[PlannedAnswer]:
         """
         Greedy answers, for each segment of which a plan is chosen. What answers to the same [`EncodedPrompt`] say alike
@@ -253,7 +283,16 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
                 answers so far and the backbone's inputs, in which what was said stands behind the prompt.
             tell (`Callable`, *optional*): Told the number of a prompt and a token of its answer as they come; returns
                 whether the answer ends with it. Not with an engine.
+            switch (`Callable`, *optional*): Ends segments, as [`~latent_trl.plans.segments.speak`] takes it; by default
+                [`~PlanModel.likely_ends`], where there is a learned switch. Not with an engine.
+
+        Raises:
+            ValueError: For an engine where there is a learned switch.
         """
+        if self.has_switch:
+            if engine is not None:
+                check_no_switch(self.plan_config)
+            switch = switch or self.likely_ends
         found: list[PlannedAnswer] = []
         for start in range(0, len(prompts), batch_size):
             some = prompts[start : start + batch_size]
@@ -276,6 +315,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
                 ends,
                 prompt_of=[id(prompt) for prompt in some],
                 tell=None if tell is None else _counted_from(start, tell),
+                switch=None if switch is None else _numbered_from(start, switch),
             )
         return found
 
@@ -328,7 +368,11 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
         own = self.backbone.generation_config.eos_token_id if eos_token_id is None else eos_token_id
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
-        choose = self._settled_choice(plan_ids, len(input_ids))
+        if plan_ids is None and not self.chooser_is_trained:
+            raise ValueError(
+                "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
+            )
+        choose = self.best_plans if plan_ids is None else settled_choice(plan_ids, len(input_ids), self.plan_config)
 
         def begin(rows: list[int], said: list[list[int]]) -> dict[str, Any]:
             return continued_inputs(self.view, inputs, said)
@@ -336,7 +380,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         with exclusive(self.backbone):
             decode = self.decode_segments(ends)
             # Rows stay together, since their pictures do.
-            spoken = speak(len(input_ids), begin, choose, decode, max_new_tokens, ends, all_rows=True)
+            switch = self.likely_ends if self.has_switch else None
+            spoken = speak(len(input_ids), begin, choose, decode, max_new_tokens, ends, all_rows=True, switch=switch)
         answers = [answer.token_ids for answer in spoken]
         pad = self.backbone.generation_config.pad_token_id
         pad = (ends or [0])[0] if pad is None else pad
@@ -344,37 +389,10 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         filled = [[*answer, *[pad] * (longest - len(answer))] for answer in answers]
         return torch.cat([input_ids, torch.tensor(filled, device=input_ids.device)], dim=1)
 
-    def _settled_choice(self, plan_ids: Any, rows: int) -> Callable[..., torch.Tensor]:
-        if plan_ids is None:
-            if not self.chooser_is_trained:
-                raise ValueError(
-                    "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
-                )
-            return self.best_plans
-        plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
-        plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
-        if (
-            plan_ids.ndim > 2
-            or len(plan_ids) != rows
-            or not plan_ids.numel()
-            or plan_ids.min() < 0
-            or plan_ids.max() >= self.plan_config.num_plans
-        ):
-            raise ValueError(
-                f"`plan_ids` must be in 0 ... {self.plan_config.num_plans - 1}, one number, one for each of {rows} "
-                f"rows, or a row of them, one a segment; got {plan_ids.tolist()}."
-            )
-        if plan_ids.ndim == 2 and plan_ids.shape[1] > 1 and self.plan_config.segment == "answer":
-            raise ValueError(
-                f"`plan_ids` has {plan_ids.shape[1]} plans a row, and a plan is held for the whole answer "
-                "(`segment='answer'`). Give one a row."
-            )
-        plan_ids = plan_ids.view(rows, -1)
-        last = plan_ids.shape[1] - 1
-        return lambda places, answers, _: torch.stack(
-            [plan_ids[row, min(len(answer.plans), last)] for row, answer in zip(places, answers, strict=True)]
-        )
-
 
 def _counted_from(start: int, tell: Callable[[int, int], bool]) -> Callable[[int, int], bool]:
     return lambda row, token: tell(start + row, token)
+
+
+def _numbered_from(start: int, switch: Switch) -> Switch:
+    return lambda rows, *given: switch([start + row for row in rows], *given)

@@ -124,6 +124,7 @@ def decode_greedily(
     steps: int | None = None,
     check_positions: bool = True,
     tell: Callable[[int, int], bool] | None = None,
+    stop: Callable[[list[int], list[list[int]]], list[bool]] | None = None,
 ) -> GreedyAnswers:
     """
     The likeliest token at each step, of those that are no placeholder of a picture.
@@ -139,6 +140,8 @@ def decode_greedily(
             behind the longest prompt.
         tell (`Callable`, *optional*): Told each token as it comes, with the number of its row; returns whether the
             answer ends with it.
+        stop (`Callable`, *optional*): Asked behind each token that the backbone has read, given the numbers of the rows
+            that go on and their answers so far; returns which of them end there.
 
     Raises:
         ValueError: When the backbone has no positions for so many tokens.
@@ -172,6 +175,12 @@ def decode_greedily(
         if all(ended) or step == steps - 1:
             break
         prompts.extend(torch.tensor(tokens, device=logits.device)[:, None])
+        if stop is not None:
+            going = [row for row in range(rows) if not ended[row]]
+            for row, is_over in zip(going, stop(going, [answers[row] for row in going]), strict=True):
+                ended[row] = is_over
+            if all(ended):
+                break
     return GreedyAnswers(answers, ended, likeliest)
 
 

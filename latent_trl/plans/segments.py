@@ -10,7 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data.prompts import EncodedPrompt
 from ..models.backbone import Backbone
+from .configuration import PlanConfig
 from .prompt_cache import GreedyAnswers
+
+# Whether segments end, a decision `[N]` a row: given the rows, their answers before the segment, what they have said of
+# it, and the states `[N, d]` below all plans of the last token.
+Switch = Callable[[list[int], list["PlannedAnswer"], list[list[int]], torch.Tensor], torch.Tensor]
 
 SENTENCE_END = re.compile(r"([.!?…。！？]|\n)[\"'”’)\]]*\s*$")
 
@@ -27,7 +32,10 @@ def sentence_ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     texts = tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
     found = [token for token, text in enumerate(texts) if token not in special and SENTENCE_END.search(text)]
     if not found:
-        raise ValueError("`segment='sentence'` needs a tokenizer with a token that ends a sentence, such as '.'.")
+        raise ValueError(
+            "`segment='sentence'` and `segment='switch'` need a tokenizer with a token that ends a sentence, such as "
+            "'.'."
+        )
     return found
 
 
@@ -93,6 +101,7 @@ def speak(
     all_rows: bool = False,
     prompt_of: list[int] | None = None,
     tell: Callable[[int, int], bool] | None = None,
+    switch: Switch | None = None,
 ) -> list[PlannedAnswer]:
     """
     Answers segment by segment. Each segment is a request of its own: the prompt and what has been said are read anew
@@ -103,13 +112,15 @@ def speak(
         begin (`Callable`): Inputs of the backbone for rows of these numbers, with what they have said behind them.
         choose (`Callable`): Plans `[N]` of the segments that begin, given the rows, their answers so far and inputs.
         decode (`Callable`): The segments, given inputs, plans, how many tokens an answer may yet take, and whether they
-            are the first; and `tell`, if there is one, with the places of rows in the batch.
+            are the first; and `tell` and `stop`, where there are such, with the places of rows in the batch.
         max_new_tokens (`int`): Longest answer.
         ends (`list[int]`): Tokens that end an answer.
         all_rows (`bool`, defaults to `False`): Whether rows that have ended stay in the batch.
         prompt_of (`list[int]`, *optional*): A number for each row's prompt. Rows that have the same prompt, have said
             the same and have the same plan say the same next, which is decoded once. By default all prompts differ.
         tell (`Callable`, *optional*): Told each row and token as they come; returns whether the answer ends with it.
+        switch (`Callable`, *optional*): Ends segments, beside what `decode` ends them by. Rows that are decoded
+            together may end theirs at different tokens.
     """
     prompt_of = list(range(rows)) if prompt_of is None else prompt_of
     answers = [PlannedAnswer() for _ in range(rows)]
@@ -128,10 +139,14 @@ def speak(
         if len(places) < len(batch):
             some = [batch[place] for place in places]
             inputs, plans = begin(some, [answers[row].token_ids for row in some]), plans[places]
-        options = {}
+        options: dict[str, Any] = {}
+        alike = [[row for row, key in zip(batch, keys, strict=True) if firsts[key] == place] for place in places]
         if tell is not None:
-            alike = [[row for row, key in zip(batch, keys, strict=True) if firsts[key] == place] for place in places]
             options["tell"] = _told_of_all(tell, alike, told_end)
+        lengths: dict[int, int] = {}
+        if switch is not None:
+            going_on = [[row for row in rows_of_one if row in active] for rows_of_one in alike]
+            options["stop"] = _Stops(switch, going_on, answers, max_new_tokens, lengths)
         segments = dict(zip(places, decode(inputs, plans, left, first, **options).token_ids, strict=True))
         first = False
         for place, (row, key) in enumerate(zip(batch, keys, strict=True)):
@@ -141,7 +156,7 @@ def speak(
             answer.decoded += firsts[key] == place
             answer.plans.append(key[-1])
             answer.starts.append(len(answer.token_ids))
-            answer.token_ids = [*answer.token_ids, *segment][:max_new_tokens]
+            answer.token_ids = [*answer.token_ids, *segment[: lengths.get(row)]][:max_new_tokens]
             answer.ended = answer.token_ids[-1] in ends or row in told_end
         active = [r for r in active if not answers[r].ended and len(answers[r].token_ids) < max_new_tokens]
     return answers
@@ -158,3 +173,77 @@ def _told_of_all(
         return len(done) == len(rows[place])
 
     return told
+
+
+@dataclass
+class _Stops:
+    """
+    Where a switch ends the segments of rows, those that say the same being decoded in one place.
+
+    Args:
+        switch (`Callable`): Decides.
+        rows (`list[list[int]]`): Of each place, those that go on.
+        answers (`list[PlannedAnswer]`): Of all rows, before the segment.
+        max_new_tokens (`int`): Longest answer, behind which nothing is to be decided.
+        lengths (`dict`): Filled with the lengths of the segments that have ended, by row.
+    """
+
+    switch: Switch
+    rows: list[list[int]]
+    answers: list[PlannedAnswer]
+    max_new_tokens: int
+    lengths: dict[int, int]
+
+    def __call__(self, places: list[int], said: list[list[int]], states: torch.Tensor) -> list[bool]:
+        """Which places are done, given what they have said of the segment and the states `[N, d]` of its last token."""
+        asked = []
+        for i, place in enumerate(places):
+            for row in self.rows[place]:
+                if len(self.answers[row].token_ids) + len(said[i]) >= self.max_new_tokens:
+                    self.lengths.setdefault(row, len(said[i]))
+                if row not in self.lengths:
+                    asked.append((row, i))
+        if asked:
+            rows, numbers = [row for row, _ in asked], [i for _, i in asked]
+            before = [self.answers[row] for row in rows]
+            ends = self.switch(rows, before, [said[i] for i in numbers], states[numbers])
+            self.lengths |= {row: len(said[i]) for (row, i), over in zip(asked, ends.tolist(), strict=True) if over}
+        return [all(row in self.lengths for row in self.rows[place]) for place in places]
+
+
+def settled_choice(plan_ids: Any, rows: int, config: PlanConfig) -> Callable[..., torch.Tensor]:
+    """
+    A choice of plans that were given, as [`speak`] takes it.
+
+    Args:
+        plan_ids (`torch.Tensor`, `list` or `int`): A plan for all rows, one a row `[B]`, or one for each segment of
+            each row `[B, S]`, the last of them for all later segments.
+        rows (`int`): B.
+        config (`PlanConfig`): Of the plans.
+
+    Raises:
+        ValueError: For plans that there are not, or several of an answer that holds one.
+    """
+    plan_ids = torch.as_tensor(plan_ids, dtype=torch.long)
+    plan_ids = plan_ids.expand(rows) if plan_ids.ndim == 0 else plan_ids
+    if (
+        plan_ids.ndim > 2
+        or len(plan_ids) != rows
+        or not plan_ids.numel()
+        or plan_ids.min() < 0
+        or plan_ids.max() >= config.num_plans
+    ):
+        raise ValueError(
+            f"`plan_ids` must be in 0 ... {config.num_plans - 1}, one number, one for each of {rows} "
+            f"rows, or a row of them, one a segment; got {plan_ids.tolist()}."
+        )
+    if plan_ids.ndim == 2 and plan_ids.shape[1] > 1 and config.segment == "answer":
+        raise ValueError(
+            f"`plan_ids` has {plan_ids.shape[1]} plans a row, and a plan is held for the whole answer "
+            "(`segment='answer'`). Give one a row."
+        )
+    plan_ids = plan_ids.view(rows, -1)
+    last = plan_ids.shape[1] - 1
+    return lambda places, answers, _: torch.stack(
+        [plan_ids[row, min(len(answer.plans), last)] for row, answer in zip(places, answers, strict=True)]
+    )

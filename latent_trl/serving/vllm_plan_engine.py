@@ -14,7 +14,7 @@ from ..checkpoint.files import PROCESSOR_RECORDS, resolve_folder
 from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_PATTERNS
 from ..data.prompts import EncodedPrompt
 from ..plans.configuration import PlanConfig
-from ..plans.engine import engine_arguments, plan_requests
+from ..plans.engine import check_no_switch, engine_arguments, plan_requests
 from ..plans.engine_decoder import never_tokens
 from ..plans.model import PlanModel
 from ..vllm.folders import dtype_of, load_generation_config, load_processor
@@ -53,6 +53,7 @@ class VLLMPlanEngine(VLLMServing):
         arguments = engine_arguments(model, **options)
         folder = resolve_folder(model, patterns=PLAN_PATTERNS)
         self.config = PlanConfig.load(folder)
+        check_no_switch(self.config)
         self.chooser = None
         if (folder / CHOOSER_FILE).is_file():
             dtype = {"dtype": options["dtype"]} if "dtype" in options else {}

@@ -140,7 +140,9 @@ def plan_trainers(folder) -> set[str]:
         own = {"share_rewards": True} if config is PlanBanditConfig else {}
         args = config(str(folder / config.__name__), num_generations=samples, **EVALUATING, **common, **own)
         found |= logged(trainer(model, lengths, args, rows, rows.select(range(4)), make_tokenizer()))
-    return found
+    model = PlanModel(tiny.model, PlanConfig(num_plans=4, depth=1, rank=2, segment="switch"))
+    args = PlanGRPOConfig(str(folder / "switch"), num_generations=2, **common)
+    return found | logged(PlanGRPOTrainer(model, lengths, args, rows, processing_class=make_tokenizer()))
 
 
 def engine() -> set[str]:

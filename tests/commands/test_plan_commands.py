@@ -217,6 +217,10 @@ def test_the_page_of_plans_shows_words_as_words(tmp_path):
         PlanAtlas("<m>", bad, 1, 2.0, [PlanEntry(0, [(bad, 1)])], [example], {"<i>": 1.0}), tmp_path / "a.html"
     ).read_text()
     assert "<script>" not in page and "<m>" not in page and "<i>" not in page
+    assert "the model holds one for" not in page
+    switched = PlanAtlas("m", "d", 1, 2.0, [PlanEntry(0, [("a", 1)])], [], held="a segment that a learned switch ends")
+    page = write_plan_atlas(switched, tmp_path / "b.html").read_text()
+    assert "the model holds one for a segment that a learned switch ends" in page
 
 
 def test_plans_are_learned_chosen_and_used_from_the_command_line(tmp_path, capsys):
@@ -244,6 +248,27 @@ def test_plans_are_learned_chosen_and_used_from_the_command_line(tmp_path, capsy
     assert (tmp_path / "bandit" / "chooser.safetensors").is_file()
     assert main(["inspect", bandit]) == 0
     assert "4 of rank 4" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_switch_is_learned_and_used_from_the_command_line(tmp_path, capsys, picture):
+    space, found = str(tmp_path / "space"), str(tmp_path / "rloo")
+    shared = ["--dataset_name", "shapes", *QUIET, "--dataset_limit", "12", "--max-completion-length", "6"]
+    shared += ["--reward_funcs", "exact_match", "--eval_strategy", "no"]
+    words = ["--model_name_or_path", POCKET, "--num_plans", "4", "--answers_per_prompt", "3", "--segment", "switch"]
+    words += ["--max_steps", "1", "--per_device_train_batch_size", "4", "--branch_min_prob", "0.005"]
+    assert main(["learn", "--kind", "plans", *words, "--output_dir", space, *shared]) == 0
+    record = json.loads((tmp_path / "space" / "plan_config.json").read_text())
+    assert record["segment"] == "switch" and record["segment_end_token_ids"]
+    words = ["--model_name_or_path", space, "--max_steps", "2", "--num_iterations", "1", "--rollout_prompts", "4"]
+    assert main(["bandit", *words, "--output_dir", found, *shared]) == 1
+    assert "`segment='switch'`: a bandit estimates what plans are worth" in capsys.readouterr().err
+    assert main(["rloo", *words, "--num_generations", "3", "--output_dir", found, *shared]) == 0
+    capsys.readouterr()
+    assert main(["generate", *asked(found, picture, "--json")]) == 0
+    reply = json.loads(capsys.readouterr().out)
+    assert len(reply["plans"]) == len(reply["segments"]) >= 1
+    words = ["--reward-funcs", "exact_match", "--limit", "2", "--max-new-tokens", "4"]
+    assert main(["evaluate", found, QUESTIONS, *words]) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / "plans")]
 
 import test_plan_policy as policy  # noqa: E402
 import test_plan_trainers as plans  # noqa: E402
+import test_switch_learning as switching  # noqa: E402
 from engines import has_deepspeed, launch  # noqa: E402
 
 from latent_trl.plans.scoring import log_likelihoods  # noqa: E402
@@ -29,12 +30,15 @@ KINDS = {
     "grpo": {"entropy_coef": 0.01},
     "without_replacement": {"exploration": "without_replacement"},
     "ppo": {"num_generations": 1},
+    "grpo, switch": {"max_completion_length": 5},
+    "ppo, switch": {"num_generations": 1, "max_completion_length": 5},
     "bandit, answers": {"replay_batch_size": 3},
     "shared, answers": {"replay_batch_size": 3, "share_rewards": True},
     # One process has no prompt of a batch.
     "alone, answers": {"replay_batch_size": 3, "share_rewards": True, "rollout_prompts": 1},
 }
 FIGURES = ("reward", "reward_std", "entropy", "clip_ratio", "plans/entropy", "ppo/value_loss", "ceiling/reward")
+FIGURES += ("switch/rate", "switch/entropy")
 
 
 def build(kind: str, folder: Path, rows: int):
@@ -45,6 +49,10 @@ def build(kind: str, folder: Path, rows: int):
             model.backbone.generation_config.eos_token_id = list(range(70, 140))
         options = {**EXACT, "per_device_train_batch_size": rows, "max_steps": 6, "eval_steps": 3, "save_steps": 3}
         return plans.space_trainer(folder, model, reward_funcs=plans.even_length, **options, save_total_limit=None)
+    if kind.endswith(", switch"):
+        return policy.trainer(
+            kind.split(",")[0], folder, switching.switched_model(), by_length, **{**RL, **KINDS[kind]}
+        )
     held = kind.endswith(", answers")
     name = "bandit" if held or kind == "thompson" else {"without_replacement": "grpo"}.get(kind, kind)
     model = plans.plan_model() if held else policy.segmented_model()
@@ -121,7 +129,8 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_are_one_with_other_settings(tmp_path):
-    compare(tmp_path, ["space, segments", "bandit", "thompson", "grpo", "without_replacement"])
+    switches = ["grpo, switch", "ppo, switch"]
+    compare(tmp_path, ["space, segments", "bandit", "thompson", "grpo", "without_replacement", *switches])
 
 
 def failing(completion_ids, trainer_state=None, **columns):

@@ -130,6 +130,22 @@ def test_a_card_of_nothing_known_is_whole(base, tmp_path):
     assert not re.search(r"None|nan|\$|TODO", card)
 
 
+@pytest.mark.parametrize(
+    "segment, said",
+    [
+        ("answer", "the whole answer"),
+        ("sentence", "a sentence"),
+        ("switch", "a segment that a learned switch ends"),
+        (12, "12 tokens"),
+    ],
+)
+def test_it_is_said_for_what_a_plan_is_held(base, tmp_path, segment, said, capsys):
+    make_plans(base[1].model, segment=segment).save_pretrained(tmp_path)
+    assert f"latent actions that are held for {said}, each a LoRA" in write_card(tmp_path).read_text()
+    assert inspect_command([str(tmp_path)]) == 0
+    assert f"held for {said} " in " ".join(re.sub("[│┃]", " ", capsys.readouterr().out).split())
+
+
 def test_commands_push_pull_and_inspect_plans(hub, base, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     make_plans(base[1].model).save_pretrained(tmp_path / "plans")

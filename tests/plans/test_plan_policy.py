@@ -177,6 +177,15 @@ def test_ratios_are_clipped_and_clamped(tmp_path):
     assert gradient(loss, found.model.chooser).abs().max() == 0
 
 
+def test_plans_whose_probability_is_zero_leave_gradients(tmp_path):
+    found = trainer("grpo", tmp_path, rows=prompts(2), rollout_prompts=1)
+    with torch.no_grad():
+        found.model.chooser.output.bias.copy_(torch.tensor([300.0, 0.0, -300.0, 0.0]))
+    found.roll_out(0)
+    found.replay.notes["advantage"] = [1.0, -1.0]
+    assert gradient(found.policy_loss(found.model, [0, 1]), found.model.chooser).isfinite().all()
+
+
 def test_ppo_discounts_a_segment_and_learns_a_value(tmp_path):
     options = {"gamma": 0.5, "gae_lambda": 1.0, "whiten_advantages": False, "rollout_prompts": 3}
     found = trainer(

@@ -164,7 +164,7 @@ def test_answers_end_at_the_longest_length():
 
 @pytest.mark.parametrize("segment", ["paragraph", 0, -1, True, 2.5])
 def test_other_segments_are_named(segment):
-    with pytest.raises(ValueError, match="`segment` must be 'answer', 'sentence' or a number of tokens"):
+    with pytest.raises(ValueError, match="`segment` must be 'answer', 'sentence', 'switch' or a number of tokens"):
         PlanConfig(segment=segment)
 
 

@@ -30,8 +30,11 @@ QUESTION, PLANS, LONGEST = "what color is it?", 4, 48
 def plan_model(segment="answer"):
     """Plans that say different things, and a chooser whose logits differ by some."""
     backbone = AutoModelForImageTextToText.from_pretrained(CARDS / "pocket-vlm", dtype="float32")
-    model = PlanModel(backbone, PlanConfig(num_plans=PLANS, init_std=0.5, segment=segment))
+    ends = list(range(0, 1000, 3)) if segment == "switch" else None
+    model = PlanModel(backbone, PlanConfig(num_plans=PLANS, init_std=0.5, segment=segment, segment_end_token_ids=ends))
     torch.nn.init.normal_(model.chooser.output.weight, std=0.3, generator=torch.Generator().manual_seed(0))
+    if model.has_switch:
+        torch.nn.init.normal_(model.chooser.switch.weight, std=0.5, generator=torch.Generator().manual_seed(0))
     model.chooser_is_trained = True
     return model
 
@@ -41,7 +44,7 @@ def processor():
     return AutoProcessor.from_pretrained(CARDS / "pocket-vlm", padding_side="left")
 
 
-@pytest.fixture(scope="module", params=["answer", 3])
+@pytest.fixture(scope="module", params=["answer", 3, "switch"])
 def served(processor, request):
     """A model of plans, and the address of a server of another one that is the same."""
     engine = TransformersPlanEngine(plan_model(request.param), processor, max_completion_length=LONGEST)

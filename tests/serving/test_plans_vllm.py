@@ -17,6 +17,7 @@ import openai  # noqa: E402
 import tiny_models  # noqa: E402
 import torch  # noqa: E402
 from loopback import serving  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from latent_trl import PlanConfig, PlanModel  # noqa: E402
 from latent_trl.data.prompts import PromptEncoder  # noqa: E402
@@ -167,3 +168,12 @@ def test_the_command_names_what_leaves_no_room_for_plans(folder, words, said, ca
 
     assert main(["serve", str(folder / "plans"), "--engine", "vllm", *words]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_the_command_refuses_a_learned_switch(folder, tmp_path, capsys):
+    from latent_trl.commands.main import main
+
+    backbone = AutoModelForCausalLM.from_pretrained(folder / "backbone", dtype="float32")
+    PlanModel(backbone, PlanConfig(num_plans=PLANS, depth=1, segment="switch")).save_pretrained(tmp_path)
+    assert main(["serve", str(tmp_path), "--engine", "vllm"]) == 1
+    assert "held until a learned switch ends the segment (`segment='switch'`)" in capsys.readouterr().err

@@ -35,8 +35,8 @@ class PlanBanditTrainer(PlanRLTrainer):
             [`~latent_trl.trainer.plans.rl_trainer.PlanRLTrainer`]; `args` is a `PlanBanditConfig`.
 
     Raises:
-        ValueError: For data without prompts, more rollouts a prompt than plans, or `share_rewards` where plans are held
-            for segments.
+        ValueError: For data without prompts, more rollouts a prompt than plans, a learned switch of segments, or
+            `share_rewards` where plans are held for segments.
         RewardError: For a reward function that raises, or returns what is no number.
     """
 
@@ -51,6 +51,12 @@ class PlanBanditTrainer(PlanRLTrainer):
         if self.args.num_generations > plans:
             raise ValueError(f"`num_generations` is {self.args.num_generations}, and there are {plans} plans to try.")
         segment = self.model.plan_config.segment
+        if segment == "switch":
+            raise ValueError(
+                "`segment='switch'`: a bandit estimates what plans are worth, and not when to switch. Train with "
+                "`PlanGRPOTrainer` or `PlanPPOTrainer` (`latent-trl grpo`, `rloo` or `ppo`), or hold a plan for a "
+                "`'sentence'`."
+            )
         if self.args.share_rewards and segment != "answer":
             raise ValueError(
                 f"`share_rewards` needs plans that are held for the answer, and these have `segment={segment!r}`: what "

@@ -7,7 +7,7 @@ import torch
 
 from ...data.prompts import EncodedPrompt, PromptEncoder
 from ...plans.model import PlanModel, SegmentEngine
-from ...plans.segments import PlannedAnswer
+from ...plans.segments import PlannedAnswer, Switch
 from ...rewards.calling import RewardCaller
 from .processes import shared
 from .report import summed_rewards
@@ -67,10 +67,11 @@ class Judge:
     batch_size: int
     engine: SegmentEngine | None = None
 
-    def spoken(self, prompts: list[EncodedPrompt], choose: Any) -> list[PlannedAnswer]:
-        """Greedy answers under the plans that `choose` gives, as [`PlanModel.speak`] takes it."""
+    def spoken(self, prompts: list[EncodedPrompt], choose: Any, switch: Switch | None = None) -> list[PlannedAnswer]:
+        """Greedy answers under the plans that `choose` gives, with `switch`, as [`PlanModel.speak`] takes both."""
+        size, engine = self.batch_size, self.engine
         return self.model.speak(
-            self.encoder, prompts, choose, self.max_new_tokens, self.ends, self.batch_size, self.engine
+            self.encoder, prompts, choose, self.max_new_tokens, self.ends, size, engine, switch=switch
         )
 
     def rewards(self, rows: list[dict[str, Any]], answers: list[PlannedAnswer], **context: Any) -> torch.Tensor:

@@ -7,11 +7,32 @@ from typing import Any
 import torch
 from torch import nn
 
+from .processes import process
 from .space_config import PlanSpaceConfig
 from .space_trainer import PlanSpaceTrainer
 
 # Prompts from which plans that are added are learned.
 PROMPTS = 300
+
+
+def check_growth(args: Any, plans: int, space_args: PlanSpaceConfig | None) -> None:
+    """Raises `ValueError` for growth that a run of RL over so many plans cannot have."""
+    if args.grow_plans and args.grow_plans + plans > args.max_plans:
+        raise ValueError(
+            f"`grow_plans={args.grow_plans}` could add nothing to {plans} plans with `max_plans={args.max_plans}`. "
+            "Raise it."
+        )
+    if args.grow_plans and process()[1] > 1:
+        raise ValueError(
+            f"`grow_plans={args.grow_plans}` changes what is trained, which DDP cannot follow: grow plans in one "
+            "process, or by hand between runs (`add_plans`, `PlanSpaceConfig(new_plans=...)`)."
+        )
+    if args.grow_plans and args.load_best_model_at_end:
+        raise ValueError(
+            "`load_best_model_at_end` could load a model from before plans were added. Leave one of them out."
+        )
+    if space_args is not None and not args.grow_plans:
+        raise ValueError("`space_args` is not read without `grow_plans`. Set it, or leave `space_args` out.")
 
 
 def add_learned_plans(trainer: Any, count: int) -> None:

@@ -30,7 +30,8 @@ class PlanGRPOConfig(PlanRLConfig):
             The ratio of a choice's probability to that at the rollout counts between 1 - `epsilon` and 1 +
             `epsilon_high`, which is `epsilon` by default.
         entropy_coef (`float`, defaults to `0.0`):
-            Weight of the entropy of a choice, in nats, that is added to the reward.
+            Weight of the entropy of a choice of a plan, in nats, that is added to the reward. For decisions of a switch
+            none is added.
     """
 
     rollout_prompts: int = 16

@@ -96,7 +96,7 @@ class PlanTrainer(HubTrainingMixin, Trainer):
                 f"A plan is held for {config.segment} tokens (`segment`), and an answer has at most "
                 f"`max_completion_length={args.max_completion_length}`. Take shorter segments, or `segment='answer'`."
             )
-        if config.segment == "sentence" and config.segment_end_token_ids is None:
+        if config.segment in ("sentence", "switch") and config.segment_end_token_ids is None:
             config.segment_end_token_ids = sentence_ends(self.encoder.encoder.tokenizer)
         # Figures of all processes, and shares of figures by the step, which are sums over processes.
         self.figures: dict[str, list[float]] = defaultdict(list)

@@ -29,7 +29,9 @@ VALUE_FILE = "plan_value.safetensors"
 class PlanPPOTrainer(PlanGRPOTrainer):
     r"""
     PPO over plans. The value \\(V(s_{t_j})\\), a network of the chooser's form, gives segments advantages by GAE, with
-    a discount a segment; the reward is that of the last segment. Else as [`PlanGRPOTrainer`].
+    a discount a segment; the reward is that of the last segment. A decision of a switch has the advantage of the
+    segment that it ends or goes on with: the value is of where that starts, which the decision does not change. Else as
+    [`PlanGRPOTrainer`].
 
     Args:
         model, reward_funcs, args, train_dataset, eval_dataset, processing_class, callbacks, space_args: As in
@@ -81,6 +83,8 @@ class PlanPPOTrainer(PlanGRPOTrainer):
                 notes |= {"value": values[place].item(), "return": returns[place].item()}
                 reward = rewards[one["rollout"]].item()
                 self.replay.add(one["prompt"], one["plan"], reward, one["said"], one["owner"], **notes)
+        known = advantages.masked_fill(~mask.bool(), torch.nan)
+        self.keep_decisions(answers, made, [known[one["rollout"], one["segment"]].item() for one in made])
 
     def policy_loss(self, model: PlanModel, places: list[int]) -> torch.Tensor:
         args, device, own = self.args, self.args.device, self.replay.own(places)

@@ -18,7 +18,7 @@ from ...data.prompts import EncodedPrompt
 from ...plans.chooser import prompt_states
 from ...plans.configuration import PlanConfig
 from ...plans.model import PlanModel
-from ...plans.segments import PlannedAnswer
+from ...plans.segments import PlannedAnswer, Switch
 from ...rewards.calling import RewardCaller
 from ..rollout.engine_source import check_engine
 from ..rollout.metrics import length_figures, reward_figures
@@ -26,9 +26,9 @@ from ..run.loading import own_config
 from .ceiling import Ceiling, Judge
 from .choosing import RolloutChoices
 from .engine_source import EngineSource
-from .growth import add_learned_plans
+from .growth import add_learned_plans, check_growth
 from .plan_training import PlanTrainer, PromptRows
-from .processes import process, shared
+from .processes import shared
 from .replay import Replay, padded_states
 from .report import report_plans
 from .rl_config import PlanRLConfig
@@ -85,22 +85,7 @@ class PlanRLTrainer(PlanTrainer):
         self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.reward_func_names = self.caller.names
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")
-        if args.grow_plans and args.grow_plans + self.model.plan_config.num_plans > args.max_plans:
-            raise ValueError(
-                f"`grow_plans={args.grow_plans}` could add nothing to {self.model.plan_config.num_plans} plans with "
-                f"`max_plans={args.max_plans}`. Raise it."
-            )
-        if args.grow_plans and process()[1] > 1:
-            raise ValueError(
-                f"`grow_plans={args.grow_plans}` changes what is trained, which DDP cannot follow: grow plans in one "
-                "process, or by hand between runs (`add_plans`, `PlanSpaceConfig(new_plans=...)`)."
-            )
-        if args.grow_plans and args.load_best_model_at_end:
-            raise ValueError(
-                "`load_best_model_at_end` could load a model from before plans were added. Leave one of them out."
-            )
-        if space_args is not None and not args.grow_plans:
-            raise ValueError("`space_args` is not read without `grow_plans`. Set it, or leave `space_args` out.")
+        check_growth(args, self.model.plan_config.num_plans, space_args)
         self.space_args = space_args
         longest, size = args.max_completion_length, args.rollout_batch_size
         self.engine_source = EngineSource(self) if args.use_vllm else None
@@ -252,12 +237,13 @@ class PlanRLTrainer(PlanTrainer):
         used = torch.bincount(tried, minlength=self.model.plan_config.num_plans).float() / len(tried)
         self.figures["plans/entropy"].append(torch.special.entr(used).sum().item())
         self.figures["plans/segments"].append(len(tried) / len(spoken))
+        self.figures["plans/segment_length"].append(lengths.sum().item() / len(tried))
         self.figures["plans/decoded"].append(sum(answer.decoded for answer in spoken) / len(tried))
         self.figures["rollouts"] = [float((batch + 1) * len(spoken))]
 
-    def spoken(self, prompts: list[EncodedPrompt], choose: Choose) -> list[PlannedAnswer]:
-        """Greedy answers under the plans that `choose` gives."""
-        return self.judge.spoken(prompts, choose)
+    def spoken(self, prompts: list[EncodedPrompt], choose: Choose, switch: Switch | None = None) -> list[PlannedAnswer]:
+        """Greedy answers under the plans that `choose` gives; by default segments end where the model ends them."""
+        return self.judge.spoken(prompts, choose, switch)
 
     def rewards_of(self, rows: list[dict[str, Any]], answers: list[PlannedAnswer]) -> torch.Tensor:
         """Rewards `[N]` of answers, NaN where no function could score."""

@@ -56,7 +56,7 @@ class PlanMeasurement:
         if args.plan is None and not model.chooser_is_trained and not args.code_ceiling:
             raise ValueError(
                 "No chooser has been trained: give `--plan N`, or `--code-ceiling` for what all plans say. `latent-trl "
-                "bandit` trains a chooser."
+                "bandit` and `latent-trl grpo` train one."
             )
         self.model, self.rows, self.args, self.bars = model.eval(), rows, args, bars
         self.encoder = PromptEncoder(processor)

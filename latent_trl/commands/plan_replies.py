@@ -99,7 +99,7 @@ class PlanAnswerer:
         if values is None:
             raise ValueError(
                 "No chooser has been trained, so a plan must be named: `--plan N`, or `--all-plans`. `latent-trl "
-                "bandit` trains a chooser."
+                "bandit` and `latent-trl grpo` train one."
             )
         return sorted(self.plans, key=lambda plan: -values[plan])
 

@@ -28,7 +28,7 @@ def plan_summary(record: dict[str, Any], parts: dict[str, ComponentFacts]) -> st
         "repository."
     ]
     if "chooser" not in parts:
-        lines.append("There is no chooser here: a plan is picked by hand, or a chooser trained by `PlanBanditTrainer`.")
+        lines.append("There is no chooser here: a plan is picked by hand, or a chooser trained by RL.")
     return "\n\n".join(lines)
 
 

@@ -370,7 +370,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         ends = [] if own is None else [own] if isinstance(own, int) else list(own)
         if plan_ids is None and not self.chooser_is_trained:
             raise ValueError(
-                "`plan_ids` must be given: no chooser has been trained. Train one with `PlanBanditTrainer`."
+                "`plan_ids` must be given: no chooser has been trained. `PlanBanditTrainer` and `PlanGRPOTrainer` do."
             )
         choose = self.best_plans if plan_ids is None else settled_choice(plan_ids, len(input_ids), self.plan_config)
 

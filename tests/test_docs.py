@@ -23,6 +23,8 @@ RUN_ELSEWHERE = {
     "docs/distillation_trainer.md": "tests/trainer/test_distillation_page.py",
     "docs/checkpoint_format.md": "tests/hub",
     "docs/serving.md": "tests/serving/test_page.py",
+    "docs/quickstart.md": "tests/commands/test_notebooks.py",
+    "docs/how_to/steering.md": "tests/commands/test_notebooks.py",
 }
 BLOCK = re.compile(r"(?:^<!-- no-run: (?P<reason>.+?) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 

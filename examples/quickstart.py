@@ -6,7 +6,7 @@ The whole method on the pocket VLM, on two CPU cores, with a report: `latent-trl
 
 import sys
 
-from latent_trl.commands.demo import main
+from latent_trl.commands.main import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["demo", *sys.argv[1:]]))

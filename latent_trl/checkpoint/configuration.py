@@ -186,12 +186,9 @@ class LatentActionConfig(PreTrainedConfig):
         if self.decoder_kind == "plain":
             return _override(plain_config(self.text_config), overrides)
         values = self.text_config.to_dict()
-        values |= {
-            "_name_or_path": "",
-            "vocab_size": 1,
-            # Some text models must have one.
-            "pad_token_id": 0,
-        }
+        # The backbone's special tokens are outside this vocabulary; some text models must have one that pads.
+        values |= {name: 0 for name, value in values.items() if name.endswith("_token_id") and value is not None}
+        values |= {"_name_or_path": "", "vocab_size": 1, "pad_token_id": 0}
         values |= {name: 0.0 for name, value in values.items() if "drop" in name and isinstance(value, float)}
         # A backbone may read its prompt both ways; a code is chosen before what follows it is known.
         values |= {name: False for name, value in values.items() if "bidirectional" in name and value is True}

@@ -4,7 +4,6 @@ import argparse
 import json
 import sys
 import time
-import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -357,8 +356,6 @@ def main(argv: list[str] | None = None) -> int:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # Names that transformers will change: nothing that whoever runs the demo could do.
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     backbone = find_folder(args.backbone or BACKBONE)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     with progress_bars() as bars:

@@ -1,6 +1,7 @@
 """The `latent-trl` command: finds the subcommand, which imports what it needs itself."""
 
 import sys
+import warnings
 from importlib import import_module
 
 from .launching import launch, split_launch_options
@@ -63,6 +64,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"latent-trl: no command {argv[0]!r}.{hint}\n\n{_usage()}", file=sys.stderr)
         return 2
     command = import_module(f"{__package__}.{COMMANDS[argv[0]][0]}")
+    if not debug:
+        # Names that transformers will change: nothing that whoever runs a command can do.
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     try:
         if argv[0] in TRAINING:
             options, rest = split_launch_options(argv[1:])

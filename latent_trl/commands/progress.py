@@ -71,7 +71,8 @@ class ProgressLines:
         """Jobs come one after the other, so `task` is always the last one."""
         for name, value in values.items():
             setattr(self.job, name, value)
-        if time.monotonic() - self.said >= EVERY:
+        # The line of the last step is for `end`: its figures are still to come.
+        if self.job is not None and self.job.completed < self.job.total and time.monotonic() - self.said >= EVERY:
             self._say()
 
     def end(self) -> None:

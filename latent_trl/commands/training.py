@@ -1,7 +1,6 @@
 """How a training command runs its trainer: progress, resuming, saving, pushing."""
 
 import sys
-import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -10,10 +9,9 @@ RL_NAMES = {"grpo": "LatentActionGRPO", "rloo": "LatentActionRLOO", "ppo": "Late
 
 
 def quiet(args: Any) -> None:
-    """Leaves out what whoever runs a command can do nothing about: names that transformers will change."""
+    """Leaves out a warning of torch that whoever runs a command can do nothing about."""
     import torch
 
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # Pinned memory is for copies to an accelerator; without one torch warns at every stage.
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
 

@@ -254,3 +254,18 @@ def test_zsh_completes_commands_and_options(tmp_path):
     terminal.write("\x15")
     terminal.type("exit")
     assert terminal.process.wait(timeout=30) == 0
+
+
+def test_a_command_leaves_out_what_transformers_says_of_its_own_names(monkeypatch):
+    import warnings
+
+    def warns(argv):
+        warnings.warn_explicit("`a` is now `b`.", FutureWarning, "modeling_utils.py", 1, "transformers.modeling_utils")
+        warnings.warn_explicit("look here", UserWarning, "modeling_utils.py", 2, "transformers.modeling_utils")
+
+    monkeypatch.setattr("latent_trl.commands.env.main", warns)
+    for words, told in ((["env"], ["look here"]), (["--debug", "env"], ["`a` is now `b`.", "look here"])):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert main(words) == 0
+        assert [str(one.message) for one in caught] == told

@@ -36,7 +36,8 @@ def test_a_pipe_gets_lines_while_a_job_goes_on(piped, monkeypatch):
     with progress.progress_bars() as bars:
         run(bars)
     lines = piped.getvalue().splitlines()
-    assert [line.split("  ")[:2] for line in lines[:3]] == [["Learn: joint", f"{n}/3"] for n in (1, 2, 3)]
+    shown = [["Learn: joint", f"{n}/3"] for n in (1, 2, 3)] + [["Evaluate", f"{n}/2"] for n in (1, 2)]
+    assert [line.split("  ")[:2] for line in lines] == shown
 
 
 def test_what_is_logged_after_training_is_no_job(piped):

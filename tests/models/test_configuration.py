@@ -82,3 +82,12 @@ def test_stacks_know_no_tokens():
     model, _ = latent("llava")
     for component in (model.policy, model.inverse_dynamics):
         assert not [name for name, _ in component.named_parameters() if "embed_tokens" in name]
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "gemma3"])
+def test_a_decoder_has_no_special_token_outside_its_vocabulary(family):
+    """transformers warns of one each time that a model is made."""
+    model, _ = latent(family)
+    config = model.config.decoder_config(model.config.policy_decoder)
+    tokens = {name: value for name, value in config.to_dict().items() if name.endswith("_token_id")}
+    assert "pad_token_id" in tokens and not any(tokens.values())

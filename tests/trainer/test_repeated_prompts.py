@@ -1,5 +1,6 @@
 """A prompt is processed, encoded and scored once for its whole group, and nothing but the cost depends on it."""
 
+import warnings
 from functools import partial
 
 import pytest
@@ -154,7 +155,9 @@ def test_packing_is_for_accelerators_and_short_texts():
 def test_gradient_checkpointing_scores_rows_alone(tmp_path):
     trainer = build(tmp_path)
     batch = rollout(trainer)
-    loss = trainer._compute_loss(trainer.model, batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        loss = trainer._compute_loss(trainer.model, batch)
     trainer.model.policy.decoder_stack.decoder.gradient_checkpointing_enable()
     torch.testing.assert_close(trainer._compute_loss(trainer.model, batch), loss, atol=2e-5, rtol=2e-5)
 

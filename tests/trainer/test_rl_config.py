@@ -1,6 +1,7 @@
 """Configurations of RL: presets keep what is given, and what would be ignored is refused by name."""
 
 import logging
+import warnings
 
 import pytest
 from rl_models import prompts
@@ -100,3 +101,11 @@ def test_without_vllm_one_is_told_what_to_install(tmp_path, monkeypatch):
     model, tiny = latent("llama", latent_config(use_projector=False))
     with pytest.raises(ImportError, match="pip install"):
         LatentActionGRPOTrainer(model, len, args, prompts(8), processing_class=tiny.processor)
+
+
+def test_users_are_not_told_of_a_name_that_trl_asks_for(tmp_path, make_tiny):
+    model = make_tiny("llama").model
+    with warnings.catch_warnings(record=True) as caught:
+        LatentActionGRPOConfig(str(tmp_path), use_cpu=True, bf16=False)
+        assert not model.is_gradient_checkpointing
+    assert not [one.message for one in caught if "gradient_checkpointing" in str(one.message)]

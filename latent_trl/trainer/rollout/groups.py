@@ -49,9 +49,14 @@ def policy_over_groups(
     packed_length = states.shape[1] + (groups.rows.shape[1] - 1) * (length - 1)
     if layers == {DynamicLayer} and takes_packed(decoder) and launches_dominate(states.device, packed_length):
         return policy_over_packed(policy, states, attention_mask, position_ids, groups, length)
-    if policy.training and decoder.is_gradient_checkpointing:
+    if policy.training and checkpoints_activations(decoder):
         return policy(states, attention_mask, position_ids, keep_last=length, return_features=True)
     return policy_after_prompts(policy, states, attention_mask, position_ids, groups, length)
+
+
+def checkpoints_activations(decoder) -> bool:
+    """Whether a layer's activations are computed anew. transformers' own name for it differs between its releases."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
 
 
 def takes_packed(decoder) -> bool:

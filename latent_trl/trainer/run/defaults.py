@@ -1,5 +1,6 @@
 """Defaults that depend on the size of what is trained, on the machine, or on the release of transformers."""
 
+import warnings
 from dataclasses import fields
 from typing import Any
 
@@ -40,3 +41,5 @@ def settle_arguments(args: Any) -> None:
     if "activation_checkpointing" in {field.name for field in fields(args)} and args.activation_checkpointing is None:
         # The name since transformers 5.23.
         args.activation_checkpointing = args.gradient_checkpointing
+    # TRL asks for it by its old name at each rollout, and PEFT at each adapter.
+    warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)

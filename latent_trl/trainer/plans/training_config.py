@@ -6,6 +6,7 @@ from transformers import TrainingArguments
 
 from ...data.bad_rows import ON_BAD_ROW
 from ...rewards.time_limit import check_timeout
+from ..run.defaults import settle_arguments
 from ..run.health import check_choice
 
 
@@ -41,6 +42,7 @@ class PlanTrainingConfig(TrainingArguments):
     report_to: None | str | list[str] = "none"
 
     def __post_init__(self):
+        settle_arguments(self)
         super().__post_init__()
         check_timeout("reward_timeout", self.reward_timeout)
         check_choice("on_bad_row", self.on_bad_row, ON_BAD_ROW)

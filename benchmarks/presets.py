@@ -41,7 +41,7 @@ class Preset:
         completion_length (`int`): Tokens of each completion.
         image_size (`int`): Side of the prompt's image in pixels.
         dtype (`torch.dtype`): Of the backbone.
-        policy_layers (`int`): Depth of the policy; the default of `LatentActionConfig`.
+        policy_layers (`int`): Depth of the policy; the paper's.
     """
 
     text: dict[str, Any]

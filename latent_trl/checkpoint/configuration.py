@@ -40,7 +40,7 @@ class LatentActionConfig(PreTrainedConfig):
             Overrides of the backbone's text configuration for the decoder layers of the inverse dynamics model, such
             as `{"num_hidden_layers": 2, "hidden_size": 256, "num_attention_heads": 4}`. 4 layers by default.
         policy_decoder (`dict`, *optional*):
-            The same for the policy. 8 layers by default.
+            The same for the policy. 2 layers by default; the paper has 8.
         decoder_kind (`str`, *optional*):
             `"backbone"`, decoder layers of the kind of the backbone's last ones; or `"plain"`, rotary positions, full
             attention and a gated feed-forward block at the backbone's width. [`LatentActionModel.from_backbone`] takes
@@ -113,7 +113,7 @@ class LatentActionConfig(PreTrainedConfig):
         if isinstance(vision_token_ids, str) or not all(isinstance(i, int) for i in vision_token_ids or []):
             raise TypeError(f"`vision_token_ids` must be a list of ints, got {vision_token_ids!r}.")
         self.inverse_dynamics_decoder = {"num_hidden_layers": 4, **(inverse_dynamics_decoder or {})}
-        self.policy_decoder = {"num_hidden_layers": 8, **(policy_decoder or {})}
+        self.policy_decoder = {"num_hidden_layers": 2, **(policy_decoder or {})}
         self.decoder_kind = decoder_kind
         self.policy_init = policy_init
         self.use_projector = use_projector

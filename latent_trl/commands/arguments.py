@@ -72,7 +72,7 @@ class LearnArguments(DataArguments):
     text_dataset_split: str = field(default="train", metadata={"help": "its split"})
     kind: str = field(default="codes", metadata={"help": "codes, one a token; or plans, one an answer: see its help"})
     num_codes: int = field(default=128, metadata={"help": "K, the number of latent actions"})
-    policy_layers: int | None = field(default=None, metadata={"help": "decoder layers of the policy; 8 if not given"})
+    policy_layers: int | None = field(default=None, metadata={"help": "decoder layers of the policy; 2 if not given"})
     inverse_dynamics_layers: int | None = field(
         default=None, metadata={"help": "decoder layers of the inverse dynamics model; 4 if not given"}
     )

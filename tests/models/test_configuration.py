@@ -11,7 +11,7 @@ def test_defaults_are_the_papers():
     config = LatentActionConfig()
     assert (config.num_codes, config.gumbel_temperature) == (128, 2.0)
     assert config.inverse_dynamics_decoder["num_hidden_layers"] == 4
-    assert config.policy_decoder["num_hidden_layers"] == 8
+    assert config.policy_decoder["num_hidden_layers"] == 2
     assert config.get_text_config() is config
 
 

@@ -73,7 +73,9 @@ def three_billion() -> Layout:
 
     preset = PRESETS["3b"]
     vision = {**preset.vision, "out_hidden_size": preset.text["hidden_size"]}
-    return Layout.of_config(Qwen2_5_VLConfig(text_config=preset.text, vision_config=vision, tie_word_embeddings=True))
+    config = Qwen2_5_VLConfig(text_config=preset.text, vision_config=vision, tie_word_embeddings=True)
+    # As in the run that hours are calibrated on.
+    return Layout.of_config(config, policy_decoder={"num_hidden_layers": preset.policy_layers})
 
 
 def test_the_layout_of_3b():

@@ -1,5 +1,5 @@
 """
-The few figures that a change must not worsen, beside their reference values, in less than 15 minutes on two cores.
+The few figures that a change must not worsen, beside their reference values, in some five minutes on two cores.
 
     python benchmarks/leaderboard.py                                # all; ends with 1 where a figure is worse
     python benchmarks/leaderboard.py --only exactness step          # some of them

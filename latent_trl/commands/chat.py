@@ -128,10 +128,12 @@ class Chat:
         from .replies import visible
 
         special = self.answerer.special_tokens
+        # A pipe has no colours, and so no use for tokens that only carry one.
+        coloured = self.colours and self.console.is_terminal
 
         def show(token: str, code: int) -> None:
-            style = f"black on {code_colour(code)}" if self.colours else None
-            if self.colours or token not in special:
+            style = f"black on {code_colour(code)}" if coloured else None
+            if coloured or token not in special:
                 self.console.print(visible(token), style=style, end="", markup=False, highlight=False, soft_wrap=True)
 
         try:

@@ -27,7 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", default="24GB", help="memory of one GPU as it is sold: 24GB (the default) is 24 GiB")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument("--quantize", choices=["4bit"], help="the backbone's linear maps in 4 bits")
-    parser.add_argument("--policy-layers", type=int, default=8, help="decoder layers of the policy (8)")
+    parser.add_argument("--policy-layers", type=int, default=2, help="decoder layers of the policy (2)")
     parser.add_argument("--policy-width", type=int, help="hidden size of the policy; by default the backbone's")
     parser.add_argument("--inverse-dynamics-layers", type=int, default=4, help="of the inverse dynamics model (4)")
     parser.add_argument("--world-model-intermediate-size", type=int, help="width of the merge blocks; the backbone's")

@@ -2,7 +2,7 @@
 
 from .arguments import UsageError, parse_training
 from .plan_arguments import HeldOutArguments, asked_value, refuse_peft
-from .training import quiet, run_training
+from .training import run_training
 
 FIGURES = {"reward": "reward", "plans/entropy": "entropy", "eval_reward": "eval", "eval_ceiling": "ceiling"}
 # The trainer of each algorithm, and what it is told besides.
@@ -23,7 +23,6 @@ def run_over_plans(argv: list[str] | None, algorithm: str) -> int:
         argv = [*(argv or []), *more]
     given, args, model_args = parse_training(argv, prog, HeldOutArguments, f"{names}Config")
     refuse_peft(prog, model_args)
-    quiet(args)
     import latent_trl
 
     from .loading import backbone_kwargs

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from .arguments import DistillArguments, UsageError, parse_training
-from .training import quiet, run_training
+from .training import run_training
 
 FIGURES = {"loss": "KL", "eval_loss": "eval KL"}
 REPORT_FILE = "what_is_kept.json"
@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
     given, args, model_args = parse_training(
         argv, "latent-trl distill", DistillArguments, "LatentActionDistillationConfig"
     )
-    quiet(args)
     from trl import get_peft_config
 
     from latent_trl import LatentActionDistillationTrainer

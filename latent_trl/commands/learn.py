@@ -4,7 +4,7 @@ import sys
 
 from .arguments import LearnArguments, parse_training
 from .plan_arguments import PlanLearnArguments, asked_kind, refuse_peft
-from .training import quiet, run_training
+from .training import run_training
 
 FIGURES = {
     "world_model/ce": "CE",
@@ -28,7 +28,6 @@ def main(argv: list[str] | None = None) -> int:
 def learn_codes(argv: list[str]) -> int:
     given, args, model_args = parse_training(argv, "latent-trl learn", LearnArguments, "LatentActionSpaceConfig")
     refuse_peft("latent-trl learn", model_args)
-    quiet(args)
     from latent_trl import LatentActionSpaceTrainer
 
     from .loading import backbone_kwargs, load_learner
@@ -44,7 +43,6 @@ def learn_plans(argv: list[str]) -> int:
     prog = "latent-trl learn --kind plans"
     given, args, model_args = parse_training(argv, prog, PlanLearnArguments, "PlanSpaceConfig")
     refuse_peft(prog, model_args)
-    quiet(args)
     from latent_trl import PlanSpaceTrainer
 
     from .loading import backbone_kwargs

@@ -27,9 +27,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--gpu", default="24GB", help="memory of one GPU as it is sold: 24GB (the default) is 24 GiB")
     parser.add_argument("--revision", help="branch, tag or commit of a repository")
     parser.add_argument("--quantize", choices=["4bit"], help="the backbone's linear maps in 4 bits")
-    parser.add_argument("--policy-layers", type=int, default=2, help="decoder layers of the policy (2)")
+    parser.add_argument("--policy-layers", type=int, default=2, help="decoder layers of the policy (%(default)s)")
     parser.add_argument("--policy-width", type=int, help="hidden size of the policy; by default the backbone's")
-    parser.add_argument("--inverse-dynamics-layers", type=int, default=4, help="of the inverse dynamics model (4)")
+    parser.add_argument(
+        "--inverse-dynamics-layers", type=int, default=4, help="of the inverse dynamics model (%(default)s)"
+    )
     parser.add_argument("--world-model-intermediate-size", type=int, help="width of the merge blocks; the backbone's")
     parser.add_argument("--num-codes", type=int, default=128, help="K, the number of latent actions (128)")
     parser.add_argument("--rows", type=int, default=4, help="rows of a batch in learning and SFT (4)")

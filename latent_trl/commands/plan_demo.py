@@ -129,8 +129,7 @@ class PlanDemo:
         }
 
     def _common(self) -> dict[str, Any]:
-        quiet = {"disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False}
-        return {"seed": self.settings.seed, "save_strategy": "no", **quiet}
+        return {"seed": self.settings.seed, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True}
 
     def _train(self, name: str, figures: dict[str, str]) -> None:
         from .progress import BarCallback, draw_with

@@ -1,12 +1,11 @@
 """`latent-trl sft`: tune the backbone on a task while it follows codes."""
 
 from .arguments import DataArguments, parse_training
-from .training import quiet, run_training
+from .training import run_training
 
 
 def main(argv: list[str] | None = None) -> int:
     given, args, model_args = parse_training(argv, "latent-trl sft", DataArguments, "LatentActionSFTConfig")
-    quiet(args)
     from trl import get_peft_config
 
     from latent_trl import LatentActionSFTTrainer

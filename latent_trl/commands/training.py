@@ -8,14 +8,6 @@ RL_FIGURES = {"reward": "reward", "entropy": "entropy", "kl": "kl"}
 RL_NAMES = {"grpo": "LatentActionGRPO", "rloo": "LatentActionRLOO", "ppo": "LatentActionPPO"}
 
 
-def quiet(args: Any) -> None:
-    """Leaves out a warning of torch that whoever runs a command can do nothing about."""
-    import torch
-
-    # Pinned memory is for copies to an accelerator; without one torch warns at every stage.
-    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.accelerator.is_available()
-
-
 def run_training(trainer: Any, name, figures: dict[str, str]) -> int:
     """
     Trains, saves the model to `output_dir`, and pushes it when that was asked for.
@@ -62,7 +54,6 @@ def run_reinforcement(argv: list[str] | None, algorithm: str) -> int:
         return run_over_plans(argv, algorithm)
     names = RL_NAMES[algorithm]
     given, args, model_args = parse_training(argv, f"latent-trl {algorithm}", RewardArguments, f"{names}Config")
-    quiet(args)
     from trl import get_peft_config
 
     import latent_trl

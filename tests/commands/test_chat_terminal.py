@@ -34,6 +34,24 @@ def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
     assert len(model.codebook._forward_hooks) == 0
 
 
+@pytest.mark.parametrize(("is_terminal", "shown"), [(True, "no.<|end|>"), (False, "no.")])
+def test_a_pipe_has_no_token_that_only_carries_a_colour(is_terminal, shown):
+    from latent_trl.commands.chat import Chat
+    from latent_trl.commands.replies import Reply
+
+    class Answerer:
+        special_tokens = {"<|end|>"}
+
+        def __call__(self, messages, images, forced, on_token):
+            for code, token in enumerate(["no.", "<|end|>"]):
+                on_token(token, code)
+            return [Reply("no.", ["no.", "<|end|>"], [0, 1], 0.0)]
+
+    out = io.StringIO()
+    Chat(Answerer(), Console(file=out, force_terminal=is_terminal, color_system=None)).hear("is it red?")
+    assert out.getvalue() == f"{shown}\n"
+
+
 def test_an_answer_that_ends_within_a_character_is_shown_to_its_end(checkpoint):
     import torch
 

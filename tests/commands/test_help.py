@@ -6,11 +6,13 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 
 import pytest
 from terminal import Terminal
 
-from latent_trl.commands import arguments, training_help
+from latent_trl import LatentActionConfig
+from latent_trl.commands import arguments, plan, training_help
 from latent_trl.commands.main import COMMANDS, main
 
 PROBE = """
@@ -184,6 +186,15 @@ def test_a_file_may_have_dashes_and_a_single_value_of_a_list(tmp_path):
     )
     assert (given.dataset_name, model.model_name_or_path, given.reward_funcs) == ("a", "m", ["exact_match"])
     assert (config.learning_rate, config.max_steps, config.num_generations) == (3e-4, 3, 4)
+
+
+def test_default_layers_are_said_and_counted_as_they_are_made():
+    made, counted = LatentActionConfig(), plan.parse(["somewhere"])
+    for part in ("policy", "inverse_dynamics"):
+        layers = getattr(made, f"{part}_decoder")["num_hidden_layers"]
+        said = {one.name: one.metadata["help"] for one in fields(arguments.LearnArguments) if one.metadata}
+        assert getattr(counted, f"{part}_layers") == layers
+        assert said[f"{part}_layers"].endswith(f"; {layers} if not given")
 
 
 def test_layers_are_a_number_or_part_of_the_decoder_not_both():

@@ -7,6 +7,7 @@ from torch import nn
 
 from ..models.backbone import Backbone
 from ..models.decoder_stack import decoder_layers
+from .configuration import PlanConfig
 from .switch import PlanSwitch
 
 HEADS = 4
@@ -33,6 +34,13 @@ class PlanChooser(nn.Module):
         nn.init.zeros_(self.attended.weight)
         self.output = nn.Linear(size, num_plans)
         self.switch = None if switch_size is None else PlanSwitch(switch_size)
+
+    @classmethod
+    def of(cls, view: Backbone, config: PlanConfig) -> "PlanChooser":
+        """A fresh one that reads the states of a backbone, with a switch where the plans have one."""
+        width = len(chosen_layers(view, config.chooser_layers)) * view.hidden_size
+        switch_size = view.hidden_size if config.segment == "switch" else None
+        return cls(width, config.num_plans, config.chooser_size, switch_size)
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """

@@ -10,7 +10,7 @@ from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_CONFIG, plan_folder, plan
 from ..models.backbone import Backbone
 from ..models.component import check_shapes
 from .adapters import plan_shapes, read_plan
-from .chooser import PlanChooser, chosen_layers
+from .chooser import PlanChooser
 from .configuration import PlanConfig
 from .targets import features, plan_targets
 
@@ -81,9 +81,7 @@ def read_plans(
     if not (path.exists() or path.is_symlink()):
         return PlanTensors(plans, None)
     with torch.device("meta"):
-        width = len(chosen_layers(view, config.chooser_layers)) * view.hidden_size
-        switch_size = view.hidden_size if config.segment == "switch" else None
-        planned = PlanChooser(width, config.num_plans, config.chooser_size, switch_size)
+        planned = PlanChooser.of(view, config)
     check_shapes(planned, check_weights(path), str(path))
     chooser = read_weights(path)
     check_range(chooser, dict.fromkeys(chooser, torch.float32), path)

@@ -22,7 +22,7 @@ from .chooser import PlanChooser, chosen_layers, prompt_states
 from .configuration import PlanConfig
 from .engine import check_no_switch
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
-from .segments import PlannedAnswer, Switch, continued, continued_inputs, settled_choice, speak
+from .segments import PlannedAnswer, Switch, continued, continued_inputs, given_plans, speak
 from .shared_layers import record_lower
 from .targets import plan_targets
 
@@ -77,9 +77,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
         self.chooser_layers = chosen_layers(self.view, config.chooser_layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            width = len(self.chooser_layers) * self.view.hidden_size
-            switch_size = self.view.hidden_size if config.segment == "switch" else None
-            self.chooser = PlanChooser(width, config.num_plans, config.chooser_size, switch_size).to(backbone.device)
+            self.chooser = PlanChooser.of(self.view, config).to(backbone.device)
         self.chooser_is_trained = False
         # What is known of the runs that trained it: `latent_trl.hub.facts.TrainingReport` as plain data.
         self.training_report: dict[str, Any] = {}
@@ -253,8 +251,9 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
 
     def decode_segments(self, ends: list[int]) -> Callable[..., GreedyAnswers]:
         """What decodes one segment a row, as [`~latent_trl.plans.segments.speak`] takes it."""
-        of_segment, length = self.segment_ends, self.segment_length
-        stops = ends if self.has_switch else [*ends, *of_segment]
+        # Read where a switch decides too: it needs to know what ends a sentence.
+        of_sentence, length = self.segment_ends, self.segment_length
+        stops = ends if self.has_switch else [*ends, *of_sentence]
         return lambda inputs, plans, left, first, **options: self._decode(
             inputs, plans, left, stops, steps=length, check_positions=first, **options
         )
@@ -372,7 +371,7 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
             raise ValueError(
                 "`plan_ids` must be given: no chooser has been trained. `PlanBanditTrainer` and `PlanGRPOTrainer` do."
             )
-        choose = self.best_plans if plan_ids is None else settled_choice(plan_ids, len(input_ids), self.plan_config)
+        choose = self.best_plans if plan_ids is None else given_plans(plan_ids, len(input_ids), self.plan_config)
 
         def begin(rows: list[int], said: list[list[int]]) -> dict[str, Any]:
             return continued_inputs(self.view, inputs, said)

@@ -140,12 +140,16 @@ def speak(
             some = [batch[place] for place in places]
             inputs, plans = begin(some, [answers[row].token_ids for row in some]), plans[places]
         options: dict[str, Any] = {}
-        alike = [[row for row, key in zip(batch, keys, strict=True) if firsts[key] == place] for place in places]
+        # Of each place, the rows that it answers for.
+        alike: dict[int, list[int]] = {place: [] for place in places}
+        for row, key in zip(batch, keys, strict=True):
+            alike[firsts[key]].append(row)
         if tell is not None:
-            options["tell"] = _told_of_all(tell, alike, told_end)
+            options["tell"] = _told_of_all(tell, list(alike.values()), told_end)
         lengths: dict[int, int] = {}
         if switch is not None:
-            going_on = [[row for row in rows_of_one if row in active] for rows_of_one in alike]
+            going = set(active)
+            going_on = [[row for row in rows_of_one if row in going] for rows_of_one in alike.values()]
             options["stop"] = _Stops(switch, going_on, answers, max_new_tokens, lengths)
         segments = dict(zip(places, decode(inputs, plans, left, first, **options).token_ids, strict=True))
         first = False
@@ -211,7 +215,7 @@ class _Stops:
         return [all(row in self.lengths for row in self.rows[place]) for place in places]
 
 
-def settled_choice(plan_ids: Any, rows: int, config: PlanConfig) -> Callable[..., torch.Tensor]:
+def given_plans(plan_ids: Any, rows: int, config: PlanConfig) -> Callable[..., torch.Tensor]:
     """
     A choice of plans that were given, as [`speak`] takes it.
 

@@ -245,25 +245,27 @@ def test_the_plan_of_each_prompt_is_found(tmp_path, kind):
     assert {"reward", "rollouts", "plans/entropy", "completions/mean_length"} <= row.keys()
 
 
+def whole_and_resumed(make, folder, step=3):
+    """Trainers that `make` gives, after a whole run and after one that went on from `step`: the same to the bit."""
+    whole, part = make(folder / "whole"), make(folder / "part")
+    whole.train()
+    part.args.max_steps = 6
+    part.train()
+    rest = make(folder / "part")
+    rest.train(resume_from_checkpoint=str(folder / "part" / f"checkpoint-{step}"))
+    assert losses(rest) == losses(whole)
+    for name, tensor in whole.model.state_dict().items():
+        assert torch.equal(tensor, rest.model.state_dict()[name]), name
+    return whole, rest
+
+
 @pytest.mark.parametrize("kind", ["grpo", "ppo", "bandit"])
 def test_a_resumed_run_is_the_same(tmp_path, kind):
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10, "num_generations": 1 if kind == "ppo" else 2}
 
-    def run(folder):
-        return trainer(kind, folder, segmented_model(), **options)
-
-    whole = run(tmp_path / "whole")
-    whole.train()
-    part = run(tmp_path / "part")
-    part.args.max_steps = 6
-    part.train()
-    rest = run(tmp_path / "part")
-    rest.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
-    assert losses(rest) == losses(whole)
+    whole, rest = whole_and_resumed(lambda folder: trainer(kind, folder, segmented_model(), **options), tmp_path)
     assert (rest.replay.said, rest.replay.notes) == (whole.replay.said, whole.replay.notes)
     assert any(rest.replay.said)
-    for name, tensor in whole.model.chooser.state_dict().items():
-        assert torch.equal(tensor, rest.model.chooser.state_dict()[name])
 
 
 # Growth
@@ -379,20 +381,12 @@ def test_a_chooser_below_the_ceiling_gets_none(tmp_path):
 def test_a_run_that_grew_is_resumed_as_it_was(tmp_path, kind):
     options = {**GROWING, "max_steps": 10, "save_strategy": "steps", "save_steps": 6}
 
-    def run(folder):
+    def make(folder):
         return trainer(kind, folder, plan_model(), space_args=space_args(tmp_path / "space"), **options)
 
-    whole = run(tmp_path / "whole")
-    whole.train()
-    part = run(tmp_path / "part")
-    part.args.max_steps = 6
-    part.train()
-    rest = run(tmp_path / "part")
-    rest.train(resume_from_checkpoint=True)
+    whole, rest = whole_and_resumed(make, tmp_path, step=6)
     assert rest.model.plan_config.num_plans == whole.model.plan_config.num_plans == 6
-    assert losses(rest) == losses(whole) and rest.growth_is_over
-    for name, tensor in whole.model.state_dict().items():
-        assert torch.equal(tensor, rest.model.state_dict()[name]), name
+    assert rest.growth_is_over
     again = PlanModel.from_pretrained(rest.checkpoint_folder(), backbone=short_backbone())
     assert again.plan_config.num_plans == 6
 

@@ -12,6 +12,8 @@ from latent_trl.checkpoint.files import CheckpointError
 from latent_trl.data.prompts import PromptEncoder
 from latent_trl.plans.engine import check_no_switch
 from latent_trl.plans.engine_decoder import check_decodable
+from latent_trl.plans.prompt_cache import GreedyAnswers
+from latent_trl.plans.segments import speak
 from latent_trl.plans.switch import BEHIND_SENTENCE, ELSEWHERE, PlanSwitch, switch_log_probs
 
 # A third of what a tiny model says.
@@ -196,3 +198,23 @@ def test_engines_are_refused(tiny_llama):
         with pytest.raises(ValueError, match="learned switch ends the segment .* Answer with transformers"):
             refused()
     check_no_switch(PlanConfig(segment="sentence"))
+
+
+def test_rows_that_have_ended_are_not_asked_though_they_stay_in_the_batch():
+    asked = []
+
+    def decode(inputs, plans, left, first, stop):
+        if first:
+            return GreedyAnswers([[9], [5]], [True, False], [])
+        over = stop([0, 1], [[6], [6]], torch.zeros(2, 3))
+        return GreedyAnswers([[6], [6]], over, [])
+
+    def switch(rows, answers, said, states):
+        asked.append((rows, len(states)))
+        return torch.ones(len(rows), dtype=torch.bool)
+
+    answers = speak(
+        2, lambda *_: {}, lambda rows, *_: torch.zeros(len(rows), dtype=torch.long), decode, 3, [9], True, switch=switch
+    )
+    assert [answer.token_ids for answer in answers] == [[9], [5, 6, 6]]
+    assert asked == [([1], 1)]

@@ -2,14 +2,16 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_plan_policy import trainer
+from test_plan_policy import trainer, whole_and_resumed
 from test_plan_trainers import losses, prompts, warnings_are_heard
 from tiny_models import llama, make_tokenizer
 
 from latent_trl import PlanConfig, PlanModel
+from latent_trl.plans.segments import PlannedAnswer
 from latent_trl.plans.switch import switch_log_probs
 from latent_trl.trainer.plans import choosing, grpo_trainer
 from latent_trl.trainer.plans.switching import RolloutSwitch, SwitchDecisions
@@ -258,28 +260,30 @@ def test_a_switch_where_no_sentence_ends_is_learned(tmp_path, kind):
 def test_a_resumed_run_is_the_same(tmp_path, kind):
     """From a checkpoint between two updates on the same rollouts."""
     options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 10}
-
-    def run(folder):
-        return switch_trainer(kind, folder, **options)
-
-    whole = run(tmp_path / "whole")
-    whole.train()
-    part = run(tmp_path / "part")
-    part.args.max_steps = 6
-    part.train()
-    rest = run(tmp_path / "part")
-    rest.train(resume_from_checkpoint=str(tmp_path / "part" / "checkpoint-3"))
-    assert losses(rest) == losses(whole) and len(losses(whole)) == 10
+    whole, rest = whole_and_resumed(lambda folder: switch_trainer(kind, folder, **options), tmp_path)
+    assert len(losses(whole)) == 10
     assert torch.equal(rest.decisions.states, whole.decisions.states)
     before = switched_model().chooser.switch.weight
-    for name, tensor in whole.model.chooser.state_dict().items():
-        assert torch.equal(tensor, rest.model.chooser.state_dict()[name])
     assert (whole.model.chooser.switch.weight - before).abs().max() > 1e-4
     saved = SwitchDecisions.load(tmp_path / "part" / "checkpoint-3")
     assert len(saved.states) == int(saved.total) > 0
     assert PlanModel.from_pretrained(
         tmp_path / "part" / "checkpoint-3", backbone=llama(num_hidden_layers=2).model
     ).has_switch
+
+
+def test_what_is_drawn_depends_on_the_place_among_all_processes(tmp_path):
+    found = switch_trainer("grpo", tmp_path)
+    said, states = [[ENDS[0]]] * 40, torch.zeros(40, found.model.view.hidden_size)
+
+    def drawn(first, rows):
+        switch = RolloutSwitch(found, SimpleNamespace(first=first, count=80, batch=0))
+        return switch(list(rows), [PlannedAnswer()] * 40, said, states), switch.rollouts
+
+    there, numbers = drawn(40, range(40))
+    alone, same_numbers = drawn(0, range(40, 80))
+    assert torch.equal(there, alone) and numbers == same_numbers == list(range(40, 80))
+    assert not torch.equal(there, drawn(0, range(40))[0])
 
 
 def test_a_bandit_has_no_credit_for_a_switch(tmp_path):

@@ -3,11 +3,13 @@
 requests, and clients that hang up.
 
     python benchmarks/serving.py --json serving.json        # 64 clients, 3 minutes
+    python benchmarks/serving.py --engine vllm              # the same by an engine of vLLM
     python benchmarks/serving.py --seconds 10 --clients 8   # to see that it runs
 
 Each answer is compared with the one that the model gives to the same request alone, in this process: text and codes.
-Requests differ in forced codes, laws and seeds, so that an answer that reaches another client is seen. The clients'
-own work is done on the same machine, and is in the figures. Latencies are those of answers that were awaited in full.
+Requests differ in forced codes, laws and seeds, so that an answer that reaches another client is seen. An engine of
+vLLM has other random numbers, so that there every request is greedy. The clients' own work is done on the same
+machine, and is in the figures. Latencies are those of answers that were awaited in full.
 """
 
 import argparse
@@ -70,8 +72,13 @@ class Load:
     cpu: list[float] = field(default_factory=list)
 
 
-def make_cases(model: Any, processor: Any, count: int, name: str, seed: int = 0) -> list[Case]:
-    """Conversations with and without pictures, each with a law, forced codes or a seed, and the model's own answers."""
+def make_cases(
+    model: Any, processor: Any, count: int, name: str, seed: int = 0, greedy: bool = False
+) -> list[Case]:
+    """
+    Conversations with and without pictures, each with a law, forced codes or a seed, and the model's own answers; with
+    `greedy` none is sampled.
+    """
     draw = random.Random(seed)
     questions = shape_questions("test")
     cases = []
@@ -85,7 +92,7 @@ def make_cases(model: Any, processor: Any, count: int, name: str, seed: int = 0)
         if place % 5 == 0:
             actions |= {"bias": {str(draw.randrange(model.config.num_codes)): 2.5}, "banned": [draw.randrange(128)]}
         body: dict[str, Any] = {"model": name, "max_completion_tokens": MAX_TOKENS, "temperature": 0, "n": 1}
-        if place % 4 == 3:
+        if place % 4 == 3 and not greedy:
             body |= {"temperature": draw.choice([0.8, 1.3]), "top_p": 0.95, "seed": place, "n": draw.choice([1, 2])}
         body |= {"messages": [{"role": "user", "content": text}], "latent_actions": actions}
         case = Case(body)
@@ -271,9 +278,10 @@ def _as_arguments(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def served(model: str, log: Path):
+def served(model: str, engine: str, log: Path):
     """`latent-trl serve` in a process of its own: its address and process id."""
-    words = [sys.executable, "-m", "latent_trl", "serve", model, "--port", "0", "--served-model-name", "model"]
+    words = [sys.executable, "-m", "latent_trl", "serve", model, "--engine", engine, "--port", "0"]
+    words += ["--served-model-name", "model"]
     with log.open("wb") as out:
         process = subprocess.Popen(words, stdout=out, stderr=subprocess.STDOUT)
     try:
@@ -293,6 +301,7 @@ def served(model: str, log: Path):
 def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", default=MODEL)
+    parser.add_argument("--engine", choices=["transformers", "vllm"], default="transformers")
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180)
     parser.add_argument("--cases", type=int, default=120, help="different requests")
@@ -300,9 +309,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     model = load_model(args.model).eval()
-    cases = make_cases(model, load_processor(model), args.cases, "model")
+    cases = make_cases(model, load_processor(model), args.cases, "model", greedy=args.engine == "vllm")
     log = Path(os.environ.get("TMPDIR", "/tmp")) / f"latent-trl-serve-{os.getpid()}.log"
-    with served(args.model, log) as (url, pid):
+    with served(args.model, args.engine, log) as (url, pid):
         asyncio.run(Clients(url, cases, seed=1).run(args.clients, min(5, args.seconds)))
         load = asyncio.run(Clients(url, cases, pid=pid).run(args.clients, args.seconds))
     result = summary(load, args)

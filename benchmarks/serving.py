@@ -72,9 +72,7 @@ class Load:
     cpu: list[float] = field(default_factory=list)
 
 
-def make_cases(
-    model: Any, processor: Any, count: int, name: str, seed: int = 0, greedy: bool = False
-) -> list[Case]:
+def make_cases(model: Any, processor: Any, count: int, name: str, seed: int = 0, greedy: bool = False) -> list[Case]:
     """
     Conversations with and without pictures, each with a law, forced codes or a seed, and the model's own answers; with
     `greedy` none is sampled.

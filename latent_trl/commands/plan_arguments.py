@@ -49,7 +49,9 @@ class PlanLearnArguments(HeldOutArguments):
     )
     chooser_layers: int = field(default=4, metadata={"help": "decoder layers that the chooser reads"})
     chooser_size: int = field(default=256, metadata={"help": "width of the chooser"})
-
+    chooser_reads_plans: bool = field(
+        default=False, metadata={"help": "the chooser also reads the state that each plan gives the last position"}
+    )
     segment: str = field(
         default="answer", metadata={"help": "how long a plan is held: answer, sentence, switch (learned), or tokens"}
     )

@@ -39,6 +39,9 @@ class PlanConfig:
             default those that write to the residual stream.
         chooser_layers (`int`, defaults to `4`): Decoder layers whose prompt states the chooser reads, evenly spaced.
         chooser_size (`int`, defaults to `256`): Width of the chooser.
+        chooser_reads_plans (`bool`, defaults to `False`): Whether the chooser also reads the state that each plan gives
+            the last position, so that what is learned of one plan is known of the others. It takes one more token of
+            the backbone a plan wherever a plan is chosen.
         segment (`str` or `int`, defaults to `"answer"`): How long a plan is held: for the whole `"answer"`, for a
             `"sentence"`, for so many tokens, or until a learned `"switch"` ends it. A long answer needs a plan a
             sentence.
@@ -61,6 +64,7 @@ class PlanConfig:
     target_modules: list[str] | None = None
     chooser_layers: int = 4
     chooser_size: int = 256
+    chooser_reads_plans: bool = False
     segment: str | int = "answer"
     segment_end_token_ids: list[int] | None = None
     seed: int = 0
@@ -90,8 +94,9 @@ class PlanConfig:
             raise ValueError(
                 f"`init_std` must be a number above 0, or all plans are the same; got {self.init_std!r:.100}."
             )
-        if type(self.has_adapter) is not bool:
-            raise ValueError(f"`has_adapter` must be True or False, got {self.has_adapter!r:.100}.")
+        for name in ("has_adapter", "chooser_reads_plans"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"`{name}` must be True or False, got {getattr(self, name)!r:.100}.")
         for name in TEXTS:
             if not isinstance(getattr(self, name), str | None):
                 raise ValueError(f"`{name}` must be a text or None, got {getattr(self, name)!r:.100}.")

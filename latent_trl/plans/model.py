@@ -18,10 +18,11 @@ from ..models.backbone import Backbone
 from .adapters import PlanAdapters
 from .base_adapter import BaseAdapter
 from .checkpoint import PlanCheckpointMixin
-from .chooser import PlanChooser, chosen_layers, prompt_states
+from .chooser import PlanChooser, chosen_layers
 from .configuration import PlanConfig
 from .engine import check_no_switch
 from .prompt_cache import GreedyAnswers, PromptCache, decode_greedily, next_logits
+from .reading import read_prompts
 from .segments import PlannedAnswer, Switch, continued, continued_inputs, given_plans, speak
 from .shared_layers import record_lower
 from .targets import plan_targets
@@ -326,7 +327,8 @@ class PlanModel(PlanCheckpointMixin, nn.Module):
     @torch.no_grad()
     def plan_logits(self, **inputs: Any) -> torch.Tensor:
         """What the chooser gives `[B, K]` for prompts, given as in [`~PlanModel.generate`]."""
-        return self.chooser(prompt_states(self.view, self.chooser_layers, inputs), inputs["attention_mask"])
+        states, planned = read_prompts(self, inputs)
+        return self.chooser(states, inputs["attention_mask"], planned)
 
     def best_plans(self, places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
         """The plans `[N]` that the chooser finds the best where segments begin, as [`~PlanModel.speak`] takes it."""

@@ -88,7 +88,7 @@ def all_sequences(found, monkeypatch):
         found.roll_out(0)
     made = [kept["made"][2 * i : 2 * i + 2] for i in range(len(pairs))]
     assert [[one["plan"] for one in own] for own in made] == pairs.tolist()
-    states = [[found.replay.states_at(one["prompt"], one["said"]) for one in own] for own in made]
+    states = [[found.replay.states_at(one["prompt"], one["said"]).states for one in own] for own in made]
     return made, kept["rewards"], states
 
 
@@ -138,7 +138,7 @@ def test_later_segments_follow_what_was_said(tmp_path, monkeypatch):
         said = [int(token) for token in second["said"].split(":")[1].split(",")]
         row = found.rows[0]
         inputs = found.encoder.collate([found.model.continued(found.encoder(row), said)])
-        torch.testing.assert_close(at_second, found.states_of(inputs)[0], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(at_second, found.states_of(inputs)[0].states, atol=1e-5, rtol=1e-4)
         assert len(at_second) == len(prompt) + 2
 
 

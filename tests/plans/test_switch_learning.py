@@ -71,7 +71,7 @@ def brute_force(found, prompt, answer):
             logit = model.chooser.switch(state, torch.tensor([said[-1] in model.plan_config.segment_end_token_ids]))
             total = total + switch_log_probs(logit, torch.tensor([place in answer.starts]))[0]
         if place in answer.starts:
-            states = found.states_of(inputs)[0][None]
+            states = found.states_of(inputs)[0].states[None]
             law = model.chooser(states, torch.ones(states.shape[:2])).log_softmax(dim=1)[0]
             total = total + law[answer.plans[answer.starts.index(place)]]
     return total

@@ -113,12 +113,14 @@ class PlanBanditTrainer(PlanRLTrainer):
     def _precision_roots(self) -> torch.Tensor:
         """Roots `[K, size, size]` of the precisions of the last layer's weights, given all choices so far."""
         chooser, own = self.model.chooser, self.replay.own(list(range(len(self.replay))))
-        count, size = self.model.plan_config.num_plans, chooser.output.in_features
+        count, size = self.model.plan_config.num_plans, chooser.features_size
         total = torch.zeros(count, size, size)
         for start in range(0, len(own), self.args.rollout_batch_size):
             some = self.replay.choices(own[start : start + self.args.rollout_batch_size], self.args.device)
-            read = some.read(chooser.features(some.states, some.mask))
-            chance = chooser.output(read).gather(1, some.plans[:, None])[:, 0].sigmoid()
+            given = (some.states, some.mask, some.planned)
+            of_plan = some.plans[:, None]
+            chance = some.read(chooser(*given)).gather(1, of_plan)[:, 0].sigmoid()
+            read = some.read(chooser.features(*given))[torch.arange(len(of_plan)), some.plans]
             weighted = (read * (chance * (1 - chance))[:, None]).cpu()
             for plan in some.plans.unique().tolist():
                 mine = (some.plans == plan).cpu()
@@ -130,9 +132,10 @@ class PlanBanditTrainer(PlanRLTrainer):
         """Standard deviations `[K]` of the logits at the states of some prompts."""
         if not numbers:
             return []
-        padded, mask = padded_states([self.replay.states[number] for number in numbers])
-        asked = self.model.chooser.features(padded.to(self.args.device), mask.to(self.args.device)).cpu()
-        return list(torch.linalg.solve_triangular(roots, asked.T, upper=False).norm(dim=1).T)
+        device = self.args.device
+        given = padded_states([self.replay.states_at(number) for number in numbers])
+        asked = self.model.chooser.features(*(None if x is None else x.to(device) for x in given)).cpu()
+        return list(torch.linalg.solve_triangular(roots, asked.permute(1, 2, 0), upper=False).norm(dim=1).T)
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:
         counted: set[tuple[int, int]] = set()
@@ -160,7 +163,7 @@ class PlanBanditTrainer(PlanRLTrainer):
         if not own:
             return self.no_loss()
         some = self.replay.choices(own, self.args.device)
-        logits = some.read(model.chooser(some.states, some.mask)).gather(1, some.plans[:, None])[:, 0]
+        logits = some.read(model.chooser(some.states, some.mask, some.planned)).gather(1, some.plans[:, None])[:, 0]
         targets = self.replay.targets()[own].to(logits.device)
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets, reduction="sum")
         return loss * self.accelerator.num_processes / len(drawn)

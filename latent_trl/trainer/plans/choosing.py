@@ -76,8 +76,9 @@ class RolloutChoices:
         log_probs = logits.log_softmax(dim=1).gather(1, chosen[:, None])[:, 0]
         keys = []
         for rollout, answer, own in zip(rollouts, answers, states, strict=True):
-            key = said_key(self.numbers[rollout // self.size], answer.token_ids)
-            trainer.replay.said_states.setdefault(key, own[-len(answer.token_ids) :].clone())
+            number = self.numbers[rollout // self.size]
+            key = said_key(number, answer.token_ids)
+            trainer.replay.keep(number, own, key, len(answer.token_ids))
             keys.append(key)
         return chosen, log_probs, keys
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from .processes import process
+from .replay import place_of
 from .space_config import PlanSpaceConfig
 from .space_trainer import PlanSpaceTrainer
 
@@ -68,6 +69,21 @@ def add_learned_plans(trainer: Any, count: int) -> None:
         module.requires_grad_(True)
     model.train()
     widen_optimizer(trainer.optimizer, before, list(model.chooser.output.parameters()))
+    if model.plan_config.chooser_reads_plans:
+        read_under_plans(trainer)
+
+
+def read_under_plans(trainer: Any) -> None:
+    """Reads the places that a `PlanRLTrainer` keeps in its replay again, under all plans that there are."""
+    replay, size = trainer.replay, trainer.args.rollout_batch_size
+    names = list(replay.planned)
+    for start in range(0, len(names), size):
+        some, prompts = names[start : start + size], []
+        for name in some:
+            number, said = place_of(name)
+            prompts.append(trainer.model.continued(trainer.encoder(trainer.rows[number]), said))
+        found = trainer.states_of(trainer.encoder.collate(prompts))
+        replay.planned |= {name: one.planned for name, one in zip(some, found, strict=True)}
 
 
 def widen_optimizer(optimizer: torch.optim.Optimizer, before: list[nn.Parameter], after: list[nn.Parameter]) -> None:

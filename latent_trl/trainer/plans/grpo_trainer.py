@@ -124,7 +124,7 @@ class PlanGRPOTrainer(PlanRLTrainer):
         if not places:
             return self.no_loss()
         some = self.replay.choices(places, device)
-        logits = some.read(model.chooser(some.states, some.mask)) / args.exploration_temperature
+        logits = some.read(model.chooser(some.states, some.mask, some.planned)) / args.exploration_temperature
         laws = logits.log_softmax(dim=1)
         log_probs = laws.gather(1, some.plans[:, None])[:, 0]
         old, advantages, weights = (

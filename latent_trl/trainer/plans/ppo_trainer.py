@@ -58,7 +58,7 @@ class PlanPPOTrainer(PlanGRPOTrainer):
         if not made:
             return []
         args = self.args
-        padded, known = padded_states([self.replay.states_at(one["prompt"], one["said"]) for one in made])
+        padded, known, _ = padded_states([self.replay.states_at(one["prompt"], one["said"]) for one in made])
         values = self.model.value(padded.to(args.device), known.to(args.device))[:, 0].tolist()
         return [{**one, "value": value} for one, value in zip(made, values, strict=True)]
 

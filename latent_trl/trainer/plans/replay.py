@@ -8,10 +8,13 @@ import torch
 from safetensors.torch import save_file
 
 from ...checkpoint.files import read_json, read_tensors
+from ...plans.chooser import PromptStates
 from .processes import process
 
 REPLAY_FILE = "replay.json"
 STATES_FILE = "replay_states_{rank}.safetensors"
+# Before the names of states under plans in that file.
+UNDER_PLANS = "plans/"
 COLUMNS = ("prompts", "said", "plans", "rewards", "owners")
 
 
@@ -26,6 +29,7 @@ class Choices:
         rows (`torch.Tensor`): `[N]`, which of them each choice was made at.
         plans (`torch.Tensor`): `[N]`.
         places (`list[int]`): Their numbers.
+        planned (`torch.Tensor`, *optional*): `[M, K, F]`, where the chooser reads plans.
     """
 
     states: torch.Tensor
@@ -33,11 +37,13 @@ class Choices:
     rows: torch.Tensor
     plans: torch.Tensor
     places: list[int]
+    planned: torch.Tensor | None = None
 
     def to(self, device: torch.device | str) -> "Choices":
         """The same with its tensors on a device."""
         states, mask, rows, plans = (x.to(device) for x in (self.states, self.mask, self.rows, self.plans))
-        return Choices(states, mask, rows, plans, self.places)
+        planned = None if self.planned is None else self.planned.to(device)
+        return Choices(states, mask, rows, plans, self.places, planned)
 
     def read(self, of_states: torch.Tensor) -> torch.Tensor:
         """What a network said of `states` `[M, ...]`, for each choice `[N, ...]`."""
@@ -53,6 +59,8 @@ class Replay:
     def __init__(self):
         self.states: dict[int, torch.Tensor] = {}
         self.said_states: dict[str, torch.Tensor] = {}
+        # Of the last positions under each plan, `[K, F]`, where the chooser reads plans; by `place_key`.
+        self.planned: dict[str, torch.Tensor] = {}
         self.prompts: list[int] = []
         self.said: list[str] = []
         self.plans: list[int] = []
@@ -85,6 +93,7 @@ class Replay:
         self._last = None
         kept = dict.fromkeys(self.said)
         self.said_states = {name: states for name, states in self.said_states.items() if name in kept}
+        self.planned = {name: states for name, states in self.planned.items() if name.isdigit() or name in kept}
 
     def clear_choices(self) -> None:
         """Forgets the choices; states stay."""
@@ -123,14 +132,24 @@ class Replay:
     def _gathered(self, places: list[int]) -> Choices:
         keys = [(self.prompts[place], self.said[place]) for place in places]
         numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-        states, mask = padded_states([self.states_at(*key) for key in numbers])
+        states, mask, planned = padded_states([self.states_at(*key) for key in numbers])
         rows = torch.tensor([numbers[key] for key in keys])
-        return Choices(states, mask, rows, torch.tensor([self.plans[place] for place in places]), places)
+        return Choices(states, mask, rows, torch.tensor([self.plans[place] for place in places]), places, planned)
 
-    def states_at(self, prompt: int, said: str) -> torch.Tensor:
-        """States `[P+n, F]` of a prompt and of what was said behind it."""
+    def keep(self, prompt: int, found: PromptStates, said: str = "", length: int = 0) -> None:
+        """Keeps what the chooser read at a prompt, or where `length` tokens had been said behind it."""
+        if not said:
+            self.states[prompt] = found.states
+        elif said not in self.said_states:
+            self.said_states[said] = found.states[-length:].clone()
+        if found.planned is not None:
+            self.planned.setdefault(place_key(prompt, said), found.planned)
+
+    def states_at(self, prompt: int, said: str = "") -> PromptStates:
+        """What the chooser reads of a prompt and of what was said behind it."""
         states = self.states[prompt]
-        return torch.cat([states, self.said_states[said]]) if said else states
+        whole = torch.cat([states, self.said_states[said]]) if said else states
+        return PromptStates(whole, self.planned.get(place_key(prompt, said)))
 
     def save(self, folder: str | Path) -> None:
         """Writes the choices, which all processes have, and the states that this one has."""
@@ -141,6 +160,7 @@ class Replay:
             (Path(folder) / REPLAY_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
         states = {str(prompt): states.contiguous() for prompt, states in self.states.items()}
         states |= {name: states.contiguous() for name, states in self.said_states.items()}
+        states |= {UNDER_PLANS + name: states.contiguous() for name, states in self.planned.items()}
         save_file(states, Path(folder) / STATES_FILE.format(rank=rank))
 
     @classmethod
@@ -158,7 +178,9 @@ class Replay:
         replay.notes = record["notes"]
         for writer in range(rank, record["processes"], processes):
             for name, states in read_tensors(Path(folder) / STATES_FILE.format(rank=writer)).items():
-                if name.isdigit():
+                if name.startswith(UNDER_PLANS):
+                    replay.planned[name.removeprefix(UNDER_PLANS)] = states
+                elif name.isdigit():
                     replay.states[int(name)] = states
                 else:
                     replay.said_states[name] = states
@@ -170,9 +192,24 @@ def said_key(prompt: int, said: list[int]) -> str:
     return f"{prompt}:{','.join(map(str, said))}" if said else ""
 
 
-def padded_states(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """States `[P_i, F]` of prompts as `[N, P, F]`, padded on the left, and their mask `[N, P]`."""
-    longest = max(map(len, rows))
-    states = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side="left")
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in rows])
-    return states, mask
+def place_key(prompt: int, said: str) -> str:
+    """The name of the place behind a prompt and the beginning `said` of an answer to it, as `said_key` names that."""
+    return said or str(prompt)
+
+
+def place_of(name: str) -> tuple[int, list[int]]:
+    """The prompt, and the tokens behind it, of the name that `place_key` gave."""
+    number, _, said = name.partition(":")
+    return int(number), [int(token) for token in said.split(",")] if said else []
+
+
+def padded_states(rows: list[PromptStates]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """
+    What the chooser reads of N prompts: states `[N, P, F]`, padded on the left, their mask `[N, P]`, and `[N, K, F]`
+    under each plan, where it reads plans.
+    """
+    longest = max(len(row.states) for row in rows)
+    states = torch.nn.utils.rnn.pad_sequence([row.states for row in rows], batch_first=True, padding_side="left")
+    mask = torch.tensor([[0] * (longest - len(row.states)) + [1] * len(row.states) for row in rows])
+    planned = [row.planned for row in rows if row.planned is not None]
+    return states, mask, torch.stack(planned) if planned else None

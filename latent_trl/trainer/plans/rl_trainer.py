@@ -15,9 +15,10 @@ from transformers.utils import logging
 
 from ...checkpoint.files import read_json
 from ...data.prompts import EncodedPrompt
-from ...plans.chooser import prompt_states
+from ...plans.chooser import PromptStates
 from ...plans.configuration import PlanConfig
 from ...plans.model import PlanModel
+from ...plans.reading import read_prompts
 from ...plans.segments import PlannedAnswer, Switch
 from ...rewards.calling import RewardCaller
 from ..rollout.engine_source import check_engine
@@ -191,7 +192,7 @@ class PlanRLTrainer(PlanTrainer):
                     row = self.rows[numbers[place]]
                     read[numbers[place]] = (row, self.encoder(row))
             self.read({number: prompt for number, (_, prompt) in read.items()})
-            return list(self.logits([self.replay.states[numbers[place]] for place in places]))
+            return list(self.logits([self.replay.states_at(numbers[place]) for place in places]))
 
         logits = torch.stack(shared(len(numbers), asked))
         self.before_choices(numbers, {number: prompt for number, (_, prompt) in read.items()})
@@ -256,23 +257,26 @@ class PlanRLTrainer(PlanTrainer):
         for start in range(0, len(new), size):
             some = list(new.items())[start : start + size]
             inputs = self.encoder.collate([prompt for _, prompt in some])
-            for (number, _), states in zip(some, self.states_of(inputs), strict=True):
-                self.replay.states[number] = states
+            for (number, _), found in zip(some, self.states_of(inputs), strict=True):
+                self.replay.keep(number, found)
 
-    def states_of(self, inputs: dict[str, Any]) -> list[torch.Tensor]:
-        """What the chooser reads of each row, `[P_i, F]`, on the CPU."""
-        model = self.model
+    def states_of(self, inputs: dict[str, Any]) -> list[PromptStates]:
+        """What the chooser reads of each row, on the CPU."""
+        model, dtype = self.model, self.model.backbone.dtype
         inputs = {name: value.to(model.device) for name, value in inputs.items()}
-        states = prompt_states(model.view, model.chooser_layers, inputs).to(model.backbone.dtype).cpu()
-        return [row[mask.bool()] for row, mask in zip(states, inputs["attention_mask"].cpu(), strict=True)]
+        states, planned = read_prompts(model, inputs)
+        masks = inputs["attention_mask"].bool().cpu()
+        own = [row[mask] for row, mask in zip(states.to(dtype).cpu(), masks, strict=True)]
+        under = [None] * len(own) if planned is None else list(planned.to(dtype).cpu())
+        return [PromptStates(*one) for one in zip(own, under, strict=True)]
 
     @torch.no_grad()
-    def logits(self, states: list[torch.Tensor]) -> torch.Tensor:
+    def logits(self, states: list[PromptStates]) -> torch.Tensor:
         """Logits `[N, K]` of the chooser, on the CPU."""
         if not states:
             return torch.empty(0, self.model.plan_config.num_plans)
-        padded, mask = padded_states(states)
-        return self.model.chooser(padded.to(self.args.device), mask.to(self.args.device)).cpu()
+        given = padded_states(states)
+        return self.model.chooser(*(None if x is None else x.to(self.args.device) for x in given)).cpu()
 
     def best_plans(self, places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
         """The plans that the chooser finds the best where segments begin."""
@@ -315,7 +319,7 @@ class PlanRLTrainer(PlanTrainer):
             if not held:
                 return self.rewards_of(some, self.spoken(prompts, self.best_plans)).tolist()
             self.read(dict(zip([numbers[place] for place in places], prompts, strict=True)))
-            return self.logits([self.replay.states[numbers[place]] for place in places]).argmax(dim=1).tolist()
+            return self.logits([self.replay.states_at(numbers[place]) for place in places]).argmax(dim=1).tolist()
 
         found = torch.tensor(shared(len(rows), chosen))
         return self.ceiling.of(found) if held else found.nanmean().item()

@@ -25,6 +25,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E40
 from latent_trl import PlanConfig, PlanModel  # noqa: E402
 from latent_trl.data.prompts import PromptEncoder  # noqa: E402
 from latent_trl.plans.engine_decoder import PlanEngine  # noqa: E402
+from latent_trl.plans.lora_engine import engine_of_model  # noqa: E402
 
 POCKET = Path(__file__).parents[2] / "model_cards" / "pocket-vlm"
 
@@ -45,7 +46,7 @@ def pocket(tmp_path_factory):
     model.plan_config.base_model_name_or_path = str(folder)
     encoder = PromptEncoder(AutoProcessor.from_pretrained(POCKET, padding_side="left"))
     options = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-    engine = PlanEngine(model, encoder, slots=4, **options)
+    engine = PlanEngine(model, encoder, engine_of_model(model, encoder, slots=4, **options))
     yield model, engine
     engine.close()
 

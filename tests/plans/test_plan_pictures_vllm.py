@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,3 +76,34 @@ def test_answers_about_pictures_are_those_of_the_model(pocket, segment, monkeypa
 
     own, found = (model.speak(engine.encoder, prompts, choose, 16, [1], engine=one) for one in (None, engine))
     assert own == found and len({tuple(one.token_ids) for one in own}) > 4
+
+
+def test_pictures_reach_a_server(pocket, tmp_path):
+    pytest.importorskip("uvicorn", reason="servers need it")
+    from latent_trl.plans.plan_servers import PlanServers, identity_of_plans, policy_of_plans
+    from latent_trl.serving.rollout_engine import RolloutEngine
+    from latent_trl.serving.server import make_rollout_server
+
+    model, engine = pocket
+    model.save_pretrained(tmp_path)
+    source, ready, urls = engine.source, threading.Event(), []
+    identity = identity_of_plans(tmp_path) | {"slots": source.slots, "max_model_len": source.longest}
+
+    def note(url):
+        urls.append(url)
+        ready.set()
+
+    served = RolloutEngine(source, policy_of_plans(model.plans.tensors).data, source.slots)
+    server = make_rollout_server(served, identity, port=0, ready=note)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        over = PlanEngine(model, engine.encoder, PlanServers(model, urls, 60.0, None, 4))
+        prompts = [prompt for prompt in map(engine.encoder, rows()) for _ in range(4)]
+        plans = list(range(4)) * 4
+        own, found = (model.answers(engine.encoder, prompts, plans, 12, [1], engine=one) for one in (None, over))
+        assert own.token_ids == found.token_ids and len({tuple(ids) for ids in own.token_ids}) > 4
+    finally:
+        server.should_exit = True
+        thread.join(60)

@@ -1,5 +1,7 @@
-"""RL over plans with answers from servers: the same runs as without, whatever becomes of a server. No vLLM is needed."""
+"""RL over plans with answers from servers: the same runs as without, whatever becomes of a server. Without vLLM."""
 
+import json
+import shutil
 import sys
 import threading
 import time
@@ -7,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save
 from stand_in_engine import make_model, served
 from stand_in_plans import LONGEST, SLOTS, ServedPlans
+from tiny_models import make_tokenizer
 
 sys.path[:0] = [str(Path(__file__).parents[1] / "plans")]
 
@@ -17,10 +20,16 @@ from test_plan_policy import GROWING, trainer  # noqa: E402
 from test_plan_trainers import losses, plan_model, prompts, short_backbone, space_args  # noqa: E402
 
 from latent_trl import PlanConfig, PlanModel  # noqa: E402
+from latent_trl.commands.main import main  # noqa: E402
 from latent_trl.data.prompts import PromptEncoder  # noqa: E402
 from latent_trl.plans import plan_servers  # noqa: E402
 from latent_trl.plans.engine_decoder import PlanEngine  # noqa: E402
-from latent_trl.plans.plan_servers import PlanServers, identity_of_plan_model, identity_of_plans, policy_of_plans  # noqa: E402
+from latent_trl.plans.plan_servers import (  # noqa: E402
+    PlanServers,
+    identity_of_plan_model,
+    identity_of_plans,
+    policy_of_plans,
+)
 from latent_trl.trainer.rollout.engine_options import server_urls  # noqa: E402
 from latent_trl.vllm.client import RolloutServer, ServerFault, WrongRequest  # noqa: E402
 from latent_trl.vllm.identity import differences  # noqa: E402
@@ -71,7 +80,7 @@ def urls(servers):
     return [server.url for server in servers]
 
 
-def from_servers(servers, **options):
+def from_servers(servers):
     return {"use_vllm": True, "vllm_mode": "server", "vllm_server_hosts": urls(servers), "vllm_server_timeout": 20.0}
 
 
@@ -168,35 +177,21 @@ def test_without_servers_the_run_ends_and_names_them(two, tmp_path):
 def decoder(servers, model=None, slots=4, timeout=20.0, **options):
     model = model or fresh()
     source = PlanServers(model, urls(servers), timeout, None, slots, **options)
-    return PlanEngine(model, PromptEncoder(trainer_tokenizer()), source)
+    return PlanEngine(model, PromptEncoder(make_tokenizer()), source)
 
 
-def trainer_tokenizer():
-    from tiny_models import make_tokenizer
-
-    return make_tokenizer()
-
-
-def answers(engine, model=None, plans=None, length=6):
-    encoded = [engine.encoder(row) for row in prompts(6)]
-    rows = [prompt for prompt in encoded for _ in range(4)]
-    plans = list(range(4)) * 6 if plans is None else plans
-    return (model or engine.model).answers(engine.encoder, rows, plans, length, [], engine=engine)
+def answers(engine, length=6):
+    """Those of an engine to some prompts under all plans."""
+    rows = [prompt for prompt in map(engine.encoder, prompts(6)) for _ in range(4)]
+    return engine.model.answers(engine.encoder, rows, list(range(4)) * 6, length, [], engine=engine)
 
 
 def test_answers_are_those_of_the_model_in_batches_of_any_size(two):
     model = fresh()
-    expected = answers(decoder(two, model), model, length=9).token_ids
-    assert (
-        expected
-        == model.answers(
-            PromptEncoder(trainer_tokenizer()),
-            [PromptEncoder(trainer_tokenizer())(row) for row in prompts(6) for _ in range(4)],
-            list(range(4)) * 6,
-            9,
-            [],
-        ).token_ids
-    )
+    engine = decoder(two, model)
+    expected = answers(engine, length=9).token_ids
+    rows = [engine.encoder(row) for row in prompts(6) for _ in range(4)]
+    assert expected == model.answers(engine.encoder, rows, list(range(4)) * 6, 9, []).token_ids
     assert answers(decoder(two, batch_size=3), length=9).token_ids == expected
     assert len({tuple(ids) for ids in expected}) > 6
 
@@ -395,9 +390,39 @@ def test_servers_are_named_on_the_command_line_and_in_files(command, name, from_
     assert server_urls(args) == ["http://a:80", "http://b:81"]
 
 
-def test_the_bandit_command_runs_over_servers(two, folder, tmp_path):
-    from latent_trl import PlanBanditConfig
+@pytest.mark.parametrize("command", ["bandit", "rloo"])
+def test_commands_learn_over_servers_what_they_learn_without(two, folder, command, tmp_path):
+    backbone = short_backbone()
+    backbone.save_pretrained(tmp_path / "backbone")
+    make_tokenizer().save_pretrained(tmp_path / "backbone")
+    shutil.copytree(folder, tmp_path / "plans")
+    record = json.loads((tmp_path / "plans" / "plan_config.json").read_text())
+    record["base_model_name_or_path"] = str(tmp_path / "backbone")
+    (tmp_path / "plans" / "plan_config.json").write_text(json.dumps(record))
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"prompt": f"what {i}"}) + "\n" for i in range(8)))
+    words = ["--model_name_or_path", str(tmp_path / "plans"), "--dataset_name", str(tmp_path / "rows.jsonl")]
+    words += ["--reward_funcs", "length", "--reward_kwargs", '{"length": {"target": 1}}', "--use_cpu", "true"]
+    words += ["--max_steps", "4", "--num_iterations", "2", "--rollout_prompts", "4", "--max_completion_length", "6"]
+    words += ["--eval_strategy", "no", "--save_strategy", "no", "--disable_tqdm", "true"]
+    served = ["--use_vllm", "true", "--vllm_mode", "server", "--vllm_server_hosts", *urls(two)]
+    for name, more in (("alone", []), ("over", served)):
+        assert main([command, *words, "--output_dir", str(tmp_path / name), *more]) == 0
+    alone, over = (load_file(tmp_path / name / "chooser.safetensors") for name in ("alone", "over"))
+    assert alone.keys() == over.keys() and all(torch.equal(value, over[name]) for name, value in alone.items())
+    assert sum(len(server.engine.answered) for server in two) > 4
 
-    args = PlanBanditConfig(str(tmp_path), use_cpu=True, **from_servers(two))
-    assert args.to_dict()["vllm_server_hosts"] == urls(two)
-    assert PlanModel.from_pretrained(folder, backbone=fresh().backbone).plan_config.num_plans == 4
+
+def test_the_server_says_what_is_wrong_with_a_folder(folder, tmp_path, monkeypatch, capsys):
+    from latent_trl.commands import vllm_serve
+
+    monkeypatch.setattr(vllm_serve, "find_spec", lambda name: name)
+    shutil.copytree(folder, tmp_path / "plans")
+    record = json.loads((tmp_path / "plans" / "plan_config.json").read_text())
+    record["base_model_name_or_path"] = "not/there/any/more"
+    (tmp_path / "plans" / "plan_config.json").write_text(json.dumps(record))
+    assert main(["vllm-serve", str(tmp_path / "plans")]) == 1
+    assert "There is no backbone 'not/there/any/more'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["vllm-serve", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "latent actions, or of plans" in shown and '{"max_loras": 64}' in shown

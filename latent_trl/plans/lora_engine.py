@@ -231,6 +231,11 @@ def engine_of_folder(name_or_path: str, **options: Any) -> LoraEngine:
     folder = resolve_folder(name_or_path, patterns=PLAN_PATTERNS)
     config = PlanConfig.load(folder)
     check_no_switch(config)
+    if not config.base_model_name_or_path:
+        raise ValueError(
+            f"The plans of {name_or_path!r} were learned on a backbone that has no name, and an engine reads it by its "
+            "name. Save the backbone in a folder, load it from there with the plans, and save those again."
+        )
     arguments = engine_arguments(folder, **options)
     backbone, revision = arguments["model"], arguments["revision"]
     loaded = AutoConfig.from_pretrained(backbone, revision=revision)

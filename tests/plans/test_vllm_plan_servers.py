@@ -196,6 +196,7 @@ def of_gpt2(folder, config):
         (lambda folder, config: config.update(segment="switch"), {}, "held until a learned switch ends the segment"),
         (lambda folder, config: config.update(has_adapter=True), {}, "were learned beside a LoRA of the backbone"),
         (lambda folder, config: config.update(rank=1024), {}, "are of rank 1024, and an engine takes at most 512"),
+        (lambda folder, config: config.update(base_model_name_or_path=None), {}, "on a backbone that has no name"),
         (quantised, {}, "The backbone is quantised .bitsandbytes., and plans are learned"),
         (of_gpt2, {}, "vLLM's 'GPT2LMHeadModel' takes no LoRA"),
         (lambda folder, config: None, {"max_loras": 2}, "`max_loras` is 2, and there are 4 plans"),

@@ -88,6 +88,10 @@ def run(kind, folder, servers=(), segment="answer", change=None, **options):
     """A run, and what it ended with."""
     model = fresh()
     model.plan_config.segment = segment
+    if segment != "answer":
+        # Several segments, which differ.
+        model.backbone.generation_config.eos_token_id = list(range(2, 20))
+        options["max_completion_length"] = 6
     if servers:
         options |= from_servers(servers)
         model._decode = None
@@ -116,6 +120,7 @@ def test_a_run_over_servers_is_the_run_without(kind, segment, two, tmp_path):
     alone, expected = run(kind, tmp_path / "alone", segment=segment)
     over, found = run(kind, tmp_path / "over", two, segment)
     assert found == expected and same(alone, over) and not same(over, trainer(kind, tmp_path / "new", fresh()))
+    assert any(said for said in over.replay.said) == (segment != "answer")
     # Both have their part; the plans are those that they started with, and never travel.
     assert all(len(server.engine.answered) > 10 for server in two)
     assert [server.engine.given for server in two] == [[], []]

@@ -73,7 +73,8 @@ def check_latent_actions(name: str, backbone: str | None = None) -> None:
         if (folder / PLAN_CONFIG).is_file():
             raise ValueError(
                 f"{name!r} holds plans, and this command is for codes a token. For plans there are `bandit`, `grpo`, "
-                "`rloo` and `ppo`, `generate`, `chat`, `serve`, `evaluate`, `atlas`, `inspect` and `push`."
+                "`rloo` and `ppo`, `generate`, `chat`, `serve`, `vllm-serve`, `evaluate`, `atlas`, `inspect` and "
+                "`push`."
             )
         inside = sorted(child.name for child in folder.iterdir() if (child / CONFIG_FILE).is_file())
         if inside:

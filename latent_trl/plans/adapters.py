@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -12,6 +13,9 @@ from ..checkpoint.lora import plain_lora_fields
 from ..checkpoint.plan_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from ..models.backbone import Backbone
 from .targets import base_layer, features
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 PREFIX = "base_model.model."
 # Fields of the record that a plan has; dropout is of training, and the last follows from the layer.
@@ -89,12 +93,11 @@ class PlanAdapters(nn.Module):
         finally:
             self._plan_ids = before
 
-    def save_plan(self, plan: int, folder: str | Path, base_model_name_or_path: str | None) -> None:
-        """Writes one plan as PEFT's LoRA, to be loaded by `PeftModel.from_pretrained(backbone, folder)`."""
+    def lora_config(self, base_model_name_or_path: str | None) -> "LoraConfig":
+        """What PEFT's record of each plan says."""
         from peft import LoraConfig
-        from safetensors.torch import save_file
 
-        config = LoraConfig(
+        return LoraConfig(
             r=self.rank,
             lora_alpha=self.rank,
             target_modules=self.targets,
@@ -103,12 +106,19 @@ class PlanAdapters(nn.Module):
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
-        config.save_pretrained(str(folder))
-        tensors = {}
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Of all plans `[K, ...]`, by their names in the file of one."""
+        found: dict[str, torch.Tensor] = {}
         for name, down, up in zip(self.targets, self.lora_A, self.lora_B, strict=True):
-            tensors[f"{PREFIX}{name}.lora_A.weight"] = down[plan].detach().cpu().clone()
-            tensors[f"{PREFIX}{name}.lora_B.weight"] = up[plan].detach().cpu().clone()
-        save_file(tensors, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            found[f"{PREFIX}{name}.lora_A.weight"] = down.detach()
+            found[f"{PREFIX}{name}.lora_B.weight"] = up.detach()
+        return found
+
+    def save_plan(self, plan: int, folder: str | Path, base_model_name_or_path: str | None) -> None:
+        """Writes one plan as PEFT's LoRA, to be loaded by `PeftModel.from_pretrained(backbone, folder)`."""
+        write_plan(plan, folder, self.lora_config(base_model_name_or_path), self.tensors)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -121,6 +131,23 @@ class PlanAdapters(nn.Module):
         for name, down, up in zip(self.targets, self.lora_A, self.lora_B, strict=True):
             down[plan].copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
             up[plan].copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+
+
+def write_plan(plan: int, folder: str | Path, config: "LoraConfig", tensors: dict[str, torch.Tensor]) -> None:
+    """
+    Writes one plan as PEFT's LoRA.
+
+    Args:
+        plan (`int`): Its number.
+        folder (`str` or `Path`): Is made where it is not there.
+        config (`LoraConfig`): Its record.
+        tensors (`dict[str, torch.Tensor]`): Of all plans, as [`~PlanAdapters.tensors`].
+    """
+    from safetensors.torch import save_file
+
+    config.save_pretrained(str(folder))
+    own = {name: of_all[plan].cpu().clone() for name, of_all in tensors.items()}
+    save_file(own, Path(folder) / ADAPTER_WEIGHTS, metadata={"format": "pt"})
 
 
 def plan_shapes(targets: list[str], sizes: list[tuple[int, int]], rank: int) -> dict[str, tuple[int, ...]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint.files import ADAPTER_FOLDER, CheckpointError, check_range, check_weights, has_folder, read_weights
-from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_CONFIG, plan_folder, plan_folders
+from ..checkpoint.plan_files import ADAPTER_WEIGHTS, CHOOSER_FILE, PLAN_CONFIG, plan_folder, plan_folders
 from ..models.backbone import Backbone
 from ..models.component import check_shapes
 from .adapters import plan_shapes, read_plan
@@ -41,6 +41,23 @@ def check_plan_folder(folder: Path, plan: int) -> Path:
     if not has_folder(folder, plan_folder(plan)):
         raise CheckpointError(f"{plan_folder(plan)} is missing from {folder}.")
     return folder / plan_folder(plan)
+
+
+def stacked_plans(folder: Path, config: PlanConfig) -> dict[str, torch.Tensor]:
+    """
+    The tensors of all plans of a folder `[K, ...]`, without a backbone to compare them with.
+
+    Args:
+        folder (`Path`): The folder.
+        config (`PlanConfig`): Of it.
+
+    Raises:
+        CheckpointError: When a file is missing or damaged, or plans differ in their shapes.
+    """
+    folders = [check_plan_folder(folder, plan) for plan in range(config.num_plans)]
+    shapes = check_weights(folders[0] / ADAPTER_WEIGHTS)
+    plans = [read_plan(one, shapes, config.rank) for one in folders]
+    return {name: torch.stack([plan[name] for plan in plans]) for name in shapes}
 
 
 def read_plans(

@@ -5,14 +5,14 @@ import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from safetensors.torch import load
 
-from ..vllm.rows import EngineAnswer
+from ..vllm.rows import EngineText
 from ..vllm.wire import NOT_FINITE, OTHER_POLICY, version_of
 from .engine import EngineError, RequestError
 
@@ -20,7 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class StepEngine(Protocol):
-    """What [`RolloutEngine`] asks of an engine; [`~latent_trl.vllm.engine.LatentActionEngine`] is one."""
+    """
+    What [`RolloutEngine`] asks of an engine: [`~latent_trl.vllm.engine.LatentActionEngine`] is one, and
+    [`~latent_trl.plans.lora_engine.LoraEngine`], whose policy are the plans.
+    """
 
     def add(
         self,
@@ -32,7 +35,7 @@ class StepEngine(Protocol):
         **options: Any,
     ) -> None: ...
 
-    def step(self) -> dict[str, EngineAnswer | FloatingPointError]: ...
+    def step(self) -> Mapping[str, EngineText | FloatingPointError]: ...
 
     def abort(self, names: Sequence[str]) -> None: ...
 
@@ -63,9 +66,9 @@ class RolloutRequest:
 class _Work:
     """A request that is being answered: the answers by row, and who waits for them."""
 
-    future: "Future[list[EngineAnswer]]"
+    future: "Future[list[EngineText]]"
     names: list[str] = field(default_factory=list)
-    answers: dict[str, EngineAnswer] = field(default_factory=dict)
+    answers: dict[str, EngineText] = field(default_factory=dict)
 
 
 class RolloutEngine:
@@ -76,15 +79,20 @@ class RolloutEngine:
     Args:
         engine (`StepEngine`): Who answers.
         policy (`bytes`): The tensors of the policy that it holds, as [`StepEngine.load_policy`] takes them.
+        slots (`int`, *optional*): Where the policy are plans, for how many the engine has room. All tensors of a policy
+            have as many entries as it has plans.
     """
 
-    def __init__(self, engine: StepEngine, policy: bytes):
+    def __init__(self, engine: StepEngine, policy: bytes, slots: int | None = None):
         self.engine = engine
         self.version: str | None = version_of(policy)
         tensors = load(policy)
-        self.shapes = {name: tensor.shape for name, tensor in tensors.items()}
-        # Of a policy in another precision too.
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self.slots = slots
+        # Of a policy in another precision too, and of as many plans as there may be.
         self.most_bytes = len(policy) + 4 * sum(tensor.numel() for tensor in tensors.values())
+        if slots is not None:
+            self.most_bytes *= -(-slots // next(iter(self.shapes.values()))[0])
         self.failure: str | None = None
         self._numbers = itertools.count()
         self._works: dict[str, _Work] = {}
@@ -92,7 +100,7 @@ class RolloutEngine:
         self._thread = threading.Thread(target=self._run, name="latent-trl-engine", daemon=True)
         self._thread.start()
 
-    async def answer(self, request: RolloutRequest) -> list[EngineAnswer]:
+    async def answer(self, request: RolloutRequest) -> list[EngineText]:
         """
         Answers, row by row. To cancel it ends the work.
 
@@ -109,11 +117,11 @@ class RolloutEngine:
 
     async def update(self, version: str, policy: bytes) -> None:
         """
-        Takes a policy. Rows that are being answered by the last one end with an error.
+        Takes a policy, unless it is there already. Rows that are being answered by the last one end with an error.
 
         Args:
             version (`str`): Which the policy must have.
-            policy (`bytes`): Of tensors of the same names and shapes, as safetensors.
+            policy (`bytes`): Of tensors of the same names and shapes, as safetensors; of plans there may be others.
 
         Raises:
             RequestError: For other bytes. The policy that the engine holds stays.
@@ -145,12 +153,22 @@ class RolloutEngine:
             tensors = load(policy)
         except Exception as error:
             raise RequestError(f"The body is no safetensors file ({type(error).__name__}: {error}).") from error
-        shapes = {name: tensor.shape for name, tensor in tensors.items() if tensor.is_floating_point()}
-        for name in sorted(self.shapes.keys() | shapes.keys()):
-            own, theirs = self.shapes.get(name), shapes.get(name)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()}
+        expected = self._expected(shapes)
+        for name in sorted(expected.keys() | shapes.keys()):
+            own, theirs = expected.get(name), shapes.get(name)
             if own != theirs:
-                found, wanted = ("no numbers" if s is None else f"shape {tuple(s)}" for s in (theirs, own))
+                found, wanted = ("no numbers" if s is None else f"shape {s}" for s in (theirs, own))
                 raise RequestError(f"The policy's {name!r} has {found}, and that of the engine has {wanted}.")
+
+    def _expected(self, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Which shapes the tensors of a policy of these `shapes` must have."""
+        if self.slots is None:
+            return self.shapes
+        plans = max([1, *(shape[0] for shape in shapes.values() if shape)])
+        if plans > self.slots:
+            raise RequestError(f"There are {plans} plans, and the engine has room for {self.slots}.")
+        return {name: (plans, *shape[1:]) for name, shape in self.shapes.items()}
 
     def _run(self) -> None:
         while True:
@@ -217,6 +235,10 @@ class RolloutEngine:
             self.engine.abort(names)
 
     def _update(self, future: Future, version: str, policy: bytes) -> None:
+        if version == self.version:
+            # Another process of the same run gave it.
+            _settle(future, None)
+            return
         for work in list(self._works.values()):
             self._end(work)
             _settle(work.future, _other_policy("The engine was given another policy"))

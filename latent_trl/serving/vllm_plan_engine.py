@@ -15,7 +15,7 @@ from ..checkpoint.plan_files import CHOOSER_FILE, PLAN_PATTERNS
 from ..data.prompts import EncodedPrompt
 from ..plans.configuration import PlanConfig
 from ..plans.engine import check_no_switch, engine_arguments, plan_requests
-from ..plans.engine_decoder import never_tokens
+from ..plans.lora_engine import never_tokens
 from ..plans.model import PlanModel
 from ..vllm.folders import dtype_of, load_generation_config, load_processor
 from ..vllm.prompts import request_of

@@ -1,10 +1,10 @@
 """One rollout server, as a trainer calls it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import requests
 
-from .rows import EngineAnswer
 from .wire import DESCRIPTION, GENERATE, NOT_FINITE, OTHER_POLICY, POLICY, VERSION_HEADER, PolicyFile, unpacked
 
 # Seconds for a server to say what it is, so that one that hangs does not hold up the others.
@@ -52,13 +52,14 @@ class RolloutServer:
         if not isinstance(reply, dict) or reply.get("policy") != policy.version:
             raise ServerFault("it did not take the policy")
 
-    def answers(self, body: bytes, rows: int) -> list[EngineAnswer]:
+    def answers(self, body: bytes, rows: int, read: Callable[[bytes, int], list[Any]] = unpacked) -> list[Any]:
         """
         Answers.
 
         Args:
             body (`bytes`): Of [`~latent_trl.vllm.wire.rollout_body`].
             rows (`int`): How many rows are in it.
+            read (`Callable`, defaults to [`~latent_trl.vllm.wire.unpacked`]): Makes answers of bytes.
 
         Raises:
             FloatingPointError: When the policy's probabilities are not finite.
@@ -66,7 +67,7 @@ class RolloutServer:
         headers = {"Content-Type": "application/json"}
         reply = self._call("POST", GENERATE, data=body, headers=headers, timeout=self.timeout)
         try:
-            return unpacked(reply.content, rows)
+            return read(reply.content, rows)
         except ValueError as error:
             raise ServerFault(str(error)) from error
 

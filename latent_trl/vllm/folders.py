@@ -100,16 +100,17 @@ def folders_of_checkpoint(repo_or_folder: str, **hub: Any) -> EngineFolders:
     return EngineFolders(str(merged), None, str(folder), processor, config)
 
 
-def check_not_quantized(config: PreTrainedConfig) -> None:
-    """Raises `ValueError` for the configuration of a quantised backbone."""
+def check_not_quantized(
+    config: PreTrainedConfig, why: str = "vLLM would build the policy's layers as it builds the backbone's"
+) -> None:
+    """Raises `ValueError` for the configuration of a quantised backbone, and says `why`."""
     if not hasattr(config, "quantization_config"):
         return
     given = config.quantization_config
     method = given["quant_method"] if isinstance(given, dict) else given.quant_method
     raise ValueError(
-        f"The backbone is quantised ({getattr(method, 'value', method)}), and vLLM would build the policy's layers as "
-        "it builds the backbone's. Use one that is not quantised, such as in bfloat16, or answer without an engine "
-        "(`use_vllm=False`, `--engine transformers`)."
+        f"The backbone is quantised ({getattr(method, 'value', method)}), and {why}. Use one that is not quantised, "
+        "such as in bfloat16, or answer without an engine (`use_vllm=False`, `--engine transformers`)."
     )
 
 

@@ -15,6 +15,19 @@ from ..models.latent_action_model import LatentActionModel
 FROZEN = ("codebook", "world_model", "projector", ADAPTER_FOLDER, TUNED_FOLDER)
 # Numbers of a tensor that are compared.
 COMPARED = 64
+# What is said of entries of an identity that differ, in their order.
+DIFFERENCES = {
+    "latent_trl": "it runs latent_trl {theirs!r}, and the trainer {own!r}",
+    "kind": "it serves {theirs}, and the trainer learns over {own}",
+    "num_codes": "its model has {theirs!r} codes, and the trainer's {own}",
+    "backbone": "its backbone is another one, by its fingerprint",
+    "rank": "its plans are of rank {theirs!r}, and the trainer's of {own}",
+    "target_modules": "its plans change other linear maps than the trainer's (`depth`, `target_modules`)",
+    "frozen": "its codebook, world model or projector, or what was tuned of its backbone, is another one",
+}
+# Entries that are lists of what may be: one in common is enough.
+ALTERNATIVES = ("backbone", "frozen")
+CODES, PLANS = "codes", "plans"
 
 
 def identity_of_checkpoint(folder: str | Path) -> dict[str, Any]:
@@ -25,15 +38,17 @@ def identity_of_checkpoint(folder: str | Path) -> dict[str, Any]:
         folder (`str` or `Path`): Of a saved model.
 
     Returns:
-        `latent_trl`, the package's version; `num_codes`; `backbone`, the fingerprint in the checkpoint's record; and
-        `frozen`, digests of the components that RL does not train and of what was tuned of the backbone, their values
-        rounded through bfloat16 and through float16, so that a model loaded in that precision has one of them.
+        `latent_trl`, the package's version; `kind`, codes; `num_codes`; `backbone`, the fingerprint in the
+        checkpoint's record; and `frozen`, digests of the components that RL does not train and of what was tuned of the
+        backbone, their values rounded through bfloat16 and through float16, so that a model loaded in that precision
+        has one of them.
     """
     config, _ = read_config(Path(folder))
     return {
         "latent_trl": __version__,
+        "kind": CODES,
         "num_codes": config.num_codes,
-        "backbone": config.backbone_fingerprint,
+        "backbone": [config.backbone_fingerprint],
         "frozen": [_digest(Path(folder), dtype) for dtype in (torch.bfloat16, torch.float16)],
     }
 
@@ -49,14 +64,16 @@ def identity_of_model(model: LatentActionModel) -> dict[str, Any]:
 def differences(own: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """In words, where two identities are not of the same model and package."""
     found = []
-    if own["latent_trl"] != theirs.get("latent_trl"):
-        found.append(f"it runs latent_trl {theirs.get('latent_trl')!r}, and the trainer {own['latent_trl']!r}")
-    if own["num_codes"] != theirs.get("num_codes"):
-        found.append(f"its model has {theirs.get('num_codes')!r} codes, and the trainer's {own['num_codes']}")
-    if own["backbone"] != theirs.get("backbone"):
-        found.append("its backbone is another one, by its fingerprint")
-    if set(own["frozen"]).isdisjoint(theirs.get("frozen", ())):
-        found.append("its codebook, world model or projector, or what was tuned of its backbone, is another one")
+    for name, what in DIFFERENCES.items():
+        if name not in own:
+            continue
+        mine, other = own[name], theirs.get(name)
+        same = not set(mine).isdisjoint(other or ()) if name in ALTERNATIVES else mine == other
+        if not same:
+            found.append(what.format(own=mine, theirs=other))
+            if name in ("latent_trl", "kind"):
+                # The rest is of another kind.
+                return found
     return found
 
 

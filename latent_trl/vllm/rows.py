@@ -11,19 +11,31 @@ from ..generation.settings import ACTION_DEFAULTS
 
 
 @dataclass
-class EngineAnswer:
+class EngineText:
     """
     One answer of an engine, up to and including its end.
 
     Args:
         prompt_ids (`list[int]`): The prompt, with the placeholders of its pictures.
-        token_ids (`list[int]`), action_ids (`list[int]`): C tokens, and the codes that emitted them.
-        log_probs (`list[float]`): Of the codes, in nats, under the law that they were chosen by.
-        support (`torch.Tensor`, *optional*): Boolean `[C, K]`, the codes that could be chosen, where asked for.
+        token_ids (`list[int]`): C tokens.
     """
 
     prompt_ids: list[int]
     token_ids: list[int]
+
+
+@dataclass
+class EngineAnswer(EngineText):
+    """
+    One answer of an engine over codes.
+
+    Args:
+        prompt_ids (`list[int]`), token_ids (`list[int]`): As in [`EngineText`].
+        action_ids (`list[int]`): The codes `[C]` that emitted its tokens.
+        log_probs (`list[float]`): Of the codes, in nats, under the law that they were chosen by.
+        support (`torch.Tensor`, *optional*): Boolean `[C, K]`, the codes that could be chosen, where asked for.
+    """
+
     action_ids: list[int]
     log_probs: list[float]
     support: torch.Tensor | None = None

@@ -17,7 +17,7 @@ from ..models.latent_action_model import LatentActionModel
 from .client import RolloutServer, ServerFault
 from .identity import differences, identity_of_model
 from .rows import EngineAnswer, row_settings
-from .wire import PolicyFile, rollout_body
+from .wire import PolicyFile, rollout_body, unpacked
 
 logger = logging.get_logger(__name__)
 
@@ -40,35 +40,53 @@ class _Report:
     error: str | None = None
 
 
-class RolloutServers:
+class ServerPool:
     """
-    Rollout servers, called as a [`LatentActionEngine`] is. All processes of a trainer make one and call it alike: each
-    has its own rows answered, and the first gives the servers the policy.
+    Rollout servers that hold one policy, and answer rows by it.
 
-    A server that does not answer, or holds another policy, is named in a warning; its rows are answered by the others,
-    with the same seeds. Before the next batch it is tried again, and has the policy before it has work.
+    A server that does not answer, or holds another policy, is named in a warning; its rows are answered by the others.
+    Before a later batch it is tried again, and has the policy before it has work.
 
     Args:
-        model (`LatentActionModel`): Of the trainer. Servers must have its backbone and frozen components.
+        identity (`Callable`): Makes the identity that servers must have.
         urls (`list[str]`): Their addresses, each once.
         timeout (`float`): Seconds to wait for the servers at the start, for answers, and for any server to come back
             when none is left.
         key (`str`, *optional*): The API key.
+        together (`bool`, defaults to `True`): Whether all processes of a trainer make and call it alike: the first
+            gives the servers the policy, and all learn which servers are lost. Otherwise each process is on its own.
+        pause (`float`, defaults to `0.0`): Seconds that a lost server is left alone, as long as there are others.
 
     Raises:
         RolloutServersError: When a server does not answer in time, or is of another model or package.
     """
 
-    def __init__(self, model: LatentActionModel, urls: list[str], timeout: float, key: str | None = None):
+    # Makes answers of bytes.
+    read: Callable[[bytes, int], list[Any]] = staticmethod(unpacked)
+
+    def __init__(
+        self,
+        identity: Callable[[], dict[str, Any]],
+        urls: list[str],
+        timeout: float,
+        key: str | None = None,
+        together: bool = True,
+        pause: float = 0.0,
+    ):
         self.servers = {url: RolloutServer(url, timeout, key) for url in urls}
-        self.timeout = timeout
-        self.main = PartialState().is_main_process
-        self.identity = identity_of_model(model) if self.main else {}
-        # Why a server has no work.
+        self.timeout, self.together, self.pause = timeout, together, pause
+        self.main = not together or PartialState().is_main_process
+        self.identity = identity() if self.main else {}
+        # Why a server has no work, and when those were tried last.
         self.lost: dict[str, str] = {}
+        self.tried = 0.0
         self.policy: PolicyFile | None = None
         self.version = ""
         self._told(self._check_all if self.main else None)
+
+    def differences(self, url: str, described: dict[str, Any]) -> list[str]:
+        """In words, where a server that `described` itself is not of this model."""
+        return differences(self.identity, described)
 
     def _check_all(self) -> None:
         """Waits until all servers are there; a wrong address or model is an error before the first rollout."""
@@ -81,7 +99,7 @@ class RolloutServers:
                     missing[url] = str(described)
                 elif isinstance(described, Exception):
                     raise described
-                elif found := differences(self.identity, described):
+                elif found := self.differences(url, described):
                     raise RolloutServersError(f"The rollout server {url} is not of this model: {'; '.join(found)}.")
             if missing and time.monotonic() > until:
                 named = ", ".join(f"{url} ({why})" for url, why in missing.items())
@@ -92,14 +110,12 @@ class RolloutServers:
             if missing:
                 time.sleep(RETRY_SECONDS)
 
-    def update(self, model: LatentActionModel, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
+    def give(self, policy: PolicyFile | None) -> dict[str, float]:
         """
-        Gives the servers the policy of `model`; those that hold it already are sent nothing.
+        Gives the servers a policy; those that hold it already are sent nothing.
 
         Args:
-            model (`LatentActionModel`): The model.
-            state_dict (`dict`, *optional*): The policy's whole tensors by its own names, on the first process, where
-                its parameters are sharded.
+            policy (`PolicyFile`, *optional*): On the process that gives it.
 
         Returns:
             `dict[str, float]`: `seconds` that it took, `bytes` of tensors that were sent, and how many `servers` have
@@ -109,16 +125,19 @@ class RolloutServers:
             RolloutServersError: When no server is left.
         """
         start = time.perf_counter()
-        if self.main:
-            self.policy = PolicyFile.of(model.policy, state_dict)
+        self.policy = policy
         sent = self._share()
         left = len(self.servers) - len(self.lost)
         return {"seconds": time.perf_counter() - start, "bytes": float(sent), "servers": float(left)}
 
     def _share(self) -> int:
-        """All processes call this, and know then which servers have the policy. Returns the bytes that were sent."""
+        """
+        Gives the policy to those that lack it. All processes that are together call this, and know then which servers
+        have it. Returns the bytes that were sent.
+        """
         before = self.lost
         self.version, self.lost, sent = self._told(self._give_all if self.main else None)
+        self.tried = time.monotonic()
         if self.main:
             for url in before.keys() - self.lost.keys():
                 logger.warning(f"The rollout server {url} is back, and has the policy.")
@@ -151,45 +170,46 @@ class RolloutServers:
     def _give(self, server: RolloutServer, policy: PolicyFile) -> int:
         """Gives a server a policy, unless it holds it. Returns the bytes that were sent."""
         described = server.describe()
-        if found := differences(self.identity, described):
+        if found := self.differences(server.url, described):
             raise ServerFault(f"it came back with another model: {'; '.join(found)}")
         if described["policy"] == policy.version:
             return 0
         server.give(policy)
         return policy.size
 
-    def generate(
+    def answers(
         self,
         prompts: Sequence[Any],
-        n: int = 1,
-        seed: int | None = None,
-        max_new_tokens: int = 20,
+        rows: Sequence[tuple[int, dict[str, Any]]],
+        max_new_tokens: int,
+        stop_token_ids: Sequence[int],
         output_support: bool = False,
-        stop_token_ids: Sequence[int] = (),
-        **settings: Any,
-    ) -> list[EngineAnswer]:
+    ) -> list[Any]:
         """
-        Answers prompts, each `n` times; what a row answers depends neither on the number of servers nor on their fate.
+        Answers rows; what a row answers depends neither on the number of servers nor on their fate.
 
         Args:
-            prompts, n, seed, max_new_tokens, output_support, stop_token_ids: As in [`LatentActionEngine.generate`].
-            settings: Of [`~latent_trl.vllm.rows.row_settings`].
+            prompts, rows, max_new_tokens, stop_token_ids, output_support: As in
+                [`~latent_trl.vllm.wire.rollout_body`].
+
+        Returns:
+            `list`: Row by row, as `read` makes them.
 
         Raises:
             RolloutServersError: When no server is left.
             FloatingPointError: When the policy's probabilities are not finite.
         """
-        rows = row_settings(len(prompts), n, seed, **settings)
 
         def body(part: list[int]) -> bytes:
-            places = sorted({row // n for row in part})
-            own = [(places.index(row // n), rows[row]) for row in part]
+            places = sorted({rows[row][0] for row in part})
+            numbers = {place: number for number, place in enumerate(places)}
+            own = [(numbers[rows[row][0]], rows[row][1]) for row in part]
             sent = [prompts[place] for place in places]
             return rollout_body(self.version, sent, own, max_new_tokens, stop_token_ids, output_support)
 
-        if self.lost:
+        if self.lost and time.monotonic() - self.tried >= self.pause:
             self._share()
-        answers: dict[int, EngineAnswer] = {}
+        answers: dict[int, Any] = {}
         trial = 0
         while True:
             trial += 1
@@ -205,9 +225,7 @@ class RolloutServers:
                 return [answers[row] for row in range(len(rows))]
             self._share()
 
-    def _answer(
-        self, answers: dict[int, EngineAnswer], rows: int, body: Callable[[list[int]], bytes]
-    ) -> dict[str, str]:
+    def _answer(self, answers: dict[int, Any], rows: int, body: Callable[[list[int]], bytes]) -> dict[str, str]:
         """Fills `answers` by row, as far as there are servers. Returns those that failed on the way, and why."""
         lost = dict(self.lost)
         while True:
@@ -229,12 +247,12 @@ class RolloutServers:
             if errors:
                 raise errors[0]
 
-    def _asked(self, url: str, part: list[int], body: Callable[[list[int]], bytes]) -> list[EngineAnswer]:
-        return self.servers[url].answers(body(part), len(part))
+    def _asked(self, url: str, part: list[int], body: Callable[[list[int]], bytes]) -> list[Any]:
+        return self.servers[url].answers(body(part), len(part), self.read)
 
     def _rows_left(self, own: _Report, error: Exception | None) -> bool:
         """Whether a process has rows left; all learn which servers failed, and of an error of any process."""
-        reports = gather_object([own])
+        reports = gather_object([own]) if self.together else [own]
         if error is not None:
             raise error
         for process, report in enumerate(reports):
@@ -244,7 +262,9 @@ class RolloutServers:
         return any(report.unanswered for report in reports)
 
     def _told(self, work: Callable[[], Any] | None) -> Any:
-        """What `work` of the first process returns or raises, on all of them."""
+        """What `work` of the first process returns or raises, on all that are together."""
+        if work is not None and not self.together:
+            return work()
         outcome: list[Any] = [None]
         own: Exception | None = None
         if work is not None:
@@ -263,6 +283,57 @@ class RolloutServers:
         """Ends the connections. The servers go on."""
         for server in self.servers.values():
             server.session.close()
+
+
+class RolloutServers(ServerPool):
+    """
+    Rollout servers over codes, called as a [`LatentActionEngine`] is. All processes of a trainer make one and call it
+    alike: each has its own rows answered, with the seeds that they have whoever answers.
+
+    Args:
+        model (`LatentActionModel`): Of the trainer. Servers must have its backbone and frozen components.
+        urls, timeout, key: As in [`ServerPool`].
+
+    Raises:
+        RolloutServersError: As [`ServerPool`].
+    """
+
+    def __init__(self, model: LatentActionModel, urls: list[str], timeout: float, key: str | None = None):
+        super().__init__(lambda: identity_of_model(model), urls, timeout, key)
+
+    def update(self, model: LatentActionModel, state_dict: dict[str, torch.Tensor] | None = None) -> dict[str, float]:
+        """
+        Gives the servers the policy of `model`, and returns what [`~ServerPool.give`] returns.
+
+        Args:
+            model (`LatentActionModel`): The model.
+            state_dict (`dict`, *optional*): The policy's whole tensors by its own names, on the first process, where
+                its parameters are sharded.
+        """
+        return self.give(PolicyFile.of(model.policy, state_dict) if self.main else None)
+
+    def generate(
+        self,
+        prompts: Sequence[Any],
+        n: int = 1,
+        seed: int | None = None,
+        max_new_tokens: int = 20,
+        output_support: bool = False,
+        stop_token_ids: Sequence[int] = (),
+        **settings: Any,
+    ) -> list[EngineAnswer]:
+        """
+        Answers prompts, each `n` times.
+
+        Args:
+            prompts, n, seed, max_new_tokens, output_support, stop_token_ids: As in [`LatentActionEngine.generate`].
+            settings: Of [`~latent_trl.vllm.rows.row_settings`].
+
+        Raises:
+            RolloutServersError, FloatingPointError: As [`~ServerPool.answers`].
+        """
+        rows = [(row // n, own) for row, own in enumerate(row_settings(len(prompts), n, seed, **settings))]
+        return self.answers(prompts, rows, max_new_tokens, stop_token_ids, output_support)
 
 
 def _none_left(lost: dict[str, str], what: str) -> RolloutServersError:
@@ -298,4 +369,4 @@ def in_threads(jobs: Mapping[str, Callable[[], Any]]) -> Iterator[tuple[str, Any
 
 
 def _warn(url: str, why: str, what: str) -> None:
-    logger.warning(f"The rollout server {url} failed: {why}. {what}; it is tried again before the next batch.")
+    logger.warning(f"The rollout server {url} failed: {why}. {what}; it is tried again before a later batch.")

@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 
 from ..models.policy import LatentActionPolicy
 from .names import policy_tensors, tensor_bytes
-from .rows import EngineAnswer
+from .rows import EngineAnswer, EngineText
 
 # Routes of a server.
 DESCRIPTION, POLICY, GENERATE = "/description", "/policy", "/generate"
@@ -35,7 +35,7 @@ class PolicyFile:
     A policy as it travels.
 
     Args:
-        data (`bytes`): What [`policy_tensors`] gives, as safetensors.
+        data (`bytes`): Its tensors as safetensors: what [`policy_tensors`] gives, or those of plans.
         version (`str`): Its [`version_of`].
         size (`int`): Bytes of the tensors.
     """
@@ -47,7 +47,11 @@ class PolicyFile:
     @classmethod
     def of(cls, policy: LatentActionPolicy, state_dict: dict[str, torch.Tensor] | None = None) -> "PolicyFile":
         """That of a policy; `state_dict` as in [`policy_tensors`]."""
-        tensors = policy_tensors(policy, state_dict)
+        return cls.of_tensors(policy_tensors(policy, state_dict))
+
+    @classmethod
+    def of_tensors(cls, tensors: dict[str, torch.Tensor]) -> "PolicyFile":
+        """That of these tensors, which lie on the CPU."""
         data = save(tensors)
         return cls(data, version_of(data), tensor_bytes(tensors))
 
@@ -67,7 +71,7 @@ def rollout_body(
         version (`str`): Of the policy that is to answer.
         prompts (`Sequence`): Token ids, or vLLM's dictionaries of `prompt_token_ids` and `multi_modal_data`.
         rows (`Sequence[tuple[int, dict]]`): The place of a row's prompt, and the row's
-            [`~latent_trl.vllm.rows.row_settings`].
+            [`~latent_trl.vllm.rows.row_settings`], or those of [`~latent_trl.plans.lora_engine.LoraEngine`].
         max_new_tokens, stop_token_ids, output_support: As in [`LatentActionEngine.generate`].
     """
     body = {
@@ -95,25 +99,36 @@ def _data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def packed(answers: Sequence[EngineAnswer]) -> bytes:
+def packed(answers: Sequence[EngineText]) -> bytes:
     """Answers as safetensors: lengths, and the values of all rows one after another."""
     tensors = {
         "prompt_lengths": torch.tensor([len(answer.prompt_ids) for answer in answers]),
         "prompt_ids": torch.tensor([token for answer in answers for token in answer.prompt_ids], dtype=torch.int32),
         "lengths": torch.tensor([len(answer.token_ids) for answer in answers]),
         "token_ids": torch.tensor([token for answer in answers for token in answer.token_ids], dtype=torch.int32),
-        "action_ids": torch.tensor([code for answer in answers for code in answer.action_ids], dtype=torch.int32),
-        "log_probs": torch.tensor([value for answer in answers for value in answer.log_probs], dtype=torch.float32),
     }
-    supports = [answer.support for answer in answers if answer.support is not None]
+    of_codes = [answer for answer in answers if isinstance(answer, EngineAnswer)]
+    if of_codes:
+        codes = [code for answer in of_codes for code in answer.action_ids]
+        tensors["action_ids"] = torch.tensor(codes, dtype=torch.int32)
+        values = [value for answer in of_codes for value in answer.log_probs]
+        tensors["log_probs"] = torch.tensor(values, dtype=torch.float32)
+    supports = [answer.support for answer in of_codes if answer.support is not None]
     if supports:
         tensors["support"] = torch.cat(supports)
     return save(tensors)
 
 
+def unpacked_texts(data: bytes, rows: int) -> list[EngineText]:
+    """Undoes [`packed`] of answers without codes; arguments and errors are those of [`unpacked`]."""
+    given = _by_row(data, rows, ("token_ids",))
+    both = zip(given["prompt_ids"], given["token_ids"], strict=True)
+    return [EngineText(prompt.tolist(), own.tolist()) for prompt, own in both]
+
+
 def unpacked(data: bytes, rows: int) -> list[EngineAnswer]:
     """
-    Undoes [`packed`].
+    Undoes [`packed`] of answers by codes.
 
     Args:
         data (`bytes`): Of a server.
@@ -122,18 +137,25 @@ def unpacked(data: bytes, rows: int) -> list[EngineAnswer]:
     Raises:
         ValueError: For bytes that are no answers to so many rows.
     """
+    given = _by_row(data, rows, ("token_ids", "action_ids", "log_probs"))
+    supports = given.get("support", [None] * rows)
+    columns = (given[name] for name in ("prompt_ids", "token_ids", "action_ids", "log_probs"))
+    return [
+        EngineAnswer(prompt.tolist(), own.tolist(), chosen.tolist(), values.tolist(), support)
+        for prompt, own, chosen, values, support in zip(*columns, supports, strict=True)
+    ]
+
+
+def _by_row(data: bytes, rows: int, names: Sequence[str]) -> dict[str, Sequence[torch.Tensor]]:
+    """The prompts, and the tensors of these `names` and of `support` where there is one, in parts: one a row."""
     try:
         tensors = load(data)
         prompt_lengths, lengths = tensors["prompt_lengths"].tolist(), tensors["lengths"].tolist()
         if not len(lengths) == len(prompt_lengths) == rows:
             raise ValueError(f"{len(lengths)} answers for {rows} rows")
-        prompts = tensors["prompt_ids"].split(prompt_lengths)
-        tokens, codes, log_probs = (tensors[name].split(lengths) for name in ("token_ids", "action_ids", "log_probs"))
-        supports = tensors["support"].split(lengths) if "support" in tensors else [None] * rows
+        there = [*names, *({"support"} & tensors.keys())]
+        parts = {name: tensors[name].split(lengths) for name in there}
+        return {"prompt_ids": tensors["prompt_ids"].split(prompt_lengths), **parts}
     except Exception as error:
         # safetensors and torch raise errors of their own for what they cannot read.
         raise ValueError(f"The answers cannot be read ({type(error).__name__}: {error}).") from error
-    return [
-        EngineAnswer(prompt.tolist(), own.tolist(), chosen.tolist(), values.tolist(), support)
-        for prompt, own, chosen, values, support in zip(prompts, tokens, codes, log_probs, supports, strict=True)
-    ]

@@ -18,8 +18,16 @@ from latent_trl.trainer.rollout import engine_source
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"use_vllm": True, "vllm_mode": "server"}, "`vllm_mode='server'` cannot be had over plans"),
-        ({"vllm_mode": "server"}, "`vllm_mode='server'` cannot be had over plans"),
+        ({"vllm_mode": "server"}, "`vllm_mode` is about vLLM. Set `use_vllm=True`"),
+        ({"vllm_server_hosts": ["a"]}, "`vllm_server_hosts` is about vLLM. Set `use_vllm=True`"),
+        ({"use_vllm": True, "vllm_mode": "sever"}, "`vllm_mode` must be one of"),
+        ({"use_vllm": True, "vllm_server_hosts": ["a"]}, "`vllm_server_hosts` is about servers"),
+        ({"use_vllm": True, "vllm_mode": "server", "vllm_server_hosts": ["a:b"]}, "'a:b' is no address"),
+        ({"use_vllm": True, "vllm_mode": "server", "vllm_server_timeout": 0}, "`vllm_server_timeout` must be positive"),
+        (
+            {"use_vllm": True, "vllm_mode": "server", "vllm_max_model_length": 512},
+            "`vllm_max_model_length=512` is about an engine in the trainer's process",
+        ),
         ({"vllm_max_model_length": 512}, "`vllm_max_model_length` is about vLLM. Set `use_vllm=True`"),
         ({"vllm_enable_sleep_mode": True}, "`vllm_enable_sleep_mode` is about vLLM"),
         ({"vllm_gpu_memory_utilization": 0.8}, "`vllm_gpu_memory_utilization` is about vLLM"),

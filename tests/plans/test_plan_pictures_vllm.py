@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor  # noqa: E40
 from latent_trl import PlanConfig, PlanModel  # noqa: E402
 from latent_trl.data.prompts import PromptEncoder  # noqa: E402
 from latent_trl.plans.engine_decoder import PlanEngine  # noqa: E402
+from latent_trl.plans.lora_engine import engine_of_model  # noqa: E402
 
 POCKET = Path(__file__).parents[2] / "model_cards" / "pocket-vlm"
 
@@ -45,7 +47,7 @@ def pocket(tmp_path_factory):
     model.plan_config.base_model_name_or_path = str(folder)
     encoder = PromptEncoder(AutoProcessor.from_pretrained(POCKET, padding_side="left"))
     options = {"dtype": "float32", "max_model_len": 256, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-    engine = PlanEngine(model, encoder, slots=4, **options)
+    engine = PlanEngine(model, encoder, engine_of_model(model, encoder, slots=4, **options))
     yield model, engine
     engine.close()
 
@@ -74,3 +76,34 @@ def test_answers_about_pictures_are_those_of_the_model(pocket, segment, monkeypa
 
     own, found = (model.speak(engine.encoder, prompts, choose, 16, [1], engine=one) for one in (None, engine))
     assert own == found and len({tuple(one.token_ids) for one in own}) > 4
+
+
+def test_pictures_reach_a_server(pocket, tmp_path):
+    pytest.importorskip("uvicorn", reason="servers need it")
+    from latent_trl.plans.plan_servers import PlanServers, identity_of_plans, policy_of_plans
+    from latent_trl.serving.rollout_engine import RolloutEngine
+    from latent_trl.serving.server import make_rollout_server
+
+    model, engine = pocket
+    model.save_pretrained(tmp_path)
+    source, ready, urls = engine.source, threading.Event(), []
+    identity = identity_of_plans(tmp_path) | {"slots": source.slots, "max_model_len": source.longest}
+
+    def note(url):
+        urls.append(url)
+        ready.set()
+
+    served = RolloutEngine(source, policy_of_plans(model.plans.tensors).data, source.slots)
+    server = make_rollout_server(served, identity, port=0, ready=note)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    assert ready.wait(60)
+    try:
+        over = PlanEngine(model, engine.encoder, PlanServers(model, urls, 60.0, None, 4))
+        prompts = [prompt for prompt in map(engine.encoder, rows()) for _ in range(4)]
+        plans = list(range(4)) * 4
+        own, found = (model.answers(engine.encoder, prompts, plans, 12, [1], engine=one) for one in (None, over))
+        assert own.token_ids == found.token_ids and len({tuple(ids) for ids in own.token_ids}) > 4
+    finally:
+        server.should_exit = True
+        thread.join(60)

@@ -39,10 +39,11 @@ def model():
 def engine(model):
     """An engine of this model, which is taken for those of the trainers."""
     from latent_trl.plans.engine_decoder import PlanEngine
+    from latent_trl.plans.lora_engine import engine_of_model
 
     encoder = PromptEncoder(tiny_models.make_tokenizer())
     options = {"dtype": "float32", "max_model_len": LONGEST, "kv_cache_memory_bytes": 64 << 20, "enforce_eager": True}
-    made = PlanEngine(model, encoder, slots=2 * PLANS, **options)
+    made = PlanEngine(model, encoder, engine_of_model(model, encoder, slots=2 * PLANS, **options))
     yield made
     made.close()
     gc.collect()

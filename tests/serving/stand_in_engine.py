@@ -90,22 +90,28 @@ class Served:
         self.url, self.server, self.thread = None, None, None
         self.starts = 0
 
-    def start(self):
+    def make(self):
+        """What is served: an engine of the checkpoint, what the server makes of it, and its identity."""
         from latent_trl.serving.rollout_engine import RolloutEngine
-        from latent_trl.serving.server import make_rollout_server
         from latent_trl.vllm.identity import identity_of_checkpoint
         from latent_trl.vllm.wire import PolicyFile
 
-        model, ready = self.make_model(), threading.Event()
-        self.engine = StandInEngine(model)
-        self.rollout_engine = RolloutEngine(self.engine, PolicyFile.of(model.policy).data)
+        model = self.make_model()
+        engine = StandInEngine(model)
+        rollout_engine = RolloutEngine(engine, PolicyFile.of(model.policy).data)
+        return engine, rollout_engine, identity_of_checkpoint(self.folder)
+
+    def start(self):
+        from latent_trl.serving.server import make_rollout_server
+
+        ready = threading.Event()
+        self.engine, self.rollout_engine, identity = self.make()
 
         def note(url):
             self.url = url
             ready.set()
 
         port = 0 if self.url is None else int(self.url.rpartition(":")[2])
-        identity = identity_of_checkpoint(self.folder)
         self.server = make_rollout_server(self.rollout_engine, identity, port=port, ready=note, **self.options)
         self.thread = threading.Thread(target=self.server.run)
         self.thread.start()
@@ -134,9 +140,9 @@ def make_model(seed=0):
 
 
 @contextmanager
-def served(make_model, folder, count=1, **options):
+def served(make_model, folder, count=1, kind=Served, **options):
     """So many servers."""
-    servers = [Served(make_model, folder, **options) for _ in range(count)]
+    servers = [kind(make_model, folder, **options) for _ in range(count)]
     try:
         yield [server.start() for server in servers]
     finally:

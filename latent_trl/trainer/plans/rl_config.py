@@ -1,7 +1,8 @@
 """What the configurations of RL over plans share."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
+from ..rollout.engine_options import ANY_HOST, check_engine_fields
 from .training_config import PlanTrainingConfig
 
 
@@ -37,18 +38,28 @@ class PlanRLConfig(PlanTrainingConfig):
         max_plans (`int`, defaults to `64`):
             No plans are added beyond so many.
         rollout_batch_size (`int`, defaults to `256`):
-            Answers decoded at once. Lower it to save memory.
+            Answers decoded at once, by each server where there are servers. Lower it to save memory.
         use_vllm (`bool`, defaults to `False`):
             Whether vLLM decodes the answers, of rollouts and of evaluations: each names its plan as an adapter. The
-            chooser stays in this process. The engine starts with the first answer.
+            chooser stays in this process.
         vllm_mode (`str`, defaults to `"colocate"`):
-            The engine runs in the trainer's process; there is no other mode over plans.
+            `"colocate"`: the engine runs in the trainer's process, and starts with the first answer. `"server"`:
+            engines run on servers of `latent-trl vllm-serve`, which must be there when the trainer is made.
         vllm_max_model_length (`int`, *optional*):
-            Most tokens of prompt and answer; the backbone's by default.
+            Most tokens of prompt and answer; the backbone's by default. With `"colocate"`.
         vllm_gpu_memory_utilization (`float`, defaults to `0.3`):
-            Share of the GPU's memory for the engine.
+            Share of the GPU's memory for the engine. With `"colocate"`.
         vllm_enable_sleep_mode (`bool`, defaults to `False`):
-            Whether the engine's memory is given back while it does not decode. It needs a GPU.
+            Whether the engine's memory is given back while it does not decode. It needs a GPU. With `"colocate"`.
+        vllm_server_hosts (`list[str]`, *optional*):
+            Several servers: `host`, `host:port` or `http://host:port`. With `"server"`.
+        vllm_server_base_url (`str`, *optional*):
+            The address of one server, in the place of host and port.
+        vllm_server_host (`str`, defaults to `"0.0.0.0"`), vllm_server_port (`int`, defaults to `8000`):
+            One server, by default on this machine. Hosts without a port have this one.
+        vllm_server_timeout (`float`, defaults to `240.0`):
+            Seconds to wait for the servers at the start, for the answers to a part of a batch, and for any server to
+            come back when none is left.
     """
 
     max_steps: int = 300
@@ -67,6 +78,11 @@ class PlanRLConfig(PlanTrainingConfig):
     vllm_max_model_length: int | None = None
     vllm_gpu_memory_utilization: float = 0.3
     vllm_enable_sleep_mode: bool = False
+    vllm_server_hosts: list[str] | None = None
+    vllm_server_base_url: str | None = None
+    vllm_server_host: str = ANY_HOST
+    vllm_server_port: int = 8000
+    vllm_server_timeout: float = 240.0
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     logging_steps: float = 20
@@ -92,19 +108,7 @@ class PlanRLConfig(PlanTrainingConfig):
                 f"`grow_plans={self.grow_plans}` needs `ceiling_prompts`, on which it is seen that the chooser stands "
                 "at the ceiling. Set it, 32 say."
             )
-        self._check_engine()
-
-    def _check_engine(self) -> None:
-        if self.vllm_mode != "colocate":
-            raise ValueError(
-                f"`vllm_mode={self.vllm_mode!r}` cannot be had over plans: the engine runs in the trainer's process. "
-                "Leave it out."
-            )
-        if not self.use_vllm:
-            of_engine = [field for field in fields(PlanRLConfig) if field.name.startswith("vllm_")]
-            given = [field.name for field in of_engine if getattr(self, field.name) != field.default]
-            if given:
-                raise ValueError(f"`{given[0]}` is about vLLM. Set `use_vllm=True`, or leave it out.")
+        check_engine_fields(self)
         longest = self.vllm_max_model_length
         if longest is not None and longest <= self.max_completion_length:
             raise ValueError(

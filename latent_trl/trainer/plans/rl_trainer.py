@@ -82,7 +82,7 @@ class PlanRLTrainer(PlanTrainer):
     ):
         args = own_config(args, self.config_class, self.run_name)
         if args.use_vllm:
-            check_engine(args, args.world_size, servers=False)
+            check_engine(args, args.world_size)
         self.caller = RewardCaller(reward_funcs, timeout=args.reward_timeout, timeout_name="reward_timeout")
         self.reward_func_names = self.caller.names
         super().__init__(model, args, train_dataset, eval_dataset, processing_class, callbacks, trained="chooser")

@@ -24,10 +24,30 @@ ANY_HOST = "0.0.0.0"
 
 def check_engine_options(args: Any) -> None:
     """
-    What an engine cannot do, and what is about none, or about the other mode.
+    What an engine over codes cannot do, and what [`check_engine_fields`] finds.
 
     Args:
         args (`TrainingArguments`): The trainer's, with TRL's fields of vLLM and `vllm_server_hosts`.
+
+    Raises:
+        ValueError: With the field's name.
+    """
+    if args.use_vllm:
+        for name, neutral in ENGINE_NEUTRAL.items():
+            if getattr(args, name) not in neutral:
+                raise ValueError(
+                    f"`{name}={getattr(args, name)!r}` cannot be had with `use_vllm=True`. Leave one of them out."
+                )
+        check_choice("vllm_importance_sampling_mode", args.vllm_importance_sampling_mode, MODES)
+    check_engine_fields(args)
+
+
+def check_engine_fields(args: Any) -> None:
+    """
+    What of the fields of vLLM is about none, or about the other mode.
+
+    Args:
+        args (`TrainingArguments`): The trainer's, with fields of vLLM and `vllm_server_hosts`.
 
     Raises:
         ValueError: With the field's name.
@@ -38,13 +58,7 @@ def check_engine_options(args: Any) -> None:
         if given:
             raise ValueError(f"`{given[0]}` is about vLLM. Set `use_vllm=True`, or leave it out.")
         return
-    for name, neutral in ENGINE_NEUTRAL.items():
-        if getattr(args, name) not in neutral:
-            raise ValueError(
-                f"`{name}={getattr(args, name)!r}` cannot be had with `use_vllm=True`. Leave one of them out."
-            )
     check_choice("vllm_mode", args.vllm_mode, VLLM_MODES)
-    check_choice("vllm_importance_sampling_mode", args.vllm_importance_sampling_mode, MODES)
     for name in given:
         if args.vllm_mode == "server" and name in COLOCATED:
             raise ValueError(

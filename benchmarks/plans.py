@@ -19,6 +19,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,13 @@ class Chosen(TrainerCallback):
             self.curve[str(batches * self.rollouts)] = self.rewards.gather(1, plans[:, None])[:, 0].tolist()
 
 
+def changed(model: PlanModel, **changes: Any) -> PlanModel:
+    """The plans of a model in one whose configuration differs in these fields."""
+    other = PlanModel(model.backbone, replace(model.plan_config, **changes))
+    other.plans.load_state_dict(model.plans.state_dict())
+    return other
+
+
 def forget(model: PlanModel, seed: int) -> None:
     """Gives the model a chooser that knows nothing."""
     torch.manual_seed(seed)
@@ -208,6 +216,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--rl_questions", type=int, default=900)
     parser.add_argument("--questions", type=int, default=300, help="test questions")
     parser.add_argument("--validation", type=int, default=60)
+    parser.add_argument("--reads_plans", action="store_true", help="the chooser reads plans (chooser_reads_plans)")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "outputs" / "plans")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
@@ -219,6 +228,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
     for space in args.spaces:
         folder = args.output_dir / f"{args.size}-{space}"
         model, processor, seconds = learned_space(args.size, space, args, folder)
+        if args.reads_plans:
+            model = changed(model, chooser_reads_plans=True)
         figures, rewards = before_rl(model, processor, tasks)
         found: dict[str, Any] = {"size": args.size, "space": space, "space_seconds": seconds, **figures, "runs": {}}
         for arm in args.arms:
@@ -227,7 +238,8 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
                 for seed in args.seeds
             ]
         results.append(found)
-        (folder / f"figures-{'-'.join(args.arms)}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+        kind = "-reads-plans" if args.reads_plans else ""
+        (folder / f"figures{kind}-{'-'.join(args.arms)}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
         print(json.dumps({name: value for name, value in found.items() if name != "runs"}, indent=1), flush=True)
     for arm in args.arms:
         runs = [found["runs"][arm] for found in results]

@@ -19,7 +19,6 @@ import re
 import shutil
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 sys.path[:0] = [str(Path(__file__).parent / "reproduction")]
 
 from matrix import SIZES  # noqa: E402
-from plans import ARMS, ROOT, forget  # noqa: E402
+from plans import ARMS, ROOT, changed, forget  # noqa: E402
 
 from latent_trl import PlanConfig, PlanModel, PlanSpaceConfig, PlanSpaceTrainer  # noqa: E402
 from latent_trl.data.collator import LatentActionDataCollator  # noqa: E402
@@ -145,9 +144,7 @@ def learned_space(segment: str, args: argparse.Namespace) -> tuple[PlanSpaceTrai
     if segment == "switch":
         # Its space is that of sentences.
         trainer, spent = learned_space("sentence", args)
-        model = PlanModel(trainer.model.backbone, replace(trainer.model.plan_config, segment=segment))
-        model.plans.load_state_dict(trainer.model.plans.state_dict())
-        trainer.model = model
+        trainer.model = changed(trainer.model, segment=segment)
         return trainer, spent
     folder = args.output_dir / segment
     where = backbone_folder(args)
@@ -274,6 +271,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--size", choices=["full", "reduced"], default="full")
     parser.add_argument("--segments", nargs="+", default=["answer", "sentence"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["bandit"])
+    parser.add_argument("--reads_plans", action="store_true", help="the chooser reads plans (chooser_reads_plans)")
     parser.add_argument("--tokens", action="store_true", help="also RL over tokens")
     parser.add_argument("--token_updates", type=int, default=1)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
@@ -295,6 +293,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     for segment in args.segments:
         folder = args.output_dir / segment
         space, seconds = learned_space(segment, args)
+        if args.reads_plans:
+            space.model = changed(space.model, chooser_reads_plans=True)
         report = report_plans(
             space.model,
             space.encoder,

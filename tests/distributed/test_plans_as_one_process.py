@@ -32,6 +32,7 @@ KINDS = {
     "ppo": {"num_generations": 1},
     "grpo, switch": {"max_completion_length": 5},
     "ppo, switch": {"num_generations": 1, "max_completion_length": 5},
+    "bandit, reads plans": {"replay_batch_size": 8},
     "bandit, answers": {"replay_batch_size": 3},
     "shared, answers": {"replay_batch_size": 3, "share_rewards": True},
     # One process has no prompt of a batch.
@@ -54,8 +55,9 @@ def build(kind: str, folder: Path, rows: int):
             kind.split(",")[0], folder, switching.switched_model(), by_length, **{**RL, **KINDS[kind]}
         )
     held = kind.endswith(", answers")
-    name = "bandit" if held or kind == "thompson" else {"without_replacement": "grpo"}.get(kind, kind)
-    model = plans.plan_model() if held else policy.segmented_model()
+    reads = kind.endswith(", reads plans")
+    name = "bandit" if held or reads or kind == "thompson" else {"without_replacement": "grpo"}.get(kind, kind)
+    model = plans.plan_model() if held else policy.segmented_model(chooser_reads_plans=reads)
     return policy.trainer(name, folder, model, by_length, **{**RL, **KINDS[kind]})
 
 
@@ -130,7 +132,10 @@ def test_two_processes_are_one(tmp_path):
 @pytest.mark.distributed
 def test_two_processes_are_one_with_other_settings(tmp_path):
     switches = ["grpo, switch", "ppo, switch"]
-    compare(tmp_path, ["space, segments", "bandit", "thompson", "grpo", "without_replacement", *switches])
+    compare(
+        tmp_path,
+        ["space, segments", "bandit", "bandit, reads plans", "thompson", "grpo", "without_replacement", *switches],
+    )
 
 
 def failing(completion_ids, trainer_state=None, **columns):

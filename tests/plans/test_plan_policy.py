@@ -57,10 +57,11 @@ def trainer(kind, folder, model=None, reward=even_length, rows=None, space_args=
     )
 
 
-def segmented_model(num_plans=3, segment=2):
+def segmented_model(num_plans=3, segment=2, **options):
     """Plans for segments of a backbone that never ends an answer."""
     tiny = llama(num_hidden_layers=2)
-    model = PlanModel(tiny.model, PlanConfig(num_plans=num_plans, depth=1, rank=2, init_std=2.0, segment=segment))
+    config = PlanConfig(num_plans=num_plans, depth=1, rank=2, init_std=2.0, segment=segment, **options)
+    model = PlanModel(tiny.model, config)
     model.backbone.generation_config.eos_token_id = None
     torch.nn.init.normal_(model.chooser.output.weight, std=0.2, generator=torch.Generator().manual_seed(3))
     return model

@@ -109,10 +109,7 @@ def test_a_resumed_run_is_the_same(tmp_path, kind, segments):
     options = {"save_strategy": "steps", "save_steps": 6, "max_steps": 12, "measure_ceiling": False}
 
     def make(folder):
-        model = reading_model()
-        if segments:
-            model = segmented_model()
-            model = PlanModel(model.backbone, PlanConfig(**{**vars(model.plan_config), "chooser_reads_plans": True}))
+        model = segmented_model(chooser_reads_plans=True) if segments else reading_model()
         return trainer(
             kind, folder, model, lambda completion_ids, **_: [sum(c) % 7 / 7 for c in completion_ids], **options
         )

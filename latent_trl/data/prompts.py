@@ -54,6 +54,7 @@ class PromptEncoder:
         chat_template (`str`, *optional*): In the place of the processing class's own.
         chat_template_kwargs (`dict`, *optional*): Variables of the template.
         max_length (`int`, *optional*): Most tokens of a prompt, visual ones included.
+        min_length (`int`, defaults to `1`): Least tokens of a prompt.
     """
 
     def __init__(
@@ -63,9 +64,10 @@ class PromptEncoder:
         chat_template: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         max_length: int | None = None,
+        min_length: int = 1,
     ):
         self.processing_class = processing_class
-        self.max_length = max_length
+        self.max_length, self.min_length = max_length, min_length
         self.encoder = Encoder(processing_class)
         self.renderer = Renderer(
             processing_class, image_root, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
@@ -85,6 +87,11 @@ class PromptEncoder:
         (encoding,), vision = self.encoder([rendering])
         if not encoding.ids:
             raise RowError(f"{rendering.row}: its prompt has no tokens. Say something in it.")
+        if len(encoding.ids) < self.min_length:
+            raise RowError(
+                f"{rendering.row}: its prompt has {len(encoding.ids)} tokens, and needs at least "
+                f"{self.min_length}. Say more in it."
+            )
         if self.max_length is not None and len(encoding.ids) > self.max_length:
             raise RowError(
                 f"{rendering.row}: its prompt has {len(encoding.ids)} tokens, more than the limit of "

@@ -100,6 +100,8 @@ class PlanEngine:
             ValueError: When prompt and answer are longer than the engine's context, or it reads a prompt otherwise.
             RolloutServersError: When no server is left.
         """
+        if not prompts:
+            return GreedyAnswers([], [], [])
         shortest = min(map(len, said))
         limits = [max_new_tokens + shortest - len(own) for own in said]
         self._check_lengths(prompts, said, limits)

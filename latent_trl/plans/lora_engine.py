@@ -1,5 +1,6 @@
 """An engine of vLLM whose adapters are plans: in a trainer's process, or behind a rollout server."""
 
+import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,6 +61,8 @@ class LoraEngine:
         self._sleeps, self._is_asleep = bool(arguments.get("enable_sleep_mode")), False
         self._folder = tempfile.TemporaryDirectory(prefix="latent_trl_plans_")
         self._requests: list[LoRARequest] = []
+        # Of the plans before: rows that end may still be answered under them.
+        self._earlier: list[LoRARequest] = []
         self._count = 0
         self.take(tensors)
 
@@ -71,7 +74,9 @@ class LoraEngine:
     def take(self, tensors: dict[str, torch.Tensor]) -> None:
         """Takes other plans, of any number that it has room for."""
         count = len(next(iter(tensors.values())))
-        self._requests = []
+        for request in self._earlier:
+            shutil.rmtree(request.lora_path, ignore_errors=True)
+        self._earlier, self._requests = self._requests, []
         for plan in range(count):
             # An engine knows adapters, and the texts that it has read under them, by number and name.
             self._count += 1

@@ -118,7 +118,9 @@ class PlanServers(ServerPool):
         stop_token_ids: Sequence[int],
     ) -> list[EngineText]:
         """Answers rows, as [`~latent_trl.plans.lora_engine.LoraEngine.generate`]."""
-        size, found = self.batch_size * len(self.servers), []
-        for start in range(0, len(rows), size):
-            found += self.answers(prompts, rows[start : start + size], max_new_tokens, stop_token_ids)
+        found: list[EngineText] = []
+        while len(found) < len(rows):
+            size = self.batch_size * max(1, len(self.servers) - len(self.lost))
+            some = rows[len(found) : len(found) + size]
+            found += self.answers(prompts, some, max_new_tokens, stop_token_ids)
         return found

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from datasets import Dataset
 from test_branching import picture_rows
 from test_plan_policy import GROWING, segmented_model, space_args, trainer, whole_and_resumed
 from test_plan_trainers import even_length, losses, plan_model, prompts, short_backbone, warnings_are_heard
@@ -12,8 +13,10 @@ from tiny_models import make_tokenizer
 from latent_trl import PlanConfig, PlanModel
 from latent_trl.checkpoint.files import CheckpointError
 from latent_trl.data.prompts import PromptEncoder
+from latent_trl.data.rows import RowError
 from latent_trl.models.decoder_stack import decoder_layers
 from latent_trl.plans.chooser import PlanChooser, PromptStates
+from latent_trl.plans.engine_decoder import PlanEngine
 from latent_trl.plans.reading import prompt_states, read_prompts
 from latent_trl.trainer.plans.replay import padded_states, place_key, place_of, said_key
 
@@ -198,14 +201,62 @@ def test_a_grown_run_is_resumed(tmp_path):
 def test_prompts_that_cannot_be_read_are_named(make_tiny):
     model = reading_model()
     one = {"input_ids": torch.tensor([[0, 5], [4, 5]]), "attention_mask": torch.tensor([[0, 1], [1, 1]])}
-    with pytest.raises(ValueError, match="Prompt 0 has one token.*chooser_reads_plans"):
+    with pytest.raises(ValueError, match="Prompt 0 of the batch has one token.*chooser_reads_plans"):
         model.plan_logits(**one)
     tiny = make_tiny("llava")
     model = PlanModel(tiny.model, PlanConfig(num_plans=2, depth=1, chooser_reads_plans=True))
     picture = model.view.vision_token_ids[0]
     ids = torch.tensor([[5, 6], [5, picture]])
-    with pytest.raises(ValueError, match="Prompt 1 ends with a picture.*Let text follow"):
+    with pytest.raises(ValueError, match="Prompt 1 of the batch ends with a picture.*Let text follow"):
         model.plan_logits(input_ids=ids, attention_mask=torch.ones_like(ids))
+
+
+def test_rows_of_one_token_are_found_before_the_first_step(tmp_path):
+    rows = Dataset.from_list([{"prompt": "what is this", "number": 0}, {"prompt": "a", "number": 1}] * 4)
+    with pytest.raises(RowError, match="Row 1.*has 1 tokens, and needs at least 2"):
+        trainer("bandit", tmp_path / "raise", reading_model(), rows=rows).train()
+    found = trainer("bandit", tmp_path / "skip", reading_model(), rows=rows, on_bad_row="skip")
+    found.train()
+    assert {row["number"] for row in (found.rows[i] for i in range(len(found.rows)))} == {0}
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+def test_a_last_token_behind_a_picture_stands_where_it_does(make_tiny, family):
+    """Behind a picture of several rows positions go on from the largest of its coordinates."""
+    tiny = make_tiny(family)
+    model = PlanModel(tiny.model, PlanConfig(num_plans=2, depth=1, chooser_layers=2, chooser_reads_plans=True))
+    encoder = PromptEncoder(tiny.processor)
+    inputs = encoder.collate([encoder({"_row": 0, **picture_rows()[0]})])
+    last = int((inputs["input_ids"][0] == model.view.vision_token_ids[0]).nonzero()[-1])
+    length = inputs["input_ids"].shape
+    inputs = {k: v[:, : last + 2] if v.shape[:2] == length else v for k, v in inputs.items()}
+    states, planned = read_prompts(model, inputs)
+    torch.testing.assert_close(states, prompt_states(model.view, model.chooser_layers, inputs), atol=2e-4, rtol=1e-3)
+    torch.nn.init.zeros_(model.plans.lora_B[0])
+    for up in model.plans.lora_B:
+        torch.nn.init.zeros_(up)
+    torch.testing.assert_close(read_prompts(model, inputs)[1][:, 0], states[:, -1], atol=2e-4, rtol=1e-3)
+
+
+def test_prompts_that_attend_in_both_directions_are_refused(make_tiny):
+    tiny = make_tiny("paligemma")
+    model = PlanModel(tiny.model, PlanConfig(num_plans=2, depth=1, chooser_reads_plans=True))
+    encoder = PromptEncoder(tiny.processor)
+    inputs = encoder.collate([encoder({"_row": 0, **picture_rows()[0]})])
+    with pytest.raises(ValueError, match="reads a prompt otherwise without its last token"):
+        model.plan_logits(**inputs)
+
+
+def test_inputs_that_are_not_there():
+    model = reading_model()
+    ids = torch.tensor([[5, 6, 7]])
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model.plan_logits(**given, inputs_embeds=None), model.plan_logits(**given))
+
+
+def test_an_engine_asked_for_nothing_says_nothing():
+    engine = PlanEngine(reading_model(), None, None)
+    assert engine([], [], [], 4, [1]).token_ids == []
 
 
 def test_a_folder_says_what_its_chooser_reads(tmp_path):

@@ -84,7 +84,9 @@ class PlanTrainer(HubTrainingMixin, Trainer):
             check_prompts(eval_dataset, "eval_dataset")
         if processing_class is None:
             processing_class = load_processing_class(model)
-        self.encoder = PromptEncoder(processing_class, args.image_root, max_length=args.max_prompt_length)
+        # A chooser that reads plans does so at the last of several tokens.
+        least, most = 2 if model.plan_config.chooser_reads_plans else 1, args.max_prompt_length
+        self.encoder = PromptEncoder(processing_class, args.image_root, max_length=most, min_length=least)
         self.ends = end_tokens(model.backbone, self.encoder.encoder.tokenizer, {}) or []
         sources = [StoredRows(train_dataset)]
         if eval_dataset is not None:

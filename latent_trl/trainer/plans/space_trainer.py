@@ -152,7 +152,7 @@ class PlanSpaceTrainer(PlanTrainer):
 
     def _chosen_plans(self, prompts: list[EncodedPrompt]) -> torch.Tensor:
         inputs = {name: value.to(self.model.device) for name, value in self.encoder.collate(prompts).items()}
-        return self.model.plan_logits(**inputs).argmax(dim=-1)
+        return self.model.plan_logits(**inputs)[:, : self.first_learned].argmax(dim=-1)
 
     def before_training(self) -> None:
         places = self.usable_places(self.train_dataset, "train_dataset")

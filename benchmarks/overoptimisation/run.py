@@ -100,6 +100,9 @@ CODES = {
     f"codes, {name}": Arm(f"codes, {name}", "codes", {"learning_rate": 3e-4, **options}, algorithm)
     for name, (algorithm, options) in VARIANTS.items()
 }
+for name in ("no KL", "KL 0.5", "guard"):
+    options = {"learning_rate": 1e-3, **VARIANTS[name][1]}
+    CODES[f"codes, 1e-3, {name}"] = Arm(f"codes, 1e-3, {name}", "codes", options)
 ARMS = TOKENS | CODES
 COMPARED = ("tokens, 3e-4, no KL", "tokens, 3e-4, KL 0.5")
 SIZES = {

@@ -129,6 +129,35 @@ def test_a_resumed_run_is_the_same(tmp_path, kind, segments):
         torch.testing.assert_close(replay.planned[name], again.planned, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind", ["bandit", "grpo", "ppo"])
+def test_what_an_update_learns_is_read_under_plans(tmp_path, kind):
+    """The gradient of an update's loss, beside one that is written out choice by choice."""
+    options = {"replay_batch_size": 100} if kind == "bandit" else {}
+    found = trainer(kind, tmp_path, reading_model(), **options)
+    found.model.chooser.requires_grad_(True)
+    found.before_training()
+    found.roll_out(0)
+    chooser, replay, args = found.model.chooser, found.replay, found.args
+    loss = found.update_loss(found.model, 0)
+    total = torch.zeros(())
+    for place, plan in enumerate(replay.plans):
+        logits = chooser(*padded_states([replay.states_at(replay.prompts[place], replay.said[place])]))[0]
+        if kind == "bandit":
+            target = torch.tensor(replay.rewards[place])
+            total = total + torch.nn.functional.binary_cross_entropy_with_logits(logits[plan], target) / len(replay)
+            continue
+        log_prob = (logits / args.exploration_temperature).log_softmax(dim=0)[plan]
+        old, advantage, weight = (replay.noted(name, [place])[0] for name in ("log_prob", "advantage", "weight"))
+        assert log_prob.item() == pytest.approx(old.item(), abs=1e-4)
+        # Where the ratio is 1, its gradient is that of the log-probability.
+        total = total - weight * advantage * log_prob / args.rollout_prompts
+    read = list(chooser.under_plans.parameters())
+    got = torch.autograd.grad(loss, read)
+    for own, by_hand in zip(got, torch.autograd.grad(total, read), strict=True):
+        torch.testing.assert_close(own, by_hand, atol=1e-5, rtol=1e-3)
+    assert got[0].abs().max() > 1e-4
+
+
 def test_places_are_named():
     assert place_key(3, said_key(3, [])) == "3" and place_of("3") == (3, [])
     assert place_of(place_key(3, said_key(3, [7, 8]))) == (3, [7, 8])

@@ -431,3 +431,18 @@ def test_the_server_says_what_is_wrong_with_a_folder(folder, tmp_path, monkeypat
         main(["vllm-serve", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "latent actions, or of plans" in shown and '{"max_loras": 64}' in shown
+
+
+def test_a_server_that_is_left_is_not_asked_for_the_share_of_others():
+    """At most `batch_size` rows of each server that answers, also when one is lost on the way."""
+    pool = PlanServers.__new__(PlanServers)
+    pool.batch_size, pool.servers, pool.lost, asked = 4, dict.fromkeys("abc"), {"a": "gone"}, []
+
+    def answers(prompts, rows, *limits):
+        asked.append(len(rows))
+        pool.lost["b"] = "gone"
+        return list(rows)
+
+    pool.answers = answers
+    assert pool.generate(["prompt"], list(range(17)), 3, [1]) == list(range(17))
+    assert asked == [8, 4, 4, 1]

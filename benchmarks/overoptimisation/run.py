@@ -16,6 +16,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -48,12 +49,14 @@ class Arm:
         kind (`str`): `tokens` or `codes`.
         options (`dict`): Of the trainer.
         algorithm (`str`): `grpo`, `rloo` or `ppo`, over codes.
+        lora (`int`): Rank of a LoRA that is trained over tokens, in the place of the last two layers; 0 for none.
     """
 
     name: str
     kind: str
     options: dict[str, Any] = field(default_factory=dict, hash=False)
     algorithm: str = "grpo"
+    lora: int = 0
 
 
 @dataclass(frozen=True)
@@ -83,6 +86,9 @@ TOKENS = {
     for rate in ("1e-4", "3e-4")
     for name, options in (("no KL", NO_KL), ("KL 0.1", {"beta": 0.1}), ("KL 0.5", {"beta": 0.5}))
 }
+for name, options in (("no KL", NO_KL), ("KL 0.5", {"beta": 0.5})):
+    named = f"tokens, LoRA, 1e-3, {name}"
+    TOKENS[named] = Arm(named, "tokens", {"learning_rate": 1e-3, **options}, lora=16)
 PPO = {"num_iterations": 2, "value_learning_rate": 1e-3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "no KL": ("grpo", NO_KL),
@@ -184,6 +190,7 @@ def train(run: Run, size: Size, folder: Path) -> dict[str, Any]:
     from arms import CodeSpeaker, TokenSpeaker, described, load_backbone, load_processor, quiet, small_talk
     from datasets import Dataset, Features, Image, List, Value
     from matrix import SIZES as LEARNING
+    from peft import LoraConfig
     from proxies import proxy, requests
     from transformers import set_seed
     from trl import GRPOConfig, GRPOTrainer
@@ -221,11 +228,21 @@ def train(run: Run, size: Size, folder: Path) -> dict[str, Any]:
     if arm.kind == "tokens":
         model = load_backbone(common)
         model.requires_grad_(False)
-        for layer in model.get_decoder().layers[-2:]:
+        adapter = None
+        if arm.lora:
+            layers = re.escape(next(name for name, part in model.named_modules() if part is model.get_decoder().layers))
+            adapter = LoraConfig(r=arm.lora, lora_alpha=2 * arm.lora, target_modules=rf"{layers}\..*_proj")
+        for layer in model.get_decoder().layers[-2:] if adapter is None else ():
             layer.requires_grad_(True)
         frontier = Frontier(TokenSpeaker(model, processor), reward, asked, size, every, updates)
         GRPOTrainer(
-            model, reward, GRPOConfig(**options), rows, processing_class=processor, callbacks=[frontier]
+            model,
+            reward,
+            GRPOConfig(**options),
+            rows,
+            processing_class=processor,
+            callbacks=[frontier],
+            peft_config=adapter,
         ).train()
         return {"points": frontier.points}
     model = latent_trl.LatentActionModel.from_pretrained(

@@ -40,6 +40,8 @@ class UnderPlans(nn.Module):
         super().__init__()
         self.of_plan = nn.Linear(input_size, size, bias=False)
         self.score = nn.Linear(size, 1, bias=False)
+        # Whether the backbone is known to read prompts in two passes as in one.
+        self.is_checked = False
 
     def forward(self, hidden: torch.Tensor, planned: torch.Tensor | None) -> torch.Tensor:
         """`[B, K, size]`, given what the chooser makes of the prompts `[B, size]` and states `[B, K, input_size]`."""

@@ -11,9 +11,7 @@ from peft import LoraConfig
 from safetensors.torch import load
 from transformers import AutoConfig
 from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMClientError
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import RequestOutputKind
 
 from ..checkpoint.files import resolve_folder
 from ..checkpoint.plan_files import PLAN_PATTERNS, plan_folder
@@ -21,6 +19,7 @@ from ..data.prompts import PromptEncoder
 from ..vllm.folders import check_not_quantized, dtype_of
 from ..vllm.prompts import as_request
 from ..vllm.rows import EngineText
+from ..vllm.stepped import SteppedEngine
 from .adapters import write_plan
 from .configuration import PlanConfig
 from .engine import adapter_arguments, check_multi_lora, check_no_switch, engine_arguments
@@ -37,7 +36,7 @@ def never_tokens(config: PlanConfig, model_config: Any) -> dict[int, float] | No
     return {token: -100.0 for token in config.vision_token_ids or [] if token < size} or None
 
 
-class LoraEngine:
+class LoraEngine(SteppedEngine):
     """
     vLLM with plans as its adapters, which answers greedily. The settings of a row are its `plan`, a number or `None`
     for the backbone's own answer, and `max_tokens`, where it may take fewer than other rows.
@@ -145,19 +144,11 @@ class LoraEngine:
         if output_support:
             raise ValueError("`output_support` is of codes, and there are plans.")
         params, adapter = self._asked(settings, max_new_tokens, **options)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        try:
-            self.llm.llm_engine.add_request(name, _prompt(prompt), params, lora_request=adapter)
-        except VLLMClientError as error:
-            raise ValueError(str(error)) from error
+        self.take_request(name, _prompt(prompt), params, lora_request=adapter)
 
     def step(self) -> dict[str, EngineText | FloatingPointError]:
         """The next token of the requests that run: what those that end with it answer, by their names."""
         return {output.request_id: _text(output) for output in self.llm.llm_engine.step()}
-
-    def abort(self, names: Sequence[str]) -> None:
-        """Ends requests of [`add`], which have no answer then."""
-        self.llm.llm_engine.abort_request(list(names))
 
     def close(self) -> None:
         """Ends the engine, and gives its memory back."""

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -16,8 +15,6 @@ from .prompt_cache import PromptCache
 FEWEST_ROWS = 8
 # In norm, between a prompt that is read in one pass and in two: far above rounding, in float32 and in shorter types.
 MOST_DIFFERENCE, MOST_IN_SHORT_TYPES = 0.001, 0.1
-# Models of which it is known.
-_SPLIT: WeakSet[nn.Module] = WeakSet()
 
 
 @torch.no_grad()
@@ -63,15 +60,15 @@ def read_prompts(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Ten
         cache.extend(ids[:, -1:])
         states.append(torch.cat(found, dim=-1))
     whole = torch.cat(states, dim=1)
-    if model not in _SPLIT:
+    if not model.chooser.under_plans.is_checked:
         _check_split(view, layers, inputs, whole)
-        _SPLIT.add(model)
+        model.chooser.under_plans.is_checked = True
     return whole, planned.view(len(ids), plans, -1)
 
 
 def _without_last(value: Any, shape: torch.Size) -> Any:
     """What is said of each token, without the last one."""
-    return value[:, :-1] if isinstance(value, torch.Tensor) and value.shape[:2] == shape else value
+    return value[:, :-1] if isinstance(value, torch.Tensor) and value.shape == shape else value
 
 
 def _check_split(view: Backbone, layers: list[int], inputs: dict[str, Any], found: torch.Tensor) -> None:

@@ -11,8 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import save
 from vllm import LLM, SamplingParams
-from vllm.exceptions import VLLMClientError
-from vllm.sampling_params import RequestOutputKind
 
 from ..generation.settings import ACTION_DEFAULTS
 from ..models.latent_action_model import LatentActionModel
@@ -22,6 +20,7 @@ from .names import policy_tensors, tensor_bytes
 from .plugin import FIRST_RUNNER, PREFIX, check_architecture, register
 from .rows import EngineAnswer, row_settings
 from .settings import check_sampling_params
+from .stepped import SteppedEngine
 
 # What an engine over codes is started with, and cannot be told otherwise.
 OWN_ARGUMENTS = ("model", "revision", "hf_overrides", "logits_processors", "logprobs_mode", "worker_extension_cls")
@@ -151,7 +150,7 @@ def answer_of(prompt_ids: Sequence[int], completion: Any, num_codes: int | None 
     return EngineAnswer(list(prompt_ids), list(completion.token_ids), action_ids, log_probs, support)
 
 
-class LatentActionEngine:
+class LatentActionEngine(SteppedEngine):
     """
     An engine of vLLM that answers with codes.
 
@@ -240,11 +239,7 @@ class LatentActionEngine:
             ValueError: For a request that cannot be had.
         """
         params = self._params(settings, max_new_tokens, output_support, options)
-        params.output_kind = RequestOutputKind.FINAL_ONLY
-        try:
-            self.llm.llm_engine.add_request(name, self._prompt(prompt), params)
-        except VLLMClientError as error:
-            raise ValueError(str(error)) from error
+        self.take_request(name, self._prompt(prompt), params)
 
     def step(self) -> dict[str, EngineAnswer | FloatingPointError]:
         """The next token of the requests that run: what those that end with it answer, by their names."""
@@ -258,10 +253,6 @@ class LatentActionEngine:
             except FloatingPointError as error:
                 ended[output.request_id] = error
         return ended
-
-    def abort(self, names: Sequence[str]) -> None:
-        """Ends requests of [`add`], which have no answer then."""
-        self.llm.llm_engine.abort_request(list(names))
 
     def _params(
         self, settings: dict[str, Any], max_new_tokens: int, output_support: bool, options: dict[str, Any]

@@ -118,9 +118,8 @@ class PlanBanditTrainer(PlanRLTrainer):
         for start in range(0, len(own), self.args.rollout_batch_size):
             some = self.replay.choices(own[start : start + self.args.rollout_batch_size], self.args.device)
             given = (some.states, some.mask, some.planned)
-            of_plan = some.plans[:, None]
-            chance = some.read(chooser(*given)).gather(1, of_plan)[:, 0].sigmoid()
-            read = some.read(chooser.features(*given))[torch.arange(len(of_plan)), some.plans]
+            chance = chooser(*given)[some.rows, some.plans].sigmoid()
+            read = chooser.features(*given)[some.rows, some.plans]
             weighted = (read * (chance * (1 - chance))[:, None]).cpu()
             for plan in some.plans.unique().tolist():
                 mine = (some.plans == plan).cpu()
@@ -132,9 +131,8 @@ class PlanBanditTrainer(PlanRLTrainer):
         """Standard deviations `[K]` of the logits at the states of some prompts."""
         if not numbers:
             return []
-        device = self.args.device
-        given = padded_states([self.replay.states_at(number) for number in numbers])
-        asked = self.model.chooser.features(*(None if x is None else x.to(device) for x in given)).cpu()
+        given = padded_states([self.replay.states_at(number) for number in numbers], self.args.device)
+        asked = self.model.chooser.features(*given).cpu()
         return list(torch.linalg.solve_triangular(roots, asked.permute(1, 2, 0), upper=False).norm(dim=1).T)
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:

@@ -57,9 +57,9 @@ class PlanPPOTrainer(PlanGRPOTrainer):
     def annotated(self, made: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if not made:
             return []
-        args = self.args
-        padded, known, _ = padded_states([self.replay.states_at(one["prompt"], one["said"]) for one in made])
-        values = self.model.value(padded.to(args.device), known.to(args.device))[:, 0].tolist()
+        places = [self.replay.states_at(one["prompt"], one["said"]) for one in made]
+        states, mask, _ = padded_states(places, self.args.device)
+        values = self.model.value(states, mask)[:, 0].tolist()
         return [{**one, "value": value} for one, value in zip(made, values, strict=True)]
 
     def learn_from(self, answers: list[PlannedAnswer], rewards: torch.Tensor, made: list[dict[str, Any]]) -> None:

@@ -203,13 +203,15 @@ def place_of(name: str) -> tuple[int, list[int]]:
     return int(number), [int(token) for token in said.split(",")] if said else []
 
 
-def padded_states(rows: list[PromptStates]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def padded_states(
+    rows: list[PromptStates], device: torch.device | str = "cpu"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """
-    What the chooser reads of N prompts: states `[N, P, F]`, padded on the left, their mask `[N, P]`, and `[N, K, F]`
-    under each plan, where it reads plans.
+    What the chooser reads of N prompts, on a device: states `[N, P, F]`, padded on the left, their mask `[N, P]`, and
+    `[N, K, F]` under each plan, where it reads plans.
     """
     longest = max(len(row.states) for row in rows)
     states = torch.nn.utils.rnn.pad_sequence([row.states for row in rows], batch_first=True, padding_side="left")
     mask = torch.tensor([[0] * (longest - len(row.states)) + [1] * len(row.states) for row in rows])
     planned = [row.planned for row in rows if row.planned is not None]
-    return states, mask, torch.stack(planned) if planned else None
+    return states.to(device), mask.to(device), torch.stack(planned).to(device) if planned else None

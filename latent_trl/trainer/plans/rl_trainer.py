@@ -275,8 +275,7 @@ class PlanRLTrainer(PlanTrainer):
         """Logits `[N, K]` of the chooser, on the CPU."""
         if not states:
             return torch.empty(0, self.model.plan_config.num_plans)
-        given = padded_states(states)
-        return self.model.chooser(*(None if x is None else x.to(self.args.device) for x in given)).cpu()
+        return self.model.chooser(*padded_states(states, self.args.device)).cpu()
 
     def best_plans(self, places: list[int], answers: list[PlannedAnswer], inputs: dict[str, Any]) -> torch.Tensor:
         """The plans that the chooser finds the best where segments begin."""

@@ -32,7 +32,7 @@ def keep(demo: Demo, answers, folder: Path) -> None:
         low=interval.low,
         high=interval.high,
         interval="95 %, bootstrap over questions",
-        note="most likely codes; python examples/scripts/train_pocket_codebooks.py",
+        note="greedy answers; python examples/scripts/train_pocket_codebooks.py",
     )
     report = TrainingReport.from_dict(demo.model.training_report)
     report.evaluation = [figure]

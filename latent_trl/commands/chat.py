@@ -13,7 +13,7 @@ HELP = """\
 /again N CODE     keep the first N tokens, take CODE there, and go on freely
 /again N          keep the first N tokens, and go on freely
 /image FILE       show a picture with the next message
-/greedy, /sample  the most likely codes, or sampled ones
+/greedy, /sample  the most likely tokens, or sampled codes
 /temperature X    of the codes
 /colour           colours on or off
 /new              a new conversation
@@ -184,7 +184,7 @@ class Chat:
 
     def set_temperature(self, value: str) -> None:
         if not float(value) > 0:
-            raise ValueError("the temperature must be positive; /greedy takes the most likely codes")
+            raise ValueError("the temperature must be positive; /greedy takes the most likely tokens")
         self.answerer.args.temperature = float(value)
 
 

@@ -377,7 +377,7 @@ def summary_table(result: DemoResult):
     """The rewards before and after, as a terminal table."""
     from rich.table import Table
 
-    table = Table(title="Reward on held-out questions (exact match, most likely codes)")
+    table = Table(title="Reward on held-out questions (exact match, greedy answers)")
     table.add_column("questions")
     for when in result.reward:
         table.add_column(when, justify="right")

@@ -77,7 +77,7 @@ class Measured:
     Args:
         keys (`list[str]`): Of the rows; all lists below have an entry for each.
         figures (`dict`): Name to a number or an [`~latent_trl.evaluation.intervals.Interval`].
-        answers (`list[str]`), swapped (`list[str]`): With the most likely codes; with another row's picture.
+        answers (`list[str]`), swapped (`list[str]`): Greedy ones; with another row's picture.
         action_ids (`list[list[int]]`): Codes of `answers`.
         samples (`list[list[str]]`), generations (`list[list[str]]`): For diversity, and for the judge.
     """
@@ -203,12 +203,12 @@ class Measurement:
         )
 
     def answers_and_codes(self) -> dict[str, list[float]]:
-        """The most likely answers: their rewards, which are returned, their fluency, and the use of the codebook."""
+        """Greedy answers: their rewards, which are returned, their fluency, and the use of the codebook."""
         from ..evaluation.atlas import code_token_information
         from ..evaluation.perplexity import answer_perplexity
         from ..hub.facts import CodebookReport
 
-        found = self._answers("Most likely codes", self.rows)
+        found = self._answers("Greedy answers", self.rows)
         self.measured.answers, self.measured.action_ids = found.texts, found.action_ids
         kept = {name: score(reward, self.rows, found) for name, reward in self.rewards.items()}
         for name, values in kept.items():

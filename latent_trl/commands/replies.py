@@ -35,7 +35,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=1.0, help="of the codes (%(default)s)")
     parser.add_argument("--top-k", type=at_least(0), default=0, help="of the codes; 0 keeps all")
     parser.add_argument("--top-p", type=float, default=1.0, help="of the codes")
-    parser.add_argument("--greedy", action="store_true", help="the most likely code at each step")
+    parser.add_argument("--greedy", action="store_true", help="the most likely token at each step")
     parser.add_argument("--seed", type=int, default=0, help="(%(default)s)")
     parser.add_argument("--ban", type=codes, default=[], metavar="CODES", help="codes never to take: 3,17")
     parser.add_argument("--bias", type=biases, default={}, metavar="CODE=X,...", help="added to logits: 5=2.0,9=-1")

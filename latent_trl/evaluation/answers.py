@@ -73,7 +73,7 @@ def answer(
             kind. A [`RewardCaller`] of one function may have a time limit.
         batch_size (`int`, defaults to `64`), max_new_tokens (`int`, defaults to `32`): Of generation.
         progress (`Callable`, *optional*): Told the number of prompts answered after each batch.
-        generate_kwargs: Passed on, such as `action_do_sample` (by default `False`: the most likely codes).
+        generate_kwargs: Passed on, such as `action_do_sample` (by default `False`: greedy answers).
 
     Raises:
         RewardError: When the reward function raises, or returns what is not a finite number or `None` for each answer.

@@ -19,7 +19,7 @@ def forced_answers(
     progress: Callable[[int], None] | None = None,
 ) -> list[Answers]:
     """
-    For each prompt, the answer with the most likely codes but for one: each code at each of the first `steps` steps.
+    For each prompt, the greedy answer but for one code: each code at each of the first `steps` steps.
 
     Args:
         model (`LatentActionModel`), processing_class, rows (`Dataset` or list), max_new_tokens (`int`, defaults to

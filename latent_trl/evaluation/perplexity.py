@@ -66,8 +66,8 @@ def text_perplexity(
     With the context state \\( s_t \\) of prompt and answer up to t, the policy \\( \pi \\) and the world model's
     softmax \\( p(x \mid s, a) \\), a token \\( x_{t+1} \\) has the probability
 
-    - `"most_likely"`: \\( p(x_{t+1} \mid s_t, \arg\max_a \pi(a \mid s_t)) \\), the law that SFT trains and greedy
-      answers follow. It rises when RL moves the policy away from codes that say such texts.
+    - `"most_likely"`: \\( p(x_{t+1} \mid s_t, \arg\max_a \pi(a \mid s_t)) \\), the law that SFT trains. It
+      rises when RL moves the policy away from codes that say such texts.
     - `"marginal"`: \\( \sum_a \pi(a \mid s_t) \, p(x_{t+1} \mid s_t, a) \\), exact, at the price of K reads of the
       vocabulary head a token. It also counts codes that are not the first choice.
     - `"inferred"`: \\( p(x_{t+1} \mid s_t, a_t) \\) with the code that the inverse dynamics model takes from the text

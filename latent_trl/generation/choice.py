@@ -8,6 +8,7 @@ import torch
 
 from .action_law import ActionLaw
 from .arithmetic_sampling import ArithmeticSampler, even_points, random_orders
+from .likeliest_token import Says, codes_of_likeliest_tokens, of_some
 
 
 def masked_law(
@@ -65,7 +66,7 @@ class ActionChoice:
 
     Args:
         law (`ActionLaw`): The law to sample from.
-        do_sample (`bool`): Sample, or take the most likely code.
+        do_sample (`bool`): Sample, or take the most likely token, see [`codes_of_likeliest_tokens`].
         forced (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
         generator (`torch.Generator`, *optional*): Source of the sampling.
@@ -88,8 +89,18 @@ class ActionChoice:
         if self.bias is not None and torch.isneginf(self.bias).any():
             self.allowed = ~torch.isneginf(self.bias)
 
-    def choose(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        """Codes `[B]`, their log-probabilities `[B]` and the support `[B, K]` for logits `[B, K]` of step `step`."""
+    def choose(
+        self, logits: torch.Tensor, step: int, says: Says | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """
+        Args:
+            logits (`torch.Tensor`): `[B, K]` of the policy.
+            step (`int`): Which of the answer's.
+            says (`Says`, *optional*): What codes say. Without it, as for plans, each one says something of its own.
+
+        Returns:
+            Codes `[B]`, their log-probabilities `[B]` and the support `[B, K]`.
+        """
         if self.bias is not None:
             logits = logits + self.bias.to(logits)
         allowed = None if self.allowed is None else self.allowed.to(logits.device).expand_as(logits)
@@ -98,7 +109,7 @@ class ActionChoice:
         if self.forced is not None and step < self.forced.shape[1]:
             wanted = self.forced[:, step].to(log_probs.device)
         if not self.do_sample:
-            action_ids = log_probs.argmax(dim=-1)
+            action_ids = self._greedy(log_probs, wanted, says)
         elif self.arithmetic and self.copies > 1:
             action_ids = self._draw_together(log_probs.exp(), wanted)
         else:
@@ -107,6 +118,16 @@ class ActionChoice:
             action_ids = torch.where(wanted >= 0, wanted, action_ids)
         chosen = log_probs.gather(-1, action_ids.unsqueeze(-1)).squeeze(-1)
         return action_ids, chosen.masked_fill(torch.isneginf(chosen), 0.0), support
+
+    def _greedy(self, log_probs: torch.Tensor, wanted: torch.Tensor | None, says: Says | None) -> torch.Tensor:
+        action_ids = log_probs.argmax(dim=-1)
+        if says is None:
+            return action_ids
+        if wanted is None:
+            return codes_of_likeliest_tokens(log_probs, says)
+        free = (wanted < 0).nonzero().squeeze(-1)
+        action_ids[free] = codes_of_likeliest_tokens(log_probs[free], of_some(says, free))
+        return action_ids
 
     def _draw(self, probs: torch.Tensor) -> torch.Tensor:
         """Codes `[B]`, drawn prompt by prompt though rows come in tiles: a seed gives the same samples either way."""

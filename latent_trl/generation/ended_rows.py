@@ -45,6 +45,7 @@ class EndedRows(StoppingCriteria):
         self.tokens = 0
         # Of the rows in the forward; `None` for all.
         self.present: torch.Tensor | None = None
+        self.paused = False
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs) -> torch.Tensor:
         """What the caller's own criteria say `[B]`; notes who has ended."""
@@ -66,6 +67,15 @@ class EndedRows(StoppingCriteria):
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Inside the block calls of the backbone are of rows of their own, and are left alone."""
+        self.paused = True
+        try:
+            yield
+        finally:
+            self.paused = False
+
     def of_present(self, tensor: torch.Tensor) -> torch.Tensor:
         """The rows `[A, ...]` of `tensor` `[B, ...]` that are present."""
         return tensor if self.present is None else tensor[self.present.to(tensor.device)]
@@ -79,6 +89,8 @@ class EndedRows(StoppingCriteria):
         return tensor.new_zeros(shape).index_copy_(dim, self.present.to(tensor.device), tensor)
 
     def _cut(self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+        if self.paused:
+            return None
         if self.tokens and self.tokens % TOKENS_BETWEEN == 0:
             self._leave(kwargs)
         if self.present is None:
@@ -102,7 +114,7 @@ class EndedRows(StoppingCriteria):
         return name not in self.names and isinstance(value, torch.Tensor) and self.rows in value.shape[:1]
 
     def _complete(self, backbone: nn.Module, args: tuple, output: ModelOutput) -> ModelOutput | None:
-        if self.present is None:
+        if self.present is None or self.paused:
             return None
         output["logits"] = self.of_all(output["logits"])
         return output

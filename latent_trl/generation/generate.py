@@ -68,7 +68,10 @@ class LatentActionGenerationMixin:
         call the model.
 
         Args:
-            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely.
+            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely token: that of the codes
+                which are the most likely together under the law. To find it, codes are read from the most likely on
+                until it is certain, each by a pass of the vocabulary head; `action_top_k` bounds their number, and with
+                1 it is the most likely code's.
             action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
             *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
             then from the model's; else codes are sampled at temperature 1 from all.
@@ -159,6 +162,7 @@ class LatentActionGenerationMixin:
             keep_states=keep_states,
             shared=shared,
             ended=ended,
+            never=config.suppress_tokens or (),
             cuda_graphs=graphed,
         )
         with ExitStack() as hooks:

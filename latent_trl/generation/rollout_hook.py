@@ -1,6 +1,6 @@
 """What happens inside the backbone's own `generate` between the states and the head."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -13,6 +13,7 @@ from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
 from .ended_rows import EndedRows
+from .likeliest_token import Says
 from .row_choices import RowChoices
 from .shared_prefill import SharedPrefill
 
@@ -34,6 +35,7 @@ class RolloutHook:
         keep_states (`bool`): Whether context states are kept.
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
         ended (`EndedRows`): Which rows are in the forward.
+        never (`Sequence[int]`): Tokens that no code says.
         cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
     """
 
@@ -46,6 +48,7 @@ class RolloutHook:
         keep_states: bool,
         shared: SharedPrefill,
         ended: EndedRows,
+        never: Sequence[int],
         cuda_graphs: bool = False,
     ):
         self.model = model
@@ -56,6 +59,7 @@ class RolloutHook:
         self.keep_states = keep_states
         self.shared = shared
         self.ended = ended
+        self.never = never
         self.cuda_graphs = cuda_graphs
         self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
         self.policy_cache: Cache | None = None
@@ -76,6 +80,8 @@ class RolloutHook:
             handle.remove()
 
     def __call__(self, decoder: nn.Module, args, kwargs, output):
+        if self.ended.paused:
+            return output
         step = len(self.action_ids)
         cache = output.get(CACHE_NAME)
         cache = kwargs.get(CACHE_NAME) if cache is None else cache
@@ -96,7 +102,7 @@ class RolloutHook:
                 states = self.shared.tiled(states)
                 if position_ids is not None and position_ids.shape[-2] == rows:
                     position_ids = self.shared.tiled(position_ids, dim=-2)
-        action_ids, log_probs, support = self.choice.choose(self.ended.of_all(logits), step)
+        action_ids, log_probs, support = self.choice.choose(self.ended.of_all(logits), step, self._says(last[:, 0]))
         self.action_ids.append(action_ids)
         self.log_probs.append(log_probs)
         if support is not None:
@@ -112,6 +118,20 @@ class RolloutHook:
             merged = torch.cat([hidden[:, :-1], merged], dim=1)
         output["last_hidden_state"] = merged
         return output
+
+    def _says(self, states: torch.Tensor) -> Says:
+        """What codes say in the last `states` `[A, d]` of the rows that are present; nothing is read for the others."""
+        places = self.ended.of_all(torch.arange(1, len(states) + 1, device=states.device)) - 1
+
+        def says(rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+            tokens, here = torch.zeros_like(codes), places[rows] >= 0
+            if here.any():
+                # The head may be read through the backbone's own forward.
+                with self.ended.pause():
+                    tokens[here] = self.model.said_tokens(states[places[rows][here]], codes[here], self.never)
+            return tokens
+
+        return says
 
     def _policy_step(self, hidden, has_image, mask, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Context states `[B, n, d]` of the text model's states, and the policy's logits `[B, K]` of the last."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .choice import ActionChoice
+from .likeliest_token import Says, of_some
 
 
 @dataclass
@@ -26,11 +27,14 @@ class RowChoices:
     copies: int = field(init=False, default=1)
     forced: torch.Tensor | None = field(init=False, default=None)
 
-    def choose(self, logits: torch.Tensor, step: int) -> tuple[torch.Tensor, torch.Tensor, None]:
-        """Codes `[B]` and their log-probabilities `[B]` for logits `[B, K]` of step `step`; supports are not kept."""
+    def choose(
+        self, logits: torch.Tensor, step: int, says: Says | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, None]:
+        """Codes `[B]` and their log-probabilities `[B]`, as [`ActionChoice.choose`]; supports are not kept."""
         self.action_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         self.log_probs = torch.empty(len(logits), device=logits.device)
         for rows, choice in self.parts:
-            self.action_ids[rows], self.log_probs[rows], _ = choice.choose(logits[rows], step)
+            of_rows = None if says is None else of_some(says, torch.tensor(rows, device=logits.device))
+            self.action_ids[rows], self.log_probs[rows], _ = choice.choose(logits[rows], step, of_rows)
         # A row without finite probabilities is for the caller to end; the others go on.
         return self.action_ids, self.log_probs.nan_to_num(), None

@@ -1,7 +1,7 @@
 """A backbone, the learned components around it, and what they do together: encode, choose, merge, read."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from .decoder_stack import can_stand_alone
 from .inverse_dynamics import InverseDynamicsModel
 from .policy import LatentActionPolicy, ValueHead
 from .projector import CrossModalProjector
+from .spoken import chunk_size
 from .world_model import LanguageWorldModel
 
 logger = logging.get_logger(__name__)
@@ -278,6 +279,16 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
     def read(self, states: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
         """Next-token logits `[B, L, V]` when `action_ids` `[B, L]` are taken in `states` `[B, L, d]`."""
         return self.backbone_view.logits(self.merge(states, self.codebook(action_ids)))
+
+    def said_tokens(self, states: torch.Tensor, action_ids: torch.Tensor, never: Sequence[int] = ()) -> torch.Tensor:
+        """The most likely tokens `[M, n]` of some codes `[M, n]` in each of `states` `[M, d]`, none of `never`."""
+        said = []
+        size = chunk_size(self, action_ids.shape[1], states.device)
+        for part, codes in zip(states.split(size), action_ids.split(size), strict=True):
+            logits = self.read(part[:, None].expand(-1, codes.shape[1], -1), codes)
+            logits[..., [token for token in never if token < logits.shape[-1]]] = -torch.inf
+            said.append(logits.argmax(dim=-1))
+        return torch.cat(said)
 
     def forward(
         self,

@@ -139,12 +139,10 @@ class BranchDecoder:
         context_states, sequences = cast(torch.Tensor, output.context_states), cast(torch.Tensor, output.sequences)
         action_ids = cast(torch.Tensor, output.action_ids)
         place = context_states.shape[1] - codes.shape[1] + step
-        states = context_states[rows, place, None].expand(-1, codes.shape[-1], -1)
-        logits = self.model.read(states, codes[rows, step])
-        logits[..., [token for token in self.never if token < logits.shape[-1]]] = -torch.inf
+        said = self.model.said_tokens(context_states[rows, place], codes[rows, step], self.never)
         # Of the code that was taken the token is the one that was emitted, for the same reason.
         emitted, taken = sequences[rows, place + 1, None], action_ids[rows, step, None]
-        tokens = torch.where(codes[rows, step] == taken, emitted, logits.argmax(dim=-1))
+        tokens = torch.where(codes[rows, step] == taken, emitted, said)
         options = zip(tokens.tolist(), codes[rows, step].tolist(), log_probs[rows, step].tolist(), strict=True)
         return [_merged(*option) for option in options]
 

@@ -30,9 +30,9 @@ def tree_search(
     Best-first search in the tree of answers.
 
     A token is a function of its code, and what follows depends on the tokens alone. So codes that emit the same token
-    lead to the same node, whose probability is the sum of theirs. The search begins with the most likely codes. Each
-    answer leaves branches: at every step of it, each other token that some code emits. The most probable branch of a
-    prompt is taken next, and followed with the most likely codes to the end; no answer is decoded twice.
+    lead to the same node, whose probability is the sum of theirs. The search begins with the greedy answer.
+    Each answer leaves branches: at every step of it, each other token that some code emits. The most probable branch of
+    a prompt is taken next, and followed greedily to the end; no answer is decoded twice.
 
     Args:
         model (`LatentActionModel`): In any mode; it answers in evaluation mode.
@@ -50,7 +50,7 @@ def tree_search(
         generate_kwargs: Of [`LatentActionModel.generate`], such as `action_bias`.
 
     Returns:
-        `list[SearchResult]`, one a prompt; the first candidate is the answer of the most likely codes.
+        `list[SearchResult]`, one a prompt; the first candidate is the greedy answer.
 
     Raises:
         ValueError: For `n < 1`, `width < 1`, arguments about sampling, or a reward that is no finite number.

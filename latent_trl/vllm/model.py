@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 from ..checkpoint.configuration import PLAIN_DECODER
 from ..models.codebook import Codebook
+from ..models.cross_entropy import CHUNK_VALUES
 from ..models.policy import LatentActionPolicy
 from ..models.projector import CrossModalProjector
 from ..models.world_model import LanguageWorldModel
@@ -136,7 +137,17 @@ class LatentActionEngineMixin:
 
     def token_logits(self, action_ids: torch.Tensor) -> torch.Tensor:
         """Logits `[n, V]` of tokens, float32, when `action_ids` `[n]` are taken where the last logits were from."""
-        parts, states = self.latent_actions, self.sampled_states
+        return self._read(self.sampled_states, action_ids)
+
+    def said_tokens(self, rows: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
+        """What codes `[r, n]` say `[r, n]` in some of the `rows` `[r]` that the last logits were of."""
+        states = self.sampled_states[rows].repeat_interleave(action_ids.shape[1], dim=0)
+        size = max(1, CHUNK_VALUES // self.model_config.hf_text_config.vocab_size)
+        parts = zip(states.split(size), action_ids.flatten().split(size), strict=True)
+        return torch.cat([self._read(*part).argmax(dim=-1) for part in parts]).view_as(action_ids)
+
+    def _read(self, states: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
+        parts = self.latent_actions
         merged = parts["world_model"](states, parts["codebook"](action_ids)).to(states.dtype)
         logits = super().compute_logits(merged).float()
         logits[:, [token for token in self.vision_token_ids if token < logits.shape[-1]]] = -torch.inf

@@ -14,6 +14,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from ..generation.action_law import ActionLaw
 from ..generation.arithmetic_sampling import ArithmeticSampler, random_orders
 from ..generation.choice import draw, masked_law
+from ..generation.likeliest_token import codes_of_likeliest_tokens, of_some
 from .settings import ActionSettings, check_sampling_params
 
 # A prime, so that seeds and parts do not meet.
@@ -96,6 +97,7 @@ class Batch:
 
     def __init__(self, rows: list[ActionRow], orders: dict[int, Draws]):
         self.rows = rows
+        self.greedy = [i for i, row in enumerate(rows) if not row.settings.do_sample]
         self.sampled = [i for i, row in enumerate(rows) if row.settings.do_sample]
         # Places among those, and what is drawn there.
         self.seeded: dict[int, Draws] = {}
@@ -219,11 +221,16 @@ class ActionRequests(LogitsProcessor):
             self.orders = self.batch.orders
         batch = self.batch
         log_probs = batch.log_probs(logits.float())
-        action_ids = log_probs.argmax(dim=-1)
+        forced = torch.tensor([row.forced for row in batch.rows], device=logits.device) if batch.forces else None
+        action_ids = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+        greedy = [i for i in batch.greedy if batch.rows[i].forced < 0]
+        if greedy:
+            rows = torch.tensor(greedy, device=logits.device)
+            says = of_some(self.model.said_tokens, rows)
+            action_ids[rows] = codes_of_likeliest_tokens(log_probs[rows], says)
         if batch.sampled:
             probs = log_probs if len(batch.sampled) == len(logits) else log_probs[batch.sampled]
             action_ids[batch.sampled] = draw(probs.exp(), batch.noise(probs))
-        forced = torch.tensor([row.forced for row in batch.rows], device=logits.device) if batch.forces else None
         self._draw_together(batch, log_probs, action_ids, None if forced is None else forced < 0)
         if forced is not None:
             action_ids = torch.where(forced >= 0, forced, action_ids)

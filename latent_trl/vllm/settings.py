@@ -67,7 +67,7 @@ class ActionSettings:
     How a request's codes are chosen; the fields are arguments of [`LatentActionModel.generate`].
 
     Args:
-        do_sample (`bool`, defaults to `True`): Sample, or take the most likely code.
+        do_sample (`bool`, defaults to `True`): Sample, or take the most likely token.
         law (`ActionLaw`): To sample from.
         seed (`int`, *optional*): Of the sampling; what a step draws is a function of it and the step.
         bias (`tuple[float]` or `dict[int, float]`, *optional*): One a code, or of some codes; `-inf` bans one.

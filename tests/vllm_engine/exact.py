@@ -95,8 +95,9 @@ def prompts(rows: int = 32, seed: int = 1) -> list[list[int]]:
 
 @dataclass
 class Measured:
-    """The largest differences from the model's own teacher-forced pass: of a code's log-probability, and by how much a
-    token or a most likely code is less likely than the likeliest, in logits."""
+    """The largest differences from the model's own teacher-forced pass: of a code's log-probability, by how much a
+    token is less likely under its code than the likeliest, in logits, and by how much a greedy code falls short: its
+    token of the token of the largest probability over all codes, and it of the likeliest code that says the same."""
 
     log_prob: float
     token: float
@@ -123,13 +124,29 @@ def measured(model: LatentActionModel, answers, law: ActionLaw | None = None, bi
         outside += int(chosen.isneginf().sum())
         inside = ~chosen.isneginf()
         worst = max(worst, (chosen - torch.tensor(answer.log_probs))[inside].abs().max().item())
-        code = max(code, (logits.max(dim=-1).values - logits.gather(-1, actions[:, None])[:, 0]).max().item())
-        said = model.read(states[:, -len(answer.token_ids) :], actions[None])[0].float()
+        own_states = states[:, -len(answer.token_ids) :]
+        code = max(code, _short_of_the_likeliest(model, own_states[0], log_probs.exp(), actions))
+        said = model.read(own_states, actions[None])[0].float()
         if model.config.vision_token_ids:
             said[:, model.config.vision_token_ids] = -torch.inf
         tokens = torch.tensor(answer.token_ids)
         token = max(token, (said.max(dim=-1).values - said.gather(-1, tokens[:, None])[:, 0]).max().item())
     return Measured(worst, token, code, outside)
+
+
+def _short_of_the_likeliest(model, states, probs, actions) -> float:
+    """For states `[L, d]`, probabilities `[L, K]` of codes and those `[L]` that were taken."""
+    worst = 0.0
+    every = torch.arange(probs.shape[-1])
+    for state, law, taken in zip(states, probs, actions.tolist(), strict=True):
+        said = model.read(state.expand(1, len(every), -1), every[None])[0].float()
+        if model.config.vision_token_ids:
+            said[:, model.config.vision_token_ids] = -torch.inf
+        tokens = said.argmax(dim=-1)
+        masses = {token: law[tokens == token].sum().item() for token in set(tokens.tolist())}
+        alike = law[tokens == tokens[taken]].max().item() - law[taken].item()
+        worst = max(worst, max(masses.values()) - masses[tokens[taken].item()], alike)
+    return worst
 
 
 @torch.no_grad()

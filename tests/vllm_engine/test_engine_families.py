@@ -9,7 +9,7 @@ FAST = ("llama", "qwen3", "gemma2", "gpt_neox")
 
 
 @pytest.mark.parametrize("family", [f if f in FAST else pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES])
-def test_the_most_likely_codes_are_those_of_generate(family, engine):
+def test_greedy_answers_are_those_of_generate(family, engine):
     model = tiny(family)
     answers = engine(model).generate(prompts(), max_new_tokens=LENGTH, action_do_sample=False, stop_token_ids=[EOS])
     found = measured(model, answers)

@@ -1,0 +1,148 @@
+"""Greedy answers take the token that the codes find the most likely between them."""
+
+import math
+
+import pytest
+import torch
+from test_ended_rows import COPIES, both, check_same, mixed_lengths
+from tiny_models import latent
+
+from latent_trl.generation.likeliest_token import BLOCK, codes_of_likeliest_tokens
+
+CODES = 3 * BLOCK + 5
+
+
+class Sayings:
+    """What codes say, by a table `[R, K]`; counts what is read."""
+
+    def __init__(self, table: torch.Tensor):
+        self.table, self.read = table, torch.zeros_like(table)
+
+    def __call__(self, rows, codes):
+        self.read[rows[:, None], codes] += 1
+        return self.table[rows[:, None], codes]
+
+
+def by_hand(log_probs: list[float], tokens: list[int]) -> int:
+    """The most likely code of the token of the largest sum."""
+    masses: dict[int, float] = {}
+    for log_prob, token in zip(log_probs, tokens, strict=True):
+        masses[token] = masses.get(token, 0.0) + math.exp(log_prob)
+    best = max(masses, key=lambda token: masses[token])
+    return max((c for c in range(len(tokens)) if tokens[c] == best), key=lambda code: log_probs[code])
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 4.0])
+@pytest.mark.parametrize("tokens", [2, 5, 200])
+def test_the_sums_over_all_codes_decide(spread, tokens):
+    generator = torch.Generator().manual_seed(int(10 * spread) + tokens)
+    log_probs = (spread * torch.randn(300, CODES, generator=generator)).log_softmax(-1)
+    says = Sayings(torch.randint(0, tokens, (300, CODES), generator=generator))
+    found = codes_of_likeliest_tokens(log_probs, says)
+    wanted = [by_hand(*row) for row in zip(log_probs.tolist(), says.table.tolist(), strict=True)]
+    assert found.tolist() == wanted
+    assert says.read.max() <= 1
+    # Otherwise this would tell nothing from the most likely code.
+    assert tokens * spread > 200 or (found != log_probs.argmax(-1)).float().mean() > 0.05
+
+
+def test_codes_are_read_until_the_token_is_certain():
+    probs = torch.full((5, CODES), 1e-9)
+    probs[0, 7] = 0.5  # as likely as all others together
+    probs[1, : BLOCK + 1] = 1 / (BLOCK + 1)  # one token has all but one of a block
+    probs[2, :] = 1 / CODES  # half of the codes say the same
+    probs[3, 3:] = 0.25 / (CODES - 5)
+    probs[3, 3:5] = torch.tensor([0.4, 0.35])  # the rest could still help the second
+    probs[4] = torch.nan
+    table = torch.arange(CODES).repeat(5, 1)
+    table[1, :BLOCK], table[2, : 2 * BLOCK] = 100, 100
+    says = Sayings(table)
+    log_probs = (probs / probs.sum(-1, keepdim=True)).log()
+    found = codes_of_likeliest_tokens(log_probs, says)
+    assert found[[0, 3]].tolist() == [7, 3] and found[1] < BLOCK and found[2] < 2 * BLOCK
+    assert says.read.sum(-1).tolist() == [0, BLOCK, 2 * BLOCK, 3 * BLOCK, 0]
+
+
+def test_codes_that_cannot_be_taken_do_not_count():
+    logits = torch.tensor([[2.0, 1.9, 1.9, 0.0], [-math.inf, 1.0, -math.inf, 0.0]])
+    says = Sayings(torch.tensor([[0, 1, 1, 2], [0, 1, 0, 0]]))
+    assert codes_of_likeliest_tokens(logits.log_softmax(-1), says).tolist() == [1, 1]
+    logits[0, 2] = -math.inf
+    assert codes_of_likeliest_tokens(logits.log_softmax(-1), says).tolist() == [0, 1]
+
+
+# Gemma 2 caps the logits of its head, which is read through its own forward.
+FAMILIES_READ = ["llama", "llava", "gemma2"]
+
+
+def tried(model, inputs, beginnings, **options):
+    """`generate` with every code `[B * K]` behind the codes `beginnings` `[B, n]` of each prompt, by forcing it."""
+    codes, rows = model.config.num_codes, len(beginnings)
+    last = torch.arange(codes).repeat(rows)[:, None]
+    length = beginnings.shape[1] + 1
+    return model.generate(
+        **inputs,
+        num_return_sequences=codes,
+        forced_action_ids=torch.cat([beginnings.repeat_interleave(codes, dim=0), last], dim=1),
+        max_new_tokens=length,
+        min_new_tokens=length,
+        return_dict_in_generate=True,
+        **options,
+    )
+
+
+@pytest.mark.parametrize("family", FAMILIES_READ)
+@pytest.mark.parametrize("settings", [{}, {"action_top_k": 6, "action_temperature": 2.0}, {"bias": True}], ids=str)
+def test_generate_takes_what_trying_every_code_finds(family, settings):
+    model, tiny = latent(family)
+    codes, settings = model.config.num_codes, dict(settings)
+    if settings.pop("bias", False):
+        bias = torch.randn(codes, generator=torch.Generator().manual_seed(0))
+        bias[3] = -math.inf
+        settings["action_bias"] = bias
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "return_dict_in_generate": True, **settings}
+    out = model.generate(**tiny.inputs, action_do_sample=False, **options)
+    differs = 0
+    for step in range(4):
+        found = tried(model, tiny.inputs, out.action_ids[:, :step], **settings)
+        tokens = found.sequences[:, -1].unflatten(0, (-1, codes))
+        # Of each code its own log-probability, 0 where it is not in the law's support.
+        law = found.action_log_probs[:, -1].unflatten(0, (-1, codes))
+        law = law.masked_fill(law == 0, -math.inf)
+        assert torch.allclose(law.exp().sum(-1), torch.ones(len(law)), atol=1e-5)
+        best = [by_hand(*row) for row in zip(law.tolist(), tokens.tolist(), strict=True)]
+        assert out.action_ids[:, step].tolist() == best
+        torch.testing.assert_close(out.action_log_probs[:, step], law[range(len(best)), best], atol=1e-4, rtol=0)
+        assert torch.equal(out.sequences[:, step - 4], tokens[range(len(best)), best])
+        differs += int((law.argmax(-1) != out.action_ids[:, step]).sum())
+    assert differs
+
+
+@pytest.mark.parametrize("family", FAMILIES_READ)
+def test_rows_that_leave_change_nothing(family):
+    """What codes say is read for the rows that are present alone."""
+    model, tiny = latent(family)
+    lengths = mixed_lengths(len(tiny.inputs["input_ids"]) * COPIES)
+    check_same(*both(model, tiny.inputs, lengths, action_do_sample=False), lengths)
+
+
+def test_with_one_code_in_the_law_it_is_the_most_likely_one():
+    model, tiny = latent("llama")
+    options = {"max_new_tokens": 3, "min_new_tokens": 3, "return_dict_in_generate": True, "action_top_k": 1}
+    greedy, drawn = (model.generate(**tiny.inputs, action_do_sample=sample, **options) for sample in (False, True))
+    assert torch.equal(greedy.action_ids, drawn.action_ids)
+    with torch.no_grad():
+        first = model(**tiny.inputs, keep_last=1, return_logits=False).action_logits[:, -1]
+    assert torch.equal(greedy.action_ids[:, 0], first.argmax(-1))
+
+
+def test_codes_that_are_forced_are_not_read(monkeypatch):
+    model, tiny = latent("llama")
+    read, own = [], model.said_tokens
+    monkeypatch.setattr(model, "said_tokens", lambda states, *args: read.append(len(states)) or own(states, *args))
+    rows = len(tiny.inputs["input_ids"])
+    forced = torch.zeros(rows, 3, dtype=torch.long)
+    forced[1, 2] = -1
+    model.generate(**tiny.inputs, max_new_tokens=4, min_new_tokens=4, action_do_sample=False, forced_action_ids=forced)
+    # One row at the third step, all at the fourth; rows leave the reading once they are certain.
+    assert read[0] == 1 and max(read) == rows

@@ -188,6 +188,7 @@ SIZES = {
             "hot, decaying rate, anchor 0.1, arithmetic",
             "hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
             "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps",
+            "hot, 4 updates, decaying rate, anchor 0.1, arithmetic, guard",
         ),
         cloning_steps=300,
         updates=2,
@@ -310,6 +311,12 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     | ANCHORED
     | ARITHMETIC
     | {"num_iterations": 4},
+    # What the guard of language costs where the right word hardly ever comes.
+    "hot, 4 updates, decaying rate, anchor 0.1, arithmetic, guard": HOT
+    | DECAYING
+    | ANCHORED
+    | ARITHMETIC
+    | {"num_iterations": 4, "language_guard": True},
     # In about the time of a run over tokens.
     "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps": HOT
     | DECAYING
@@ -328,7 +335,9 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
     """Whose rate a variant takes: that of its law and schedule, where it was sought, drawn together or not."""
 
     def law(name: str) -> str:
-        return name.replace("4 updates, ", "").replace(", 4 times the steps", "").replace(", arithmetic", "")
+        for apart in ("4 updates, ", ", 4 times the steps", ", arithmetic", ", guard"):
+            name = name.replace(apart, "")
+        return name
 
     return next((arm for arm in size.arms if law(arm) == law(f"{kind}, {variant}")), kind)
 

@@ -121,14 +121,15 @@ class RolloutHook:
 
     def _says(self, states: torch.Tensor) -> Says:
         """What codes say in the last `states` `[A, d]` of the rows that are present; nothing is read for the others."""
-        places = self.ended.of_all(torch.arange(1, len(states) + 1, device=states.device)) - 1
 
         def says(rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-            tokens, here = torch.zeros_like(codes), places[rows] >= 0
+            # Of each row its place among those that are present, -1 where it is not.
+            places = (self.ended.of_all(torch.arange(1, len(states) + 1, device=states.device)) - 1)[rows]
+            tokens, here = torch.zeros_like(codes), places >= 0
             if here.any():
                 # The head may be read through the backbone's own forward.
                 with self.ended.pause():
-                    tokens[here] = self.model.said_tokens(states[places[rows][here]], codes[here], self.never)
+                    tokens[here] = self.model.said_tokens(states[places[here]], codes[here], self.never)
             return tokens
 
         return says

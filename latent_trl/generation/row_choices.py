@@ -34,7 +34,9 @@ class RowChoices:
         self.action_ids = torch.empty(len(logits), dtype=torch.long, device=logits.device)
         self.log_probs = torch.empty(len(logits), device=logits.device)
         for rows, choice in self.parts:
-            of_rows = None if says is None else of_some(says, torch.tensor(rows, device=logits.device))
+            of_rows = None
+            if says is not None and not choice.do_sample:
+                of_rows = of_some(says, torch.tensor(rows, device=logits.device))
             self.action_ids[rows], self.log_probs[rows], _ = choice.choose(logits[rows], step, of_rows)
         # A row without finite probabilities is for the caller to end; the others go on.
         return self.action_ids, self.log_probs.nan_to_num(), None

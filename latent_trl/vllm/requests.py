@@ -223,7 +223,7 @@ class ActionRequests(LogitsProcessor):
         log_probs = batch.log_probs(logits.float())
         forced = torch.tensor([row.forced for row in batch.rows], device=logits.device) if batch.forces else None
         action_ids = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
-        greedy = [i for i in batch.greedy if batch.rows[i].forced < 0]
+        greedy = [i for i in batch.greedy if batch.rows[i].forced < 0] if batch.forces else batch.greedy
         if greedy:
             rows = torch.tensor(greedy, device=logits.device)
             says = of_some(self.model.said_tokens, rows)

@@ -189,6 +189,8 @@ SIZES = {
             "hot, 4 updates, decaying rate, anchor 0.1, arithmetic",
             "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps",
             "hot, 4 updates, decaying rate, anchor 0.1, arithmetic, guard",
+            "hot, 4 updates, decaying rate, anchor 0.1, arithmetic, KL 0.01",
+            "4 updates, decaying rate, KL 0.01",
         ),
         cloning_steps=300,
         updates=2,
@@ -292,6 +294,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "4 updates, decaying rate": DECAYING | {"num_iterations": 4},
     "4 updates, decaying rate, arithmetic": DECAYING | {"num_iterations": 4} | ARITHMETIC,
     "hot, 4 updates, decaying rate": HOT | DECAYING | {"num_iterations": 4},
+    "4 updates, decaying rate, KL 0.01": DECAYING | {"num_iterations": 4, "beta": 0.01},
 }
 BY_END = ", rate by its end"
 # Of GRPO over codes alone.
@@ -317,6 +320,12 @@ LATENT_VARIANTS: dict[str, dict[str, Any]] = {
     | ANCHORED
     | ARITHMETIC
     | {"num_iterations": 4, "language_guard": True},
+    # Words that fall out of the 16 likeliest codes come back.
+    "hot, 4 updates, decaying rate, anchor 0.1, arithmetic, KL 0.01": HOT
+    | DECAYING
+    | ANCHORED
+    | ARITHMETIC
+    | {"num_iterations": 4, "beta": 0.01},
     # In about the time of a run over tokens.
     "hot, decaying rate, anchor 0.1, arithmetic, 4 times the steps": HOT
     | DECAYING
@@ -335,7 +344,7 @@ def arm_of(kind: str, variant: str, size: Size) -> str:
     """Whose rate a variant takes: that of its law and schedule, where it was sought, drawn together or not."""
 
     def law(name: str) -> str:
-        for apart in ("4 updates, ", ", 4 times the steps", ", arithmetic", ", guard"):
+        for apart in ("4 updates, ", ", 4 times the steps", ", arithmetic", ", guard", ", KL 0.01"):
             name = name.replace(apart, "")
         return name
 

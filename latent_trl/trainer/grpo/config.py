@@ -101,7 +101,7 @@ class LatentActionGRPOConfig(GRPOConfig):
             An answer in broken language is worth the least reward of its batch, whatever the functions say: for rewards
             that can be gamed. Broken is what surprises the frozen backbone far more than the first 64 answers of the
             run did, see [`LanguageGuard`]. It costs a pass of the vocabulary head over each rollout, and what the
-            backbone hardly ever says may be taken for broken, unless the first answers are sampled hot.
+            backbone hardly ever says is hardly learned.
         image_root (`str`, *optional*):
             The only folder from which rows may name image files.
         on_bad_row (`str`, defaults to `"raise"`):

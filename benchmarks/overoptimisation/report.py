@@ -22,6 +22,13 @@ def fall(points: list[dict[str, Any]]) -> int | None:
     return at
 
 
+def fell(points: list[dict[str, Any]]) -> bool:
+    """Whether the sampled gold ends below its start by more than the error: the 95 % interval over questions."""
+    from latent_trl.evaluation.intervals import paired_bootstrap
+
+    return paired_bootstrap(points[-1]["sampled"]["gold"], points[0]["sampled"]["gold"]).high < 0
+
+
 def best(points: list[dict[str, Any]], validation: int) -> dict[str, Any]:
     """The point whose greedy answers are the best on the validation pictures."""
     return max(points, key=lambda point: mean(point["greedy"]["gold"][:validation]))
@@ -38,6 +45,7 @@ def of_arm(runs: list[list[dict[str, Any]]], validation: int) -> dict[str, Any]:
         "last_gold_sampled": mean([mean(points[-1]["sampled"]["gold"]) for points in runs]),
         "last_whole_sampled": mean([mean(points[-1]["sampled"]["whole"]) for points in runs]),
         "rollouts_to_fall": [fall(points) for points in runs],
+        "fell_beyond_error": [fell(points) for points in runs],
         "rollouts": runs[0][-1]["rollouts"],
         # Runs share the questions: an interval is over these alone.
         "questions": [mean(list(golds)) for golds in zip(*(top[validation:] for top in tops), strict=True)],
@@ -82,13 +90,14 @@ def frontier(point: dict[str, Any]) -> dict[str, float]:
 
 def show(found: dict[str, Any]) -> str:
     heads = ["arm", "best gold", "gold, end: greedy", "sampled", "sampled at the start", "whole sentences, end"]
-    heads += ["falls after rollouts", "of"]
+    heads += ["falls after rollouts", "ends below the start beyond error", "of"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     keys = ("best_gold", "last_gold_greedy", "last_gold_sampled", "first_gold_sampled", "last_whole_sampled")
     for name, arm in found["arms"].items():
         falls = ", ".join("never" if at is None else f"{at:,}" for at in arm["rollouts_to_fall"])
+        fallen = f"{sum(arm['fell_beyond_error'])} of {len(arm['fell_beyond_error'])}"
         figures = " | ".join(f"{arm[key]:.3f}" for key in keys)
-        lines.append(f"| {name} | {figures} | {falls} | {arm['rollouts']:,} |")
+        lines.append(f"| {name} | {figures} | {falls} | {fallen} | {arm['rollouts']:,} |")
     if found["interval"] is not None:
         low, high = found["interval"]
         best_of = {

@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "overoptimisation"))
 
-from report import best, fall, plot, show, summary  # noqa: E402
+from report import best, fall, fell, plot, show, summary  # noqa: E402
 
 pytest.importorskip("easy_vqa")
 
@@ -33,6 +33,17 @@ def test_a_fall_is_the_first_point_below_the_start_that_nothing_makes_good():
     assert fall([*HELD, point(384, [0] * 4, 0.1)]) == 384
 
 
+def test_an_end_below_the_start_is_told_from_the_error_of_the_questions():
+    """Of 80 questions one less is right, or 20."""
+    runs = []
+    for wrong in (1, 20):
+        points = [point(0, [0] * 80, 0.0), point(128, [0] * 80, 0.0)]
+        points[0]["sampled"]["gold"] = [1.0] * 40 + [0.0] * 40
+        points[1]["sampled"]["gold"] = [1.0] * (40 - wrong) + [0.0] * (40 + wrong)
+        runs.append(points)
+    assert [fall(points) for points in runs] == [128, 128] and [fell(points) for points in runs] == [False, True]
+
+
 def test_the_best_point_is_chosen_on_validation_and_reported_on_others():
     assert best(HELD, 2)["rollouts"] == 128 and best(FALLEN, 2)["rollouts"] == 0
     runs = {("codes", "a", 0): HELD, ("codes", "b", 0): HELD, ("tokens", "a", 0): FALLEN}
@@ -42,7 +53,7 @@ def test_the_best_point_is_chosen_on_validation_and_reported_on_others():
     assert (found["rollouts_to_fall_codes"], found["rollouts_to_fall_tokens"]) == ([None, None], [128])
     assert found["arms"]["codes"]["last_gold_greedy"] == 0.75
     assert [p["sampled_gold"] for p in found["frontier"]["codes | b | 0"]] == [0.4, 0.3, 0.5]
-    assert "| codes | 0.500 | 0.750 | 0.500 | 0.400 | 0.500 | never, never | 256 |" in show(found)
+    assert "| codes | 0.500 | 0.750 | 0.500 | 0.400 | 0.500 | never, never | 0 of 2 | 256 |" in show(found)
 
 
 def test_one_kind_alone_has_no_comparison(tmp_path):

@@ -8,7 +8,8 @@ What happens when the reward can be gamed: RL over codes beside RL over tokens, 
 
 Proxy and gold are measured along each run, greedy and sampled. A run *falls* at the first point from which on its
 sampled gold is below its start; whether its end is below by more than the error of the questions is said beside. Its
-*best gold* is that of the greedy answers at the point that is best on validation pictures. Every run leaves a file in `--output_dir`; a run that is there is not done again.
+*best gold* is that of the greedy answers at the point that is best on validation pictures. Every run leaves a file in
+`--output_dir`; a run that is there is not done again.
 """
 
 import argparse

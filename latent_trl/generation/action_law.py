@@ -32,7 +32,7 @@ class ActionLaw:
         if not (math.isfinite(self.temperature) and self.temperature >= LEAST_TEMPERATURE):
             raise ValueError(
                 f"`action_temperature` must be positive, between {LEAST_TEMPERATURE} and the largest float, got "
-                f"{self.temperature}. For greedy answers pass `action_do_sample=False`."
+                f"{self.temperature}. For what is the most likely pass `action_do_sample=False`."
             )
         if self.top_k < 0:
             raise ValueError(f"`action_top_k` must be 0 (keep all codes) or positive, got {self.top_k}.")

@@ -89,6 +89,11 @@ class ActionChoice:
         if self.bias is not None and torch.isneginf(self.bias).any():
             self.allowed = ~torch.isneginf(self.bias)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether it asks what codes say."""
+        return not self.do_sample
+
     def choose(
         self, logits: torch.Tensor, step: int, says: Says | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -9,9 +9,11 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessorList,
+    PreTrainedModel,
     StaticCache,
     StoppingCriteriaList,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled, is_fsdp_managed_module
 
 from .action_law import ActionLaw
 from .cache_name import CACHE_NAME, rename_cache
@@ -163,6 +165,7 @@ class LatentActionGenerationMixin:
             shared=shared,
             ended=ended,
             never=config.suppress_tokens or (),
+            synced=_is_synced(inputs.get("synced_gpus"), self.backbone),
             cuda_graphs=graphed,
         )
         with ExitStack() as hooks:
@@ -264,6 +267,14 @@ class LatentActionGenerationMixin:
         if torch.isneginf(bias).all() or torch.isnan(bias).any() or torch.isposinf(bias).any():
             raise ValueError("`action_bias` must leave at least one code, and be finite or -inf.")
         return bias.to(self.backbone.device)
+
+
+def _is_synced(asked: bool | None, backbone: PreTrainedModel) -> bool:
+    """Whether processes generate in step: transformers decides so where it is not asked."""
+    if asked is not None or not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return bool(asked)
+    shared = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(backbone)
+    return shared and torch.distributed.get_world_size() > 1
 
 
 def _length(config: GenerationConfig, prompt_length: int) -> int:

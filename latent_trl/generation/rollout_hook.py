@@ -13,7 +13,7 @@ from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
 from .ended_rows import EndedRows
-from .likeliest_token import Says
+from .likeliest_token import BLOCK, Says
 from .row_choices import RowChoices
 from .shared_prefill import SharedPrefill
 
@@ -36,6 +36,7 @@ class RolloutHook:
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
         ended (`EndedRows`): Which rows are in the forward.
         never (`Sequence[int]`): Tokens that no code says.
+        synced (`bool`): Whether processes share the layers, so that each has to run them as often as the others.
         cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
     """
 
@@ -49,6 +50,7 @@ class RolloutHook:
         shared: SharedPrefill,
         ended: EndedRows,
         never: Sequence[int],
+        synced: bool,
         cuda_graphs: bool = False,
     ):
         self.model = model
@@ -60,6 +62,7 @@ class RolloutHook:
         self.shared = shared
         self.ended = ended
         self.never = never
+        self.synced = synced
         self.cuda_graphs = cuda_graphs
         self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
         self.policy_cache: Cache | None = None
@@ -121,18 +124,30 @@ class RolloutHook:
 
     def _says(self, states: torch.Tensor) -> Says:
         """What codes say in the last `states` `[A, d]` of the rows that are present; nothing is read for the others."""
+        table = self._said_by_all(states) if self.synced and self.choice.greedy else None
 
         def says(rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
             # Of each row its place among those that are present, -1 where it is not.
             places = (self.ended.of_all(torch.arange(1, len(states) + 1, device=states.device)) - 1)[rows]
             tokens, here = torch.zeros_like(codes), places >= 0
-            if here.any():
+            if table is not None:
+                tokens[here] = table[places[here]].gather(-1, codes[here])
+            elif here.any():
                 # The head may be read through the backbone's own forward.
                 with self.ended.pause():
                     tokens[here] = self.model.said_tokens(states[places[here]], codes[here], self.never)
             return tokens
 
         return says
+
+    def _said_by_all(self, states: torch.Tensor) -> torch.Tensor:
+        """What all codes say `[A, K]`, by as many passes of the head whatever the rows are."""
+        codes = torch.arange(self.model.config.num_codes, device=states.device).expand(len(states), -1)
+        with self.ended.pause():
+            parts = [
+                self.model.said_tokens(states, some, self.never, at_once=True) for some in codes.split(BLOCK, dim=1)
+            ]
+        return torch.cat(parts, dim=1)
 
     def _policy_step(self, hidden, has_image, mask, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Context states `[B, n, d]` of the text model's states, and the policy's logits `[B, K]` of the last."""

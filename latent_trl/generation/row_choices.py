@@ -27,6 +27,11 @@ class RowChoices:
     copies: int = field(init=False, default=1)
     forced: torch.Tensor | None = field(init=False, default=None)
 
+    @property
+    def greedy(self) -> bool:
+        """Whether some rows ask what codes say."""
+        return any(choice.greedy for _, choice in self.parts)
+
     def choose(
         self, logits: torch.Tensor, step: int, says: Says | None = None
     ) -> tuple[torch.Tensor, torch.Tensor, None]:
@@ -35,7 +40,7 @@ class RowChoices:
         self.log_probs = torch.empty(len(logits), device=logits.device)
         for rows, choice in self.parts:
             of_rows = None
-            if says is not None and not choice.do_sample:
+            if says is not None and choice.greedy:
                 of_rows = of_some(says, torch.tensor(rows, device=logits.device))
             self.action_ids[rows], self.log_probs[rows], _ = choice.choose(logits[rows], step, of_rows)
         # A row without finite probabilities is for the caller to end; the others go on.

@@ -280,10 +280,13 @@ class LatentActionModel(LatentActionCheckpointMixin, LatentActionGenerationMixin
         """Next-token logits `[B, L, V]` when `action_ids` `[B, L]` are taken in `states` `[B, L, d]`."""
         return self.backbone_view.logits(self.merge(states, self.codebook(action_ids)))
 
-    def said_tokens(self, states: torch.Tensor, action_ids: torch.Tensor, never: Sequence[int] = ()) -> torch.Tensor:
-        """The most likely tokens `[M, n]` of some codes `[M, n]` in each of `states` `[M, d]`, none of `never`."""
+    def said_tokens(
+        self, states: torch.Tensor, action_ids: torch.Tensor, never: Sequence[int] = (), at_once: bool = False
+    ) -> torch.Tensor:
+        """The most likely tokens `[M, n]` of some codes `[M, n]` in each of `states` `[M, d]`, none of `never`; by one
+        pass of the head where `at_once`."""
         said = []
-        size = chunk_size(self, action_ids.shape[1], states.device)
+        size = len(states) if at_once else chunk_size(self, action_ids.shape[1], states.device)
         for part, codes in zip(states.split(size), action_ids.split(size), strict=True):
             logits = self.read(part[:, None].expand(-1, codes.shape[1], -1), codes)
             logits[..., [token for token in never if token < logits.shape[-1]]] = -torch.inf

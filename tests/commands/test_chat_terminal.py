@@ -17,7 +17,13 @@ def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
 
     answerer = load_answerer(parse([checkpoint, "--max-new-tokens", "6", "--greedy"]))
     model, seen, steps = answerer.model, [], []
-    hook = model.codebook.register_forward_hook(lambda module, args, output: steps.append(args[0]))
+
+    def keep(module, args, output):
+        # Codes that are taken, and not those that are read to find them.
+        if args[0].ndim == 1:
+            steps.append(args[0])
+
+    hook = model.codebook.register_forward_hook(keep)
     replies = answerer(
         [{"role": "user", "content": "what?"}], [], on_token=lambda token, code: seen.append((token, code, len(steps)))
     )

@@ -162,11 +162,12 @@ def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any]
     Trains, saves, and leaves in `result.pt` what the run ended with.
 
     Args:
-        options (`dict`): Of the trainer; `early_ends` lets completions end at different lengths, and `killed_at` kills
-            the last process at a step.
+        options (`dict`): Of the trainer; `early_ends` lets completions end at different lengths, `killed_at` kills the
+            last process at a step, and `evaluated` answers an evaluation set in the end.
     """
     options = dict(options)
     early_ends, killed_at = options.pop("early_ends", False), options.pop("killed_at", None)
+    evaluated = options.pop("evaluated", False)
     ActionChoice._draw = draw_alike
     ActionChoice._draw_together = lambda choice, probs, wanted: draw_alike(choice, probs)
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -183,6 +184,8 @@ def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any]
         "engine": engine_record(trainer)["engine"],
         "sharded": is_sharded(trainer),
     }
+    if evaluated:
+        result["evaluation"] = trainer.evaluate(prompt_rows(8))
     # All processes answer the same prompts.
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         result["answers"] = greedy(model, trainer.processing_class)

@@ -27,6 +27,12 @@ CASES = {
     "anchor": ("grpo", "frozen", 2, {"anchor_coef": 0.5}, None),
     # The 4-bit layers stay whole under FSDP2, as accelerate says, and are sharded as bytes by ZeRO-3.
     "4 bits": ("grpo", "lora", 2, {"four_bits": True}, None),
+    # Greedy answers read the head until they are certain, each process those of its own rows.
+    "evaluation": (
+        *("grpo", "frozen", 2),
+        {"early_ends": True, "evaluated": True, "per_device_eval_batch_size": 2},
+        None,
+    ),
     "dynamic sampling": ("grpo", "frozen", 2, {"dynamic_sampling_rounds": 2, "early_ends": True}, None),
 }
 
@@ -66,6 +72,8 @@ def test_what_a_run_meets_changes_nothing(engine, name, expected, tmp_path):
     assert worst < 1e-5
     lengths = [row["completions/mean_length"] for row in got["logs"] if "completions/mean_length" in row]
     assert options.get("early_ends") is None or (lengths and max(lengths) < 5)
+    if "evaluation" in wanted:
+        assert got["evaluation"]["eval_reward"] == pytest.approx(wanted["evaluation"]["eval_reward"], abs=1e-6)
 
 
 @pytest.mark.slow

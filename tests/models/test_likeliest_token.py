@@ -146,3 +146,29 @@ def test_codes_that_are_forced_are_not_read(monkeypatch):
     model.generate(**tiny.inputs, max_new_tokens=4, min_new_tokens=4, action_do_sample=False, forced_action_ids=forced)
     # One row at the third step, all at the fourth; rows leave the reading once they are certain.
     assert read[0] == 1 and max(read) == rows
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", FAMILIES_READ)
+def test_processes_that_share_layers_read_the_head_equally_often(family, monkeypatch, process_group):
+    """As many passes a token whatever the rows are, and the same answers."""
+    model, tiny = latent(family)
+    calls, own = [], model.said_tokens
+    monkeypatch.setattr(model, "said_tokens", lambda *args, **kwargs: calls.append(1) or own(*args, **kwargs))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "action_do_sample": False}
+    alone = model.generate(**tiny.inputs, **options)
+    forced = torch.zeros(len(alone), 4, dtype=torch.long)
+    counts = []
+    for more in ({}, {"forced_action_ids": forced}, {"action_top_k": 1}):
+        calls.clear()
+        together = model.generate(**tiny.inputs, **options, **more, synced_gpus=True)
+        counts.append(len(calls))
+        assert more or torch.equal(together, alone)
+    assert counts == [4 * math.ceil(model.config.num_codes / BLOCK)] * 3

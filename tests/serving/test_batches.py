@@ -157,11 +157,11 @@ def test_a_row_without_finite_probabilities_fails_and_the_others_go_on(pocket, m
 
     choose = RowChoices.choose
 
-    def broken(self, logits, step):
+    def broken(self, logits, step, *says):
         logits = logits.clone()
         if len(logits) > 1 and step == 1:
             logits[-1] = torch.nan
-        return choose(self, logits, step)
+        return choose(self, logits, step, *says)
 
     async def run():
         async with started(pocket) as engine:

@@ -179,7 +179,7 @@ def test_requests_in_one_batch_get_what_they_get_alone(ask):
         ({"plans": {"banned": [4]}}, "plans.banned", "plans are 0 to 3, got 4"),
         ({"plans": {"banned": [0, 1, 2, 3]}}, "plans.banned", "must leave at least one plan"),
         ({"plans": {"bias": {"1": 1e9}}}, "plans.bias", "`banned` leaves a plan out"),
-        ({"plans": {"temperature": -1}}, "plans.temperature", "For the most likely plan pass 0"),
+        ({"plans": {"temperature": -1}}, "plans.temperature", "For what is the most likely pass 0"),
         ({"temperature": 1, "plans": {"temperature": 2}}, "temperature", "Both are about plans"),
         ({"logprobs": True}, "logprobs", "Those of the plans are in each choice's `plans.log_probs`"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "given their plans. `plans` has `bias`, `banned` and `forced`"),

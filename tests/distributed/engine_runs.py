@@ -185,7 +185,7 @@ def train(kind: str, tuned: str, folder: str, rows: int, options: dict[str, Any]
         "sharded": is_sharded(trainer),
     }
     if evaluated:
-        result["evaluation"] = trainer.evaluate(prompt_rows(8))
+        result["evaluation"] = trainer.evaluate(prompt_rows(6))
     # All processes answer the same prompts.
     with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator) as model:
         result["answers"] = greedy(model, trainer.processing_class)

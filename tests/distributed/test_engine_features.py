@@ -1,5 +1,6 @@
 """What a long run meets under the engines: uneven ends and batches, a killed process, other data, wrong launches."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from engines import DEEPSPEED, has_deepspeed, launch
 
 from latent_trl.trainer.run.manifest import checkpoint_fault, newest_whole_checkpoint
 
+TIMED = re.compile("runtime|per_second|step_time|epoch")
 needs_deepspeed = pytest.mark.skipif(not has_deepspeed(), reason="DeepSpeed is not installed")
 ENGINES = ["fsdp2", *(pytest.param(engine, marks=needs_deepspeed) for engine in DEEPSPEED)]
 # What a run is compared with: one process with the rows of both, or two of DDP where draws belong to a process.
@@ -27,11 +29,11 @@ CASES = {
     "anchor": ("grpo", "frozen", 2, {"anchor_coef": 0.5}, None),
     # The 4-bit layers stay whole under FSDP2, as accelerate says, and are sharded as bytes by ZeRO-3.
     "4 bits": ("grpo", "lora", 2, {"four_bits": True}, None),
-    # Greedy answers read the head until they are certain, each process those of its own rows.
+    # Greedy answers read the head until they are certain, each process those of its own rows; and the six rows fill
+    # one batch of two processes and a half, so that one of them has rows that do not count.
     "evaluation": (
-        *("grpo", "frozen", 2),
-        {"early_ends": True, "evaluated": True, "per_device_eval_batch_size": 2},
-        None,
+        *("grpo", "frozen", 2, {"early_ends": True, "evaluated": True, "per_device_eval_batch_size": 2}),
+        {"early_ends": True, "evaluated": True, "per_device_eval_batch_size": 4},
     ),
     "dynamic sampling": ("grpo", "frozen", 2, {"dynamic_sampling_rounds": 2, "early_ends": True}, None),
 }
@@ -73,7 +75,8 @@ def test_what_a_run_meets_changes_nothing(engine, name, expected, tmp_path):
     lengths = [row["completions/mean_length"] for row in got["logs"] if "completions/mean_length" in row]
     assert options.get("early_ends") is None or (lengths and max(lengths) < 5)
     if "evaluation" in wanted:
-        assert got["evaluation"]["eval_reward"] == pytest.approx(wanted["evaluation"]["eval_reward"], abs=1e-6)
+        figures = [{k: v for k, v in of["evaluation"].items() if not TIMED.search(k)} for of in (got, wanted)]
+        assert figures[0] == pytest.approx(figures[1], abs=1e-4)
 
 
 @pytest.mark.slow

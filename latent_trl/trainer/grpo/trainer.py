@@ -185,8 +185,10 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.rollout_log.rollout(self, samples, ended, rewards, total, advantages)
         if training:
             self.watch_rewards(total)
-        # TRL's figures of a batch want a row, where none counts too.
-        return rollout.rows(0, max(counted, 1)).to_batch()
+        if not training:
+            # TRL gathers a figure for each row, so processes keep as many; and it wants one where none counts too.
+            counted = max(int(gather(torch.tensor(counted, device=self.accelerator.device)).max()), 1)
+        return rollout.rows(0, counted).to_batch()
 
     def draw_samples(self, inputs: list[dict[str, Any]]) -> list[Sample]:
         """Answers the rows, processing each prompt once."""

@@ -30,6 +30,8 @@ class RolloutLog:
         self.with_images = with_images
         self.evaluation = EvaluationMeans(metrics["eval"])
         self.rows_left: int | None = None
+        # Of this process, in the last batch of an evaluation.
+        self.counted_rows = 0
 
     def figures(self, training: bool, figures: dict[str, Figure]) -> None:
         """Adds figures of one rollout; those of evaluation count by what they are means over."""
@@ -68,7 +70,10 @@ class RolloutLog:
             kept, self.rows_left = self.rows_left, max(self.rows_left - len(total), 0)
             lengths, ended, counted, total = (values[:kept] for values in (lengths, ended, rewards, total))
         own = {name: (value, len(total)) for name, value in trainer.rewards.logged_metrics().items()}
-        codes = torch.cat([sample.action_ids for sample in samples]).to(device)
+        of_rows = samples if training else samples[: self.counted_rows]
+        codes = torch.cat([torch.empty(0, dtype=torch.long), *(sample.action_ids.cpu() for sample in of_rows)]).to(
+            device
+        )
         usage = trainer.accelerator.reduce(torch.bincount(codes, minlength=num_codes).float(), "sum")
         self.figures(training, length_figures(lengths, ended))
         self.figures(training, reward_figures(counted, names, total, size))
@@ -78,7 +83,8 @@ class RolloutLog:
 
     def counted(self, process: int, rows: int) -> int:
         """How many of the `rows` of a process, the first, count: those that fill up the last batch do not."""
-        return rows if self.rows_left is None else min(max(self.rows_left - process * rows, 0), rows)
+        self.counted_rows = rows if self.rows_left is None else min(max(self.rows_left - process * rows, 0), rows)
+        return self.counted_rows
 
     def evaluated(self, trainer: Any, loss: torch.Tensor, mask: torch.Tensor) -> None:
         """
@@ -90,7 +96,9 @@ class RolloutLog:
             mask (`torch.Tensor`): `[B, C]`, the codes that count.
         """
         rows = mask.any(dim=1).sum()
-        parts = torch.stack([loss.detach(), loss.detach() * rows, loss.detach() * mask.sum(), rows, mask.sum()])
+        # Rows that do not count are in the mean over completions, with nothing.
+        of_counted = loss.detach() * len(mask) / max(self.counted_rows, 1)
+        parts = torch.stack([loss.detach(), of_counted * rows, loss.detach() * mask.sum(), rows, mask.sum()])
         total, of_rows, of_codes, rows, codes = trainer.accelerator.reduce(parts, "sum").tolist()
         if trainer.loss_type == "bnpo":
             value, count = of_codes / max(codes, 1.0), codes

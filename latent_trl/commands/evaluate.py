@@ -240,7 +240,7 @@ class Measurement:
                 self.figures[f"reward/{name}, gain by the picture"] = paired_bootstrap(*zip(*pairs))
 
     def code_ceiling(self, kept: dict[str, list[float]]) -> None:
-        """The best reward of a prompt over all codes at each of the first steps, the most likely ones among them."""
+        """The best reward of a prompt over all codes at each of the first steps, the greedy answer among them."""
         from ..evaluation.answers import Answers
         from ..evaluation.code_ceiling import forced_answers
 

@@ -49,8 +49,13 @@ def code_streamer(
         on_token (`Callable[[str, int], None]`): Told each token's text and its code as they come.
     """
     streamer = _Streamer(tokenizer, on_token)
-    # What the codebook is asked for is the code of the token that comes next.
-    hook = model.codebook.register_forward_hook(lambda module, args, output: streamer.codes.extend(args[0].tolist()))
+
+    def keep(module, args, output):
+        # Of each row the code of the token that comes next; a greedy choice asks for many, to read what they say.
+        if args[0].ndim == 1:
+            streamer.codes.extend(args[0].tolist())
+
+    hook = model.codebook.register_forward_hook(keep)
     try:
         yield streamer
     finally:

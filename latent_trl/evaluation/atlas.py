@@ -170,7 +170,7 @@ def make_atlas(
 
 
 def force_each_code(model: Any, processing_class: Any, row: dict[str, Any], max_new_tokens: int = 64) -> ForcedAnswers:
-    """The answers to one prompt when each code in turn is forced at the first step; later codes are the likeliest."""
+    """The answers to one prompt when each code in turn is forced at the first step; the rest is greedy."""
     tokenizer = getattr(processing_class, "tokenizer", processing_class)
     inputs = {k: v.to(model.device) for k, v in encode_prompts(processing_class, [row]).items()}
     ends = end_tokens(model, tokenizer, {})

@@ -65,7 +65,8 @@ class ActionChoice:
     How codes are chosen while generating.
 
     Args:
-        law (`ActionLaw`): The law to sample from.
+        law (`ActionLaw`): The law to sample from. What is the most likely is so under the policy's own, at temperature
+            1 over all codes.
         do_sample (`bool`): Sample, or take the most likely token, see [`codes_of_likeliest_tokens`].
         forced (`torch.Tensor`, *optional*): `[B, n]` codes of the first n steps; -1 leaves a step free.
         bias (`torch.Tensor`, *optional*): `[K]`, added to the logits; `-inf` bans a code.
@@ -85,6 +86,8 @@ class ActionChoice:
     sampler: ArithmeticSampler | None = field(init=False, default=None)
 
     def __post_init__(self):
+        if not self.do_sample:
+            self.law = ActionLaw()
         # Looked at once: to read a tensor's value at each token would make the device wait for the host.
         if self.bias is not None and torch.isneginf(self.bias).any():
             self.allowed = ~torch.isneginf(self.bias)

@@ -1,6 +1,7 @@
 """`generate` over codes: the backbone's own `generate`, with what is settled before it and put in order after it."""
 
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .choice import ActionChoice
 from .cuda_graphs import LEAST_TOKENS, obstacle, static_cache
 from .ended_rows import EndedRows
 from .exclusive import exclusive
+from .forbidden_tokens import end_token_ids, forbidden_tokens
 from .output import LatentActionGenerateOutput
 from .rollout_hook import POLICY_LAYERS, RolloutHook
 from .row_choices import RowChoices
@@ -70,10 +72,11 @@ class LatentActionGenerationMixin:
         call the model.
 
         Args:
-            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely token: that of the codes
-                which are the most likely together under the law. To find it, codes are read from the most likely on
-                until it is certain, each by a pass of the vocabulary head; `action_top_k` bounds their number, and with
-                1 it is the most likely code's.
+            action_do_sample (`bool`, *optional*): Sample the codes, or take the most likely token at each step: that of
+                the codes which are the most likely together, whatever the temperature, top-k and top-p. Codes are read
+                by the vocabulary head, from the most likely on, until it is certain. Tokens that settings forbid do not
+                count; what a `logits_processor` of your own or longer `bad_words_ids` forbid is found too late, and the
+                code says what it says next.
             action_temperature (`float`, *optional*), action_top_k (`int`, *optional*), action_top_p (`float`,
             *optional*): The law that codes are sampled from. What is not given here is read from `generation_config`,
             then from the model's; else codes are sampled at temperature 1 from all.
@@ -155,7 +158,7 @@ class LatentActionGenerationMixin:
         # transformers puts padding behind a text that has ended only where there is a token for its end.
         leave = not keep_cache and not graphed and config.eos_token_id is not None
         criteria = StoppingCriteriaList(inputs.get("stopping_criteria") or [])
-        ended = EndedRows(len(input_ids), _names_by_row(inputs), _end_token_ids(config), criteria)
+        ended = EndedRows(len(input_ids), _names_by_row(inputs), end_token_ids(config), criteria)
         hook = RolloutHook(
             self,
             choice,
@@ -164,7 +167,7 @@ class LatentActionGenerationMixin:
             keep_states=keep_states,
             shared=shared,
             ended=ended,
-            never=config.suppress_tokens or (),
+            forbidden=partial(forbidden_tokens, config, input_ids.shape[1]),
             synced=_is_synced(inputs.get("synced_gpus"), self.backbone),
             cuda_graphs=graphed,
         )
@@ -292,11 +295,6 @@ def _check_positions(length: int, limit: int | None) -> None:
         )
 
 
-def _end_token_ids(config: GenerationConfig) -> list[int]:
-    ends = config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-
-
 def _names_by_row(inputs: dict[str, Any]) -> set[str]:
     """Inputs of the backbone that have a row for each text, in each call."""
     shape = inputs["attention_mask"].shape
@@ -309,7 +307,7 @@ def _names_by_row(inputs: dict[str, Any]) -> set[str]:
 
 def _prompt_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     """As transformers infers it: everything counts but padding, where padding can be told from the end of a text."""
-    if config.pad_token_id is None or config.pad_token_id in _end_token_ids(config):
+    if config.pad_token_id is None or config.pad_token_id in end_token_ids(config):
         return torch.ones_like(input_ids)
     return (input_ids != config.pad_token_id).long()
 

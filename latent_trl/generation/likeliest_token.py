@@ -35,21 +35,24 @@ def codes_of_likeliest_tokens(log_probs: torch.Tensor, says: Says) -> torch.Tens
     found = codes[:, 0].clone()
     # A code that is as likely as all others together needs no reading. Of probabilities that are not finite nothing is
     # the most likely; who called finds it.
-    open_rows = (probs[:, 0] < probs[:, 1:].sum(dim=-1)).nonzero().squeeze(-1)
-    tokens = torch.empty_like(codes)
-    for start in range(0, codes.shape[1], BLOCK):
-        if not len(open_rows):
+    rows = (probs[:, 0] < probs[:, 1:].sum(dim=-1)).nonzero().squeeze(-1)
+    probs, codes = probs[rows], codes[rows]
+    tokens, sums = codes[:, :0], probs[:, :0]
+    for start in range(0, log_probs.shape[1], BLOCK):
+        if not len(rows):
             break
-        end = min(start + BLOCK, codes.shape[1])
-        tokens[open_rows, start:end] = says(open_rows, codes[open_rows, start:end])
-        of_codes, said = probs[open_rows, :end], tokens[open_rows, :end]
-        masses = ((said[:, :, None] == said[:, None, :]) * of_codes[:, None, :]).sum(dim=-1)
-        best = masses.max(dim=-1, keepdim=True)
-        says_best = said == said.gather(-1, best.indices)
+        # Each code has the sum of all that say the same so far.
+        new = says(rows, codes[:, start : start + BLOCK])
+        tokens = torch.cat([tokens, new], dim=1)
+        end = tokens.shape[1]
+        same = tokens[:, :, None] == new[:, None, :]
+        sums = sums + (same[:, :start] * probs[:, None, start:end]).sum(dim=-1)
+        sums = torch.cat([sums, (same * probs[:, :end, None]).sum(dim=1)], dim=1)
+        best, place = sums.max(dim=-1, keepdim=True)
+        says_best = tokens == tokens.gather(-1, place)
         # The first of them is the most likely.
-        first = says_best.byte().argmax(dim=-1, keepdim=True)
-        found[open_rows] = codes[open_rows].gather(-1, first).squeeze(-1)
-        second = masses.masked_fill(says_best, 0.0).amax(dim=-1)
-        left = probs[open_rows, end:].sum(dim=-1)
-        open_rows = open_rows[best.values.squeeze(-1) < second + left]
+        found[rows] = codes.gather(-1, says_best.byte().argmax(dim=-1, keepdim=True)).squeeze(-1)
+        second = sums.masked_fill(says_best, 0.0).amax(dim=-1)
+        still = (best.squeeze(-1) < second + probs[:, end:].sum(dim=-1)).nonzero().squeeze(-1)
+        rows, probs, codes, tokens, sums = (each[still] for each in (rows, probs, codes, tokens, sums))
     return found

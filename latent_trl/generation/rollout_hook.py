@@ -1,6 +1,6 @@
 """What happens inside the backbone's own `generate` between the states and the head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -13,7 +13,7 @@ from .cache_name import CACHE_NAME
 from .choice import ActionChoice
 from .cuda_graphs import GraphedCall, static_cache
 from .ended_rows import EndedRows
-from .likeliest_token import BLOCK, Says
+from .likeliest_token import Says
 from .row_choices import RowChoices
 from .shared_prefill import SharedPrefill
 
@@ -35,7 +35,7 @@ class RolloutHook:
         keep_states (`bool`): Whether context states are kept.
         shared (`SharedPrefill`): How several samples of a prompt share its encoding.
         ended (`EndedRows`): Which rows are in the forward.
-        never (`Sequence[int]`): Tokens that no code says.
+        forbidden (`Callable`): From a step to the tokens that no code says there.
         synced (`bool`): Whether processes share the layers, so that each has to run them as often as the others.
         cuda_graphs (`bool`, defaults to `False`): Replay the steps of text model and policy; needs a static cache.
     """
@@ -49,7 +49,7 @@ class RolloutHook:
         keep_states: bool,
         shared: SharedPrefill,
         ended: EndedRows,
-        never: Sequence[int],
+        forbidden: Callable[[int], list[int]],
         synced: bool,
         cuda_graphs: bool = False,
     ):
@@ -61,7 +61,7 @@ class RolloutHook:
         self.keep_states = keep_states
         self.shared = shared
         self.ended = ended
-        self.never = never
+        self.forbidden = forbidden
         self.synced = synced
         self.cuda_graphs = cuda_graphs
         self.choose_from = GraphedCall(self._policy_step) if cuda_graphs else self._policy_step
@@ -105,7 +105,8 @@ class RolloutHook:
                 states = self.shared.tiled(states)
                 if position_ids is not None and position_ids.shape[-2] == rows:
                     position_ids = self.shared.tiled(position_ids, dim=-2)
-        action_ids, log_probs, support = self.choice.choose(self.ended.of_all(logits), step, self._says(last[:, 0]))
+        says = self._says(last[:, 0], step) if self.choice.greedy else None
+        action_ids, log_probs, support = self.choice.choose(self.ended.of_all(logits), step, says)
         self.action_ids.append(action_ids)
         self.log_probs.append(log_probs)
         if support is not None:
@@ -122,32 +123,32 @@ class RolloutHook:
         output["last_hidden_state"] = merged
         return output
 
-    def _says(self, states: torch.Tensor) -> Says:
+    def _says(self, states: torch.Tensor, step: int) -> Says:
         """What codes say in the last `states` `[A, d]` of the rows that are present; nothing is read for the others."""
-        table = self._said_by_all(states) if self.synced and self.choice.greedy else None
+        never, device = self.forbidden(step), states.device
+        # Of each row its place among those that are present, -1 where it is not.
+        all_places = self.ended.of_all(torch.arange(1, len(states) + 1, device=device)) - 1
+        table = self._said_by_all(states, never) if self.synced else None
 
         def says(rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-            # Of each row its place among those that are present, -1 where it is not.
-            places = (self.ended.of_all(torch.arange(1, len(states) + 1, device=states.device)) - 1)[rows]
-            tokens, here = torch.zeros_like(codes), places >= 0
+            tokens, places = torch.zeros_like(codes), all_places[rows]
+            here = (places >= 0).nonzero().squeeze(-1)
             if table is not None:
                 tokens[here] = table[places[here]].gather(-1, codes[here])
-            elif here.any():
+            elif len(here):
                 # The head may be read through the backbone's own forward.
                 with self.ended.pause():
-                    tokens[here] = self.model.said_tokens(states[places[here]], codes[here], self.never)
+                    tokens[here] = self.model.said_tokens(states[places[here]], codes[here], never)
             return tokens
 
         return says
 
-    def _said_by_all(self, states: torch.Tensor) -> torch.Tensor:
-        """What all codes say `[A, K]`, by as many passes of the head whatever the rows are."""
+    def _said_by_all(self, states: torch.Tensor, never: list[int]) -> torch.Tensor:
+        """What all codes say `[A, K]`, by one pass of the head for each, whatever the rows are."""
         codes = torch.arange(self.model.config.num_codes, device=states.device).expand(len(states), -1)
         with self.ended.pause():
-            parts = [
-                self.model.said_tokens(states, some, self.never, at_once=True) for some in codes.split(BLOCK, dim=1)
-            ]
-        return torch.cat(parts, dim=1)
+            said = [self.model.said_tokens(states, code, never, at_once=True) for code in codes.split(1, dim=1)]
+        return torch.cat(said, dim=1)
 
     def _policy_step(self, hidden, has_image, mask, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
         """Context states `[B, n, d]` of the text model's states, and the policy's logits `[B, K]` of the last."""

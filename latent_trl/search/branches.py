@@ -103,7 +103,8 @@ class BranchDecoder:
     def _likely_codes(
         self, output: LatentActionGenerateOutput, attention_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities and codes `[B, C, width]` of each step of one `generate` call, the most likely first."""
+        """Log-probabilities and codes `[B, C, width + 1]` of each step of one `generate` call: the most likely first,
+        and then the one that was taken, `-inf` where it is among them."""
         rows, length = output.action_ids.shape
         logits = self.model(
             context_states=output.context_states,
@@ -117,11 +118,11 @@ class BranchDecoder:
             logits = logits + bias.to(logits)
         law = logits.float().log_softmax(dim=-1)
         log_probs, codes = law.topk(min(self.width, law.shape[-1]))
-        # The code that was taken is one of them, whatever rounding makes of it here.
+        # The code that was taken may be none of them: many unlikely codes can say the most likely token.
         taken = cast(torch.Tensor, output.action_ids)[..., None]
-        left_out = ~(codes == taken).any(dim=-1)
-        log_probs[..., -1] = torch.where(left_out, law.gather(-1, taken)[..., 0], log_probs[..., -1])
-        codes[..., -1] = torch.where(left_out, taken[..., 0], codes[..., -1])
+        known = (codes == taken).any(dim=-1, keepdim=True)
+        of_taken = law.gather(-1, taken).masked_fill(known, -torch.inf)
+        log_probs, codes = torch.cat([log_probs, of_taken], dim=-1), torch.cat([codes, taken], dim=-1)
         return log_probs, codes
 
     @torch.no_grad()

@@ -42,8 +42,8 @@ def tree_search(
         n (`int`, defaults to `8`): Answers a prompt; fewer where the tree has no more.
         max_new_tokens (`int`, defaults to `32`): Longest answer.
         batch_size (`int`, defaults to `64`): Prompts searched at once, one answer of each at a time.
-        width (`int`, defaults to `32`): The most likely codes of a step that are looked at; each costs one pass of the
-            vocabulary head, and none of the backbone.
+        width (`int`, defaults to `32`): The most likely codes of a step that are looked at, and summed up; each costs
+            one pass of the vocabulary head, and none of the backbone.
         reward_weight (`float`, defaults to `0.0`): Nats that a unit of reward is worth to the branches of an answer. 0
             takes branches by their probability alone; for rewards with degrees, more searches around good answers.
         progress (`Callable`, *optional*): Told the number of prompts that are done.

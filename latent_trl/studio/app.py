@@ -176,7 +176,7 @@ def _ask(panels: list[Panel], examples: list[list[Any]] | None) -> None:
         with gr.Column():
             question = gr.Textbox(label="Question", lines=2, autofocus=True)
             with gr.Row():
-                temperature = gr.Slider(0, 3, 0, step=0.1, label="Temperature of the codes; 0 takes the most likely")
+                temperature = gr.Slider(0, 3, 0, step=0.1, label="Temperature of the codes; 0 is greedy")
                 seed = gr.Number(label="Seed", value=0, precision=0)
             banned = gr.Textbox(label="Banned codes, such as 3, 17")
             send = gr.Button("Ask", variant="primary")

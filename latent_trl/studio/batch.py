@@ -78,7 +78,7 @@ def answer_batch(
         explorer (`Explorer`): Of the model.
         rows (`OpenedRows`, `Dataset` or list): With `prompt`, and the columns that the rewards read.
         rewards (`dict[str, Callable]`): Reward functions by name, called as in training.
-        temperature (`float`, defaults to `0.0`): Of the codes; 0 takes the most likely.
+        temperature (`float`, defaults to `0.0`): Of the codes; 0 takes the most likely tokens.
         seed (`int`, defaults to `0`): Of the sampling.
         progress (`Callable[[int], None]`, *optional*): Told the number of prompts answered.
 

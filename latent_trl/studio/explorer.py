@@ -82,7 +82,7 @@ class Explorer:
 
         Args:
             question (`str`), image (`PIL.Image.Image`, *optional*): What is asked, and the picture.
-            temperature (`float`, defaults to `0.0`): Of the codes; 0 takes the most likely.
+            temperature (`float`, defaults to `0.0`): Of the codes; 0 takes the most likely tokens.
             banned (`Sequence[int]`), forced (`Sequence[int]`): Codes never to take; codes of the first steps.
             seed (`int`, defaults to `0`): Of the sampling.
             on_token (`Callable[[str, int], None]`, *optional*): Told each token's text and its code as they come.

@@ -22,8 +22,7 @@ OWN = ("forced_action_ids", "action_generator", "eos_token_id")
 class EngineAnswers:
     """
     A [`LatentActionEngine`] as what answers rows, see [`~latent_trl.search.sources.AnswerSource`]. Codes are chosen by
-    the law of [`LatentActionModel.generate`], and are the same where the most likely ones are taken. One seed gives
-    other samples.
+    the law of [`LatentActionModel.generate`], and greedy ones are the same. One seed gives other samples.
 
     Args:
         engine (`LatentActionEngine`): Whose answers they are.

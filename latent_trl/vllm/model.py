@@ -139,12 +139,20 @@ class LatentActionEngineMixin:
         """Logits `[n, V]` of tokens, float32, when `action_ids` `[n]` are taken where the last logits were from."""
         return self._read(self.sampled_states, action_ids)
 
-    def said_tokens(self, rows: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
-        """What codes `[r, n]` say `[r, n]` in some of the `rows` `[r]` that the last logits were of."""
-        states = self.sampled_states[rows].repeat_interleave(action_ids.shape[1], dim=0)
-        size = max(1, CHUNK_VALUES // self.model_config.hf_text_config.vocab_size)
-        parts = zip(states.split(size), action_ids.flatten().split(size), strict=True)
-        return torch.cat([self._read(*part).argmax(dim=-1) for part in parts]).view_as(action_ids)
+    def said_tokens(self, rows: torch.Tensor, action_ids: torch.Tensor, never: list[list[int]]) -> torch.Tensor:
+        """What codes `[r, n]` say `[r, n]` in some of the `rows` `[r]` that the last logits were of: none of the tokens
+        `never` of each."""
+        size = max(1, CHUNK_VALUES // (action_ids.shape[1] * self.model_config.hf_text_config.vocab_size))
+        said = []
+        for start in range(0, len(rows), size):
+            codes = action_ids[start : start + size]
+            states = self.sampled_states[rows[start : start + size]].repeat_interleave(codes.shape[1], dim=0)
+            logits = self._read(states, codes.flatten()).unflatten(0, codes.shape)
+            for of_row, tokens in zip(logits, never[start : start + size], strict=True):
+                if tokens:
+                    of_row[:, tokens] = -torch.inf
+            said.append(logits.argmax(dim=-1))
+        return torch.cat(said)
 
     def _read(self, states: torch.Tensor, action_ids: torch.Tensor) -> torch.Tensor:
         parts = self.latent_actions

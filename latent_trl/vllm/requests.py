@@ -2,7 +2,7 @@
 
 import re
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -38,13 +38,23 @@ class ActionRow:
         bias (`torch.Tensor`, *optional*): `[K]`, added to its logits.
         first_image (`int`): Place of the first vision placeholder in its prompt; the prompt's length where none is.
         output_ids (`list[int]`): Its tokens so far; vLLM appends to this list.
+        min_tokens (`int`, defaults to `0`), ends (`Iterable[int]`): So many tokens are none of those that end it.
     """
 
-    def __init__(self, settings: ActionSettings, bias: torch.Tensor | None, first_image: int, output_ids: list[int]):
+    def __init__(
+        self,
+        settings: ActionSettings,
+        bias: torch.Tensor | None,
+        first_image: int,
+        output_ids: list[int],
+        min_tokens: int = 0,
+        ends: Iterable[int] = (),
+    ):
         self.settings = settings
         self.bias = bias
         self.first_image = first_image
         self.output_ids = output_ids
+        self.min_tokens, self.ends = min_tokens, sorted(ends)
         self.noise = None if settings.seed is None else Draws(settings.seed, _exponential)
 
     @property
@@ -52,6 +62,11 @@ class ActionRow:
         """The code of this step, -1 where it is free."""
         step, forced = len(self.output_ids), self.settings.forced
         return forced[step] if step < len(forced) else -1
+
+    @property
+    def forbidden(self) -> list[int]:
+        """Tokens that no code says at this step."""
+        return self.ends if len(self.output_ids) < self.min_tokens else []
 
 
 class Draws:
@@ -201,7 +216,8 @@ class ActionRequests(LogitsProcessor):
             # No position of it has seen an image.
             first = 2**31 - 1
         bias = settings.bias_tensor(self.num_codes)
-        return ActionRow(settings, None if bias is None else bias.to(self.device), first, output_ids)
+        bias = None if bias is None else bias.to(self.device)
+        return ActionRow(settings, bias, first, output_ids, params.min_tokens, params.all_stop_token_ids)
 
     def first_images(self) -> torch.Tensor:
         """`[R]`, the first position of each row that has seen an image."""
@@ -226,8 +242,7 @@ class ActionRequests(LogitsProcessor):
         greedy = [i for i in batch.greedy if batch.rows[i].forced < 0] if batch.forces else batch.greedy
         if greedy:
             rows = torch.tensor(greedy, device=logits.device)
-            says = of_some(self.model.said_tokens, rows)
-            action_ids[rows] = codes_of_likeliest_tokens(log_probs[rows], says)
+            action_ids[rows] = codes_of_likeliest_tokens(log_probs[rows], of_some(self._says, rows))
         if batch.sampled:
             probs = log_probs if len(batch.sampled) == len(logits) else log_probs[batch.sampled]
             action_ids[batch.sampled] = draw(probs.exp(), batch.noise(probs))
@@ -236,6 +251,10 @@ class ActionRequests(LogitsProcessor):
             action_ids = torch.where(forced >= 0, forced, action_ids)
         chosen = log_probs.gather(-1, action_ids[:, None])
         return action_ids, log_probs.scatter(-1, action_ids[:, None], chosen.masked_fill(chosen.isneginf(), 0.0))
+
+    def _says(self, rows: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+        never = [self.rows[i].forbidden for i in rows.tolist()]
+        return self.model.said_tokens(rows, codes, never)
 
     def _draw_together(
         self, batch: "Batch", log_probs: torch.Tensor, action_ids: torch.Tensor, free: torch.Tensor | None

@@ -68,7 +68,7 @@ class ActionSettings:
 
     Args:
         do_sample (`bool`, defaults to `True`): Sample, or take the most likely token.
-        law (`ActionLaw`): To sample from.
+        law (`ActionLaw`): To sample from; the policy's own where it takes the most likely.
         seed (`int`, *optional*): Of the sampling; what a step draws is a function of it and the step.
         bias (`tuple[float]` or `dict[int, float]`, *optional*): One a code, or of some codes; `-inf` bans one.
         forced (`tuple[int]`): Codes of the first steps; -1 leaves a step free.
@@ -102,10 +102,10 @@ class ActionSettings:
         do_sample = given.get("action_do_sample")
         if do_sample not in (None, True, False):
             raise ValueError(f"`action_do_sample` must be true or false, got {do_sample!r}.")
-        group = given.get("action_group")
+        sampled_from, group = ActionLaw(**law), given.get("action_group")
         return cls(
             do_sample=do_sample is not False,
-            law=ActionLaw(**law),
+            law=ActionLaw() if do_sample is False else sampled_from,
             seed=None if given.get("action_seed") is None else _number("action_seed", given["action_seed"], whole=True),
             bias=_bias(given.get("action_bias")),
             forced=_forced(given.get("forced_action_ids")),

@@ -9,6 +9,8 @@ from accelerate import debug_launcher
 from every_trainer import build
 from rl_models import prompts
 
+from latent_trl import ActionLaw
+
 ROWS = 5
 SHARED = ("eval_loss", "eval_reward", "eval_rewards/of_prompt/mean", "eval_kl", "eval_entropy")
 SHARED += ("eval_completions/mean_length", "eval_completions/clipped_ratio", "eval_mine")
@@ -21,13 +23,13 @@ def of_prompt(prompts, log_metric, **columns):
     return numbers
 
 
-def evaluate(folder, kind: str, rows: int, **options) -> tuple:
+def evaluate(folder, kind: str, rows: int, count: int = ROWS, **options) -> tuple:
     """Figures of an evaluation by a policy that has moved from its reference, and the trainer."""
     options = {"per_device_eval_batch_size": rows, "loss_type": "grpo", "eval_strategy": "no", **options}
     if kind == "ppo":
         options["loss_type"] = "dapo"
     trainer = build(kind, Path(folder), 1, reward=of_prompt, **options)
-    trainer.eval_dataset = prompts(ROWS)
+    trainer.eval_dataset = prompts(count)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in trainer.model.policy.parameters():
@@ -85,21 +87,34 @@ def test_an_evaluation_is_of_its_own_rows_alone(tmp_path):
     assert trainer.state.log_history[-1]["eval_reward"] == pytest.approx(first["eval_reward"])
 
 
-def evaluate_on_two(kind: str, folder: str, sample: bool) -> None:
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_greedy_evaluation_is_the_same_whatever_the_law_of_rollouts(kind, tmp_path):
+    """The law is for sampling: neither answers nor their scores are of it."""
+    plain, _ = evaluate(tmp_path, kind, 5)
+    other, trainer = evaluate(tmp_path, kind, 5, action_temperature=2.5, action_top_k=3, action_top_p=0.9)
+    for name in set(SHARED) & plain.keys():
+        assert other[name] == pytest.approx(plain[name], rel=1e-5, abs=1e-7), name
+    trainer.model.train()
+    assert trainer.law == ActionLaw(2.5, 3, 0.9)
+
+
+def evaluate_on_two(kind: str, folder: str, count: int) -> None:
     torch.set_num_threads(1)
-    figures, trainer = evaluate(folder, kind, 2, eval_action_do_sample=sample)
+    figures, trainer = evaluate(folder, kind, 2, count)
     (Path(folder) / f"{trainer.accelerator.process_index}.json").write_text(json.dumps(figures))
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("kind", ["grpo", "ppo", "rloo"])
-def test_rows_that_fill_up_the_last_batch_are_not_counted(kind, tmp_path):
-    """Five rows over two processes of two: three rows are answered twice."""
-    debug_launcher(evaluate_on_two, (kind, str(tmp_path), False), num_processes=2)
-    whole, _ = evaluate(tmp_path, kind, 5)
+@pytest.mark.parametrize(
+    ("kind", "count"), [("grpo", 5), ("grpo", 6), ("ppo", 5), ("ppo", 6), ("rloo", 5), ("rloo", 6)]
+)
+def test_rows_that_fill_up_the_last_batch_are_not_counted(kind, count, tmp_path):
+    """Over two processes of two, of five rows three are answered twice; of six two, both on the second process."""
+    debug_launcher(evaluate_on_two, (kind, str(tmp_path), count), num_processes=2)
+    whole, _ = evaluate(tmp_path, kind, count, count)
     for rank in (0, 1):
         figures = json.loads((tmp_path / f"{rank}.json").read_text())
-        assert figures["eval_reward"] == pytest.approx(sum(i**2 for i in range(ROWS)) / ROWS)
+        assert figures["eval_reward"] == pytest.approx(sum(i**2 for i in range(count)) / count)
         for name in set(SHARED) & whole.keys():
             # Advantages of PPO are whitened over a batch, and so is its loss. TRL's mean entropy of single actions, as
             # RLOO's completions are, takes no mask.

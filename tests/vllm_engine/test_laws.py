@@ -107,6 +107,38 @@ def test_ten_updates_in_place(model, shared):
         shared.update(model)
 
 
+def test_greedy_answers_are_the_same_whatever_the_law(model, shared):
+    settings = {"max_new_tokens": LENGTH, "action_do_sample": False, "stop_token_ids": [EOS]}
+    plain = shared.generate(prompts(), **settings)
+    other = shared.generate(prompts(), action_temperature=2.0, action_top_k=2, action_top_p=0.5, **settings)
+    assert [(a.token_ids, a.action_ids) for a in other] == [(a.token_ids, a.action_ids) for a in plain]
+    assert [a.log_probs for a in other] == [pytest.approx(a.log_probs, abs=1e-5) for a in plain]
+
+
+def test_a_greedy_answer_that_must_go_on_counts_no_end(model, shared):
+    """Of some prompts the most likely first token ends the answer, for the first six tokens in vain."""
+    ids = [prompt for prompt in prompts() if len(prompt) > 8][:8]
+    free = shared.generate(ids, max_new_tokens=1, action_do_sample=False, ignore_eos=True)
+    end = free[0].token_ids[0]
+    answers = shared.generate(
+        ids, max_new_tokens=12, action_do_sample=False, min_tokens=6, stop_token_ids=[end], ignore_eos=True
+    )
+    same = 0
+    for prompt, answer in zip(ids, answers, strict=True):
+        out = model.generate(
+            torch.tensor([prompt]),
+            max_new_tokens=12,
+            min_new_tokens=6,
+            eos_token_id=[end],
+            action_do_sample=False,
+            return_dict_in_generate=True,
+        )
+        same += out.sequences[0, len(prompt) :].tolist() == answer.token_ids
+        same += out.action_ids[0].tolist() == answer.action_ids
+        assert end not in answer.token_ids[:6]
+    assert same == 2 * len(ids)
+
+
 def test_short_memory_changes_nothing(model):
     """Requests that lose their place go on where they were: the draws, and the interval of an arithmetic code."""
     from exact import start

@@ -74,7 +74,7 @@ class LatentActionGRPOConfig(GRPOConfig):
             How the samples of a prompt are drawn in rollouts: `"arithmetic"`: together, so that a code of probability p
             is drawn by p x `num_generations` of them, rounded up or down; or `"independent"` of each other.
         eval_action_do_sample (`bool`, defaults to `False`):
-            Whether evaluation samples codes, or takes the most likely.
+            Whether evaluation samples codes by that law, or takes the most likely token at each step, under no law.
         reuse_context_states (`bool`, defaults to `True`):
             Score from the states that the rollout computed; the frozen backbone is not run again. `False` saves their
             memory, and costs a pass of the backbone for each score.

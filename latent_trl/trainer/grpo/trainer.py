@@ -133,11 +133,11 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
         self.anchor = PolicyAnchor.of(self, anchor_dataset) if args.anchor_coef else None
         self.num_generations_eval = evaluation_samples(args, self.num_generations_eval)
         check_train_dataset(self.train_dataset, args)
-        self.law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
+        self.rollout_law = ActionLaw(args.action_temperature, args.action_top_k, args.action_top_p)
         self.reader = PromptReader.of(self)
         self.encoder, self.bad_rows = self.reader.encoder, self.reader.bad_rows
         sharded = self.is_deepspeed_enabled or self.is_fsdp_enabled
-        self.generation_config = rollout_config(args, self.law, self._tokenizer, self.eos_token_ids, sharded)
+        self.generation_config = rollout_config(args, self.rollout_law, self._tokenizer, self.eos_token_ids, sharded)
         self.rewards = RolloutRewards.of(self)
         self.guard = LanguageGuard.of(self) if args.language_guard else None
         self.engine_source = EngineSource(self) if use_vllm else None
@@ -205,6 +205,12 @@ class LatentActionGRPOTrainer(ExactResumeMixin, ComponentTrainingMixin, GRPOTrai
             tokens = torch.tensor(tokens, device=self.accelerator.device)
             self.state.num_input_tokens_seen += gather(tokens).sum().item()
         return samples
+
+    @property
+    def law(self) -> ActionLaw:
+        """That codes are chosen by, and scored under: of a greedy evaluation the policy's own."""
+        sampled = self.model.training or self.args.eval_action_do_sample
+        return self.rollout_law if sampled else ActionLaw()
 
     def rollout_source(self) -> RolloutSource:
         """What answers prompts: the policy as it is now."""

@@ -99,6 +99,26 @@ def test_the_tree_takes_the_most_probable_first_token_next(tiny):
     assert all(mass[a] > mass[b] - 1e-5 for a, b in itertools.pairwise(found))
 
 
+@pytest.mark.parametrize("width", [1, 2, 3])
+def test_a_narrow_tree_has_what_its_codes_say_and_the_greedy_answer(tiny, width):
+    """The most likely token may be that of many unlikely codes, none of which is among the most likely."""
+    model, processor = tiny
+    outside = 0
+    for row in rows():
+        (result,) = tree_search(model, processor, [row], length, n=CODES, max_new_tokens=1, width=width)
+        inputs = encode_prompts(processor, [row])
+        every = {k: v.repeat(CODES, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+        tokens = model.generate(**every, forced_action_ids=torch.arange(CODES)[:, None], max_new_tokens=1)[:, -1]
+        greedy = model.generate(**inputs, action_do_sample=False, max_new_tokens=1)[0, -1].item()
+        with torch.no_grad():
+            likeliest = model(**inputs, return_logits=False).action_logits[0, -1].topk(width).indices
+        looked_at = set(tokens[likeliest].tolist())
+        found = [candidate.token_ids[0] for candidate in result.candidates]
+        assert found[0] == greedy and set(found) == looked_at | {greedy} and len(set(found)) == len(found)
+        outside += greedy not in looked_at
+    assert outside or width > 1
+
+
 def test_a_reward_draws_the_search_to_what_it_likes(tiny):
     model, processor = tiny
     (plain,) = tree_search(model, processor, rows(1), length, n=24, max_new_tokens=4)

@@ -41,12 +41,11 @@ def codes_of_likeliest_tokens(log_probs: torch.Tensor, says: Says) -> torch.Tens
     for start in range(0, log_probs.shape[1], BLOCK):
         if not len(rows):
             break
-        # Each code has the sum of all that say the same so far.
         new = says(rows, codes[:, start : start + BLOCK])
         tokens = torch.cat([tokens, new], dim=1)
         end = tokens.shape[1]
+        # Each code has the sum of those in this block and before it that say the same: the last of a token has it all.
         same = tokens[:, :, None] == new[:, None, :]
-        sums = sums + (same[:, :start] * probs[:, None, start:end]).sum(dim=-1)
         sums = torch.cat([sums, (same * probs[:, :end, None]).sum(dim=1)], dim=1)
         best, place = sums.max(dim=-1, keepdim=True)
         says_best = tokens == tokens.gather(-1, place)

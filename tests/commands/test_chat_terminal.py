@@ -14,6 +14,8 @@ ESCAPES = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
     from latent_trl.commands.chat import Chat, parse
     from latent_trl.commands.replies import load_answerer
+    from latent_trl.data.code_streamer import code_streamer
+    from latent_trl.data.prompts import encode_prompts
 
     answerer = load_answerer(parse([checkpoint, "--max-new-tokens", "6", "--greedy"]))
     model, seen, steps = answerer.model, [], []
@@ -28,6 +30,12 @@ def test_tokens_are_shown_before_the_answer_is_complete(checkpoint, picture):
         [{"role": "user", "content": "what?"}], [], on_token=lambda token, code: seen.append((token, code, len(steps)))
     )
     hook.remove()
+    with code_streamer(model, answerer.tokenizer, lambda token, code: None) as streamer:
+        out = model.generate(
+            **encode_prompts(answerer.processor, [{"prompt": [{"role": "user", "content": "what?"}]}]),
+            **{"max_new_tokens": 6, "action_do_sample": False, "return_dict_in_generate": True, "streamer": streamer},
+        )
+    assert streamer.codes == out.action_ids[0].tolist() == replies[0].action_ids
     assert [token for token, _, _ in seen] == replies[0].tokens
     assert [code for _, code, _ in seen] == replies[0].action_ids
     assert [count for _, _, count in seen] == list(range(1, len(seen) + 1)) and len(seen) > 1
